@@ -1,0 +1,1 @@
+"""Settings: their schema, and how YAML and the command line become one validated value."""

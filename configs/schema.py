@@ -1,0 +1,208 @@
+"""Every setting of Populace, its default and its unit. `load.py` turns YAML into these.
+
+`problems` says what is wrong with a value; what it lets through is consistent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """The frozen model that all adapters share."""
+
+    model: str = "smollm2-moe"
+    """A prepared base's name, or a folder with a Hugging Face MoE checkpoint."""
+    dtype: str = "auto"
+    """`bfloat16`, `float32`, or `auto`: bfloat16 where the processor multiplies it natively."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What a new adapter gets; fixed once it is created. `user_ranks` names users who get another rank."""
+
+    rank: int = 8
+    expert_rank: int = 1
+    alpha: float = 32.0
+    """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of rank)."""
+    learning_rate: float = 1e-3
+    b_learning_rate_ratio: float = 1.0
+    """Learning rate of B over that of A."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    backend: str = "grouped"
+    """`grouped` (torch's grouped products) or `reference` (plain loops, the truth for tests)."""
+    max_rows_per_pass: int = 4096
+    """Rows that one forward and backward pass holds at most; a wave runs in as many passes as it needs."""
+    max_sequence_length: int = 1024
+    """Prompt and completion, in tokens."""
+    over_long: str = "cut"
+    """What becomes of a logged event that is longer: `cut` its completion, or `reject` it."""
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    kl_coefficient: float = 0.05
+    kl_in: str = "loss"
+    """`loss`: the k2 term per token; `reward`: subtracted from a rollout's reward before groups compare."""
+    importance_cap: float = 2.0
+    """C of truncated importance sampling, w = min(pi_trainer / pi_rollout, C)."""
+    baseline_decay: float = 0.9
+    """Of a user's running mean reward, the baseline for logged trajectories."""
+    max_staleness: int = 8
+    """A logged trajectory of a revision that is more than this many behind the tip is settled as stale."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    samples_per_task: int = 6
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    max_adapters_per_wave: int = 16
+    events_per_update: int = 2
+    slots: int = 64
+    """Adapters that a shard holds in device memory at most."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    every_waves: int = 4
+    heldout_share: float = 0.2
+    samples_per_task: int = 1
+    max_tasks: int = 8
+    """Held-out tasks of a user that one evaluation uses at most."""
+    min_tasks: int = 2
+    too_few: str = "promote"
+    """A user with fewer held-out tasks than `min_tasks`: `promote` provisionally or `keep`."""
+    confidence: float = 0.9
+    """Of the two-sided interval of the tip's reward minus serving's."""
+    tolerance: float = 0.0
+    """The tip is rejected when the whole interval lies below minus this."""
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    timeout_s: float = 20.0
+    functions: dict[str, str] = field(default_factory=dict)
+    """Reward name -> `module:function`."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    max_waves: int | None = None
+    """Stop after this many waves of this run; without it, run until `until_drained` or Ctrl-C."""
+    until_drained: bool = True
+    """End when no user has experience left. False: wait for more."""
+    takeover_s: float = 5.0
+    """A partition's owner that shows no life for this long is taken to be dead."""
+    threads: int = 0
+    """Threads of a shard's tensor operations; 0 means all processors."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One population and one run of it."""
+
+    name: str = "population"
+    store: str = "build/store"
+    """Where the population lives: `file://PATH`, `memory://` or a plain path."""
+    seed: int = 0
+    partitions: int = 4
+    experience: str | None = None
+    """`module:function` that returns (user, events) pairs; enqueued at the start, twice is once."""
+    report: str | None = None
+    """A folder for report.html and report.json, written when the run ends by itself."""
+    base: BaseSettings = field(default_factory=BaseSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    user_ranks: dict[str, int] = field(default_factory=dict)
+    """Users whose rank differs from `adapter.rank`."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    rewards: RewardSettings = field(default_factory=RewardSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+_CHOICES = {
+    "base.dtype": ("auto", "bfloat16", "float32"),
+    "train.backend": ("grouped", "reference"),
+    "train.over_long": ("cut", "reject"),
+    "train.kl_in": ("loss", "reward"),
+    "evaluation.too_few": ("promote", "keep"),
+}
+_POSITIVE = [
+    "partitions",
+    "adapter.rank",
+    "adapter.expert_rank",
+    "adapter.alpha",
+    "adapter.learning_rate",
+    "train.max_rows_per_pass",
+    "train.max_sequence_length",
+    "train.max_grad_norm",
+    "train.importance_cap",
+    "train.epsilon",
+    "rollout.samples_per_task",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "scheduler.max_adapters_per_wave",
+    "scheduler.events_per_update",
+    "scheduler.slots",
+    "evaluation.every_waves",
+    "evaluation.samples_per_task",
+    "evaluation.max_tasks",
+    "rewards.timeout_s",
+    "run.takeover_s",
+]
+_FRACTIONS = [
+    "train.beta1",
+    "train.beta2",
+    "train.baseline_decay",
+    "evaluation.heldout_share",
+    "evaluation.confidence",
+]
+
+
+def setting(settings: Settings, path: str) -> object:
+    """The value at a dotted path such as `train.beta1`."""
+    value: object = settings
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def problems(settings: Settings) -> list[str]:
+    """What is wrong with `settings`, one sentence each: field, value, way out."""
+    found = []
+    for path, allowed in _CHOICES.items():
+        if setting(settings, path) not in allowed:
+            found.append(f"{path} is {setting(settings, path)!r}; use one of {', '.join(allowed)}")
+    for path in _POSITIVE:
+        if not setting(settings, path) > 0:  # type: ignore[operator]
+            found.append(f"{path} is {setting(settings, path)}; use a number above zero")
+    for path in _FRACTIONS:
+        if not 0 <= setting(settings, path) < 1:  # type: ignore[operator]
+            found.append(f"{path} is {setting(settings, path)}; use a number in [0, 1)")
+    for path in ("train.kl_coefficient", "train.weight_decay", "run.threads", "evaluation.tolerance"):
+        if not setting(settings, path) >= 0:  # type: ignore[operator]
+            found.append(f"{path} is {setting(settings, path)}; use zero or more")
+    if settings.scheduler.slots < 2 * settings.scheduler.max_adapters_per_wave:
+        found.append(
+            f"scheduler.slots is {settings.scheduler.slots}; use at least twice max_adapters_per_wave "
+            f"({settings.scheduler.max_adapters_per_wave}), so that a tip and its serving revision fit together"
+        )
+    for user, rank in settings.user_ranks.items():
+        if rank < 1:
+            found.append(f"user_ranks[{user!r}] is {rank}; use a rank of at least 1")
+    for name, target in settings.rewards.functions.items():
+        if target.count(":") != 1:
+            found.append(f"rewards.functions[{name!r}] is {target!r}; write it as module:function")
+    return found
