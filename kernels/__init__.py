@@ -1,0 +1,1 @@
+"""Grouped LoRA products. `lora.add_lora` is the only public entry."""
