@@ -1,0 +1,1 @@
+"""Where the population lives: object stores, logs, packs, manifests, the catalog."""

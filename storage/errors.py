@@ -1,0 +1,35 @@
+"""The root of every error that Populace raises on purpose. Its text tells the user what to do next."""
+
+from __future__ import annotations
+
+
+class PopulaceError(Exception):
+    """Root of all; picklable, so that it crosses Ray unchanged."""
+
+
+class InvalidInput(PopulaceError, ValueError):
+    """A value from outside is impossible. Names the field, the value and the way out; nothing was written."""
+
+
+class ObjectNotFound(PopulaceError):
+    """No object has this key."""
+
+
+class AlreadyExists(PopulaceError):
+    """A create found an object there; not whose."""
+
+
+class OutcomeUnknown(PopulaceError):
+    """The store did not say whether the write landed."""
+
+
+class Fenced(PopulaceError):
+    """Another controller claimed the partition: this one must stop writing to it."""
+
+
+class OwnerAlive(PopulaceError):
+    """A partition belongs to a controller that shows life."""
+
+
+class Damaged(PopulaceError):
+    """Stored bytes are not what their record says."""

@@ -1,0 +1,302 @@
+"""The records of the revision log: what they say, and how they are sealed.
+
+Every record is a JSON payload in a DSSE envelope that binds it to its population, partition, number, epoch,
+writer and predecessor. A `wave` record is an in-toto Statement with the SLSA provenance predicate; the others
+are plain statements of their kind. Envelopes carry their signatures as a list; a population without a signing
+key leaves it empty, and the chain of digests alone protects it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from securesystemslib.dsse import Envelope
+
+from populace.storage.errors import Damaged
+from populace.storage.pack import BlobPlace
+
+RECORD_TYPE = "application/vnd.populace.record+json"
+WAVE_TYPE = "application/vnd.in-toto+json"
+STATEMENT = "https://in-toto.io/Statement/v1"
+PROVENANCE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "https://populace.dev/wave/v1"
+NO_PREDECESSOR = "0" * 64
+
+Position = tuple[int, int]
+"""Place of an event in its partition's experience log: (segment, row)."""
+
+BEFORE_ALL: Position = (-1, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordHeader:
+    """What every record binds."""
+
+    population: str
+    partition: int
+    seq: int
+    epoch: int
+    """Number of the claim under which this was written; a claim's own number."""
+    attempt_id: str
+    """Random per append, so that a writer recognises its own record after a lost answer."""
+    previous: str
+    """sha256 of the record before, as stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRef:
+    """One consumed event."""
+
+    event_id: str
+    position: Position
+    digest: str
+    """sha256 of the event's canonical bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettledEvent:
+    """An event consumed without training on it, and why."""
+
+    event: EventRef
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    KIND: ClassVar[str] = "claim"
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    KIND: ClassVar[str] = "release"
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCreated:
+    KIND: ClassVar[str] = "adapter"
+    pseudonym: str
+    spec: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The wave about to be trained. What an attempt without a later outcome named is tried alone next."""
+
+    KIND: ClassVar[str] = "attempt"
+    wave: str
+    adapters: dict[str, list[EventRef]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevisionEntry:
+    """One new revision inside a wave record."""
+
+    pseudonym: str
+    revision: int
+    parent: int
+    blobs: dict[str, BlobPlace]
+    """`weights`, `moments`, `evidence`."""
+    experts: list[int]
+    """Experts whose tensors the blobs hold; the others are as initialised."""
+    trained: list[EventRef]
+    settled: list[SettledEvent]
+    consumed: Position
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveManifest:
+    """The commit: new revisions and what they consumed."""
+
+    KIND: ClassVar[str] = "wave"
+    wave: str
+    revisions: list[RevisionEntry]
+    parameters: dict[str, Any]
+    """Algorithm and hyperparameters."""
+    materials: dict[str, str]
+    """Name -> digest of what went in besides parents and experience: base, tokenizer, code."""
+    numerics: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """One user's position moved without a revision."""
+
+    KIND: ClassVar[str] = "settled"
+    pseudonym: str
+    events: list[SettledEvent]
+    consumed: Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command (`rollback`)."""
+
+    KIND: ClassVar[str] = "verdict"
+    pseudonym: str
+    decision: str
+    judged: int
+    """The revision that the decision is about."""
+    tip: int
+    """Where tip and serving are afterwards."""
+    serving: int
+    reason: str
+    numbers: dict[str, float] = field(default_factory=dict)
+    command: str | None = None
+    """Event id of the command that asked for it."""
+
+
+Record = Claim | Release | AdapterCreated | Attempt | WaveManifest | Settled | Verdict
+_KINDS: dict[str, type[Any]] = {
+    kind.KIND: kind for kind in (Claim, Release, AdapterCreated, Attempt, WaveManifest, Settled, Verdict)
+}
+
+
+def seal(header: RecordHeader, record: Record) -> bytes:
+    """The bytes that are appended to the log."""
+    if isinstance(record, WaveManifest):
+        payload_type, payload = WAVE_TYPE, _statement(header, record)
+    else:
+        payload_type, payload = RECORD_TYPE, {"kind": record.KIND, **asdict(header), "body": asdict(record)}
+    envelope = Envelope(canonical_json(payload), payload_type, {})
+    return canonical_json(envelope.to_dict())
+
+
+def open_record(sealed: bytes) -> tuple[RecordHeader, Record]:
+    """Header and record from stored bytes; raises `Damaged` when they are not a record."""
+    try:
+        envelope = Envelope.from_dict(json.loads(sealed))
+        payload = json.loads(envelope.payload)
+        if envelope.payload_type == WAVE_TYPE:
+            return _from_statement(payload)
+        header = RecordHeader(**{name: payload[name] for name in RecordHeader.__dataclass_fields__})
+        return header, _record(payload["kind"], payload["body"])
+    except Exception as error:  # whatever a flipped byte makes of it
+        raise Damaged(f"not a record of a revision log: {type(error).__name__}: {error}") from error
+
+
+def payload_of(sealed: bytes) -> dict[str, Any]:
+    """The payload as it was sealed, for people to read."""
+    payload: dict[str, Any] = json.loads(Envelope.from_dict(json.loads(sealed)).payload)
+    return payload
+
+
+def digest_of(sealed: bytes) -> str:
+    return hashlib.sha256(sealed).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
+    """Where each fact stands: https://slsa.dev/spec/v1.0/provenance."""
+    subjects = [
+        {
+            "name": f"{entry.pseudonym}@{entry.revision}",
+            "digest": {"sha256": entry.blobs["weights"].sha256},
+            "annotations": {
+                "blobs": {part: asdict(place) for part, place in entry.blobs.items()},
+                "experts": entry.experts,
+                "metrics": entry.metrics,
+            },
+        }
+        for entry in wave.revisions
+    ]
+    consumed = {
+        f"{entry.pseudonym}@{entry.revision}": {
+            "trained": [asdict(event) for event in entry.trained],
+            "settled": [asdict(event) for event in entry.settled],
+            "consumed": entry.consumed,
+        }
+        for entry in wave.revisions
+    }
+    parents = [
+        {"name": f"{entry.pseudonym}@{entry.revision}#parent", "annotations": {"revision": entry.parent}}
+        for entry in wave.revisions
+    ]
+    materials = [{"name": name, "digest": {"sha256": digest}} for name, digest in wave.materials.items()]
+    return {
+        "_type": STATEMENT,
+        "subject": subjects,
+        "predicateType": PROVENANCE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {**wave.parameters, "experience": consumed},
+                "internalParameters": {**asdict(header), "wave": wave.wave, "numerics": wave.numerics},
+                "resolvedDependencies": [*materials, *parents],
+            },
+            "runDetails": {"builder": {"id": "https://populace.dev/controller"}},
+        },
+    }
+
+
+def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManifest]:
+    definition = payload["predicate"]["buildDefinition"]
+    internal, external = definition["internalParameters"], dict(definition["externalParameters"])
+    experience = external.pop("experience")
+    dependencies = definition["resolvedDependencies"]
+    parents = {
+        item["name"].removesuffix("#parent"): item["annotations"]["revision"]
+        for item in dependencies
+        if item["name"].endswith("#parent")
+    }
+    entries = []
+    for subject in payload["subject"]:
+        name, notes = subject["name"], subject["annotations"]
+        pseudonym, _, revision = name.rpartition("@")
+        blobs = {part: BlobPlace(**place) for part, place in notes["blobs"].items()}
+        if blobs["weights"].sha256 != subject["digest"]["sha256"]:
+            raise ValueError(f"subject {name} names two digests for one blob")
+        entries.append(
+            RevisionEntry(
+                pseudonym=pseudonym,
+                revision=int(revision),
+                parent=parents[name],
+                blobs=blobs,
+                experts=notes["experts"],
+                trained=[_event(event) for event in experience[name]["trained"]],
+                settled=[_settled(event) for event in experience[name]["settled"]],
+                consumed=_position(experience[name]["consumed"]),
+                metrics=notes["metrics"],
+            )
+        )
+    wave = WaveManifest(
+        wave=internal["wave"],
+        revisions=entries,
+        parameters=external,
+        materials={item["name"]: item["digest"]["sha256"] for item in dependencies if "digest" in item},
+        numerics=internal["numerics"],
+    )
+    return RecordHeader(**{name: internal[name] for name in RecordHeader.__dataclass_fields__}), wave
+
+
+def _record(kind: str, body: dict[str, Any]) -> Record:
+    if kind == Attempt.KIND:
+        body["adapters"] = {user: [_event(e) for e in events] for user, events in body["adapters"].items()}
+    if kind == Settled.KIND:
+        body["events"] = [_settled(event) for event in body["events"]]
+        body["consumed"] = _position(body["consumed"])
+    record: Record = _KINDS[kind](**body)
+    return record
+
+
+def _event(body: Mapping[str, Any]) -> EventRef:
+    return EventRef(**{**body, "position": _position(body["position"])})
+
+
+def _settled(body: Mapping[str, Any]) -> SettledEvent:
+    return SettledEvent(event=_event(body["event"]), reason=body["reason"])
+
+
+def _position(value: Any) -> Position:
+    segment, row = value
+    return int(segment), int(row)
