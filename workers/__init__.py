@@ -1,0 +1,1 @@
+"""What runs beside the base model: layout, slabs, the fused step, rollouts, the Ray actor."""

@@ -1,0 +1,227 @@
+"""What crosses the Ray boundary: plain frozen records of NumPy arrays, one noun per stage.
+
+    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch -> StepResult
+
+Suffixes: P prompt tokens, C completion tokens, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from populace.storage.pack import BlobPlace
+from populace.workers.layout import AdapterSpec
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+ExpertIds = NDArray[np.int16]
+"""[tokens, L, K]; -1 where unknown."""
+
+
+class AdapterKey(NamedTuple):
+    """One revision of one adapter: what a slot holds."""
+
+    pseudonym: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """An adapter revision and where its bytes are; without places it is the initialisation of `seed`."""
+
+    key: AdapterKey
+    spec: AdapterSpec
+    seed: int
+    weights: BlobPlace | None = None
+    moments: BlobPlace | None = None
+    experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """Answer one prompt `num_samples` times with one adapter."""
+
+    adapter: AdapterKey
+    event_id: str
+    prompt_ids: Ints
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    """0 takes the likeliest token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One completion. What is not known of a logged one is None."""
+
+    completion_ids: Ints
+    """[C], the end-of-turn token included where there is one."""
+    logprobs: Floats | None
+    """[C] natural log-probabilities under the sampling distribution."""
+    expert_ids: ExpertIds | None
+    """[C-1 or C, L, K]: routing of every completion token that was fed back."""
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All samples of one task. They share the prompt, which is computed once."""
+
+    adapter: AdapterKey
+    event_id: str
+    prompt_ids: Ints
+    prompt_expert_ids: ExpertIds | None
+    samples: tuple[Sample, ...]
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredSample:
+    sample: Sample
+    reward: float
+    base_logprobs: Floats | None
+    """[C] under the base alone, by its own routing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainGroup:
+    """One event, ready to learn from. `kind` is task, trajectory or demonstration."""
+
+    event_id: str
+    kind: str
+    prompt_ids: Ints
+    prompt_expert_ids: ExpertIds | None
+    samples: tuple[ScoredSample, ...]
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBatch:
+    """Everything one adapter learns from in this wave."""
+
+    adapter: AdapterKey
+    groups: tuple[TrainGroup, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveBatch:
+    adapters: tuple[AdapterBatch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUpdate:
+    """What one adapter's step gave. `status`: updated, no_signal or non_finite; only `updated` has bytes."""
+
+    adapter: AdapterKey
+    status: str
+    weights: bytes
+    moments: bytes
+    experts: tuple[int, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    updates: tuple[AdapterUpdate, ...]
+    num_rows: int
+    """Rows that went through the base, forward and backward."""
+
+
+_EVIDENCE = pa.schema(
+    [
+        ("event_id", pa.string()),
+        ("kind", pa.string()),
+        ("temperature", pa.float64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt_expert_ids", pa.binary()),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("base_logprobs", pa.list_(pa.float32())),
+        ("expert_ids", pa.binary()),
+        ("finished", pa.bool_()),
+        ("reward", pa.float64()),
+    ]
+)
+
+
+def encode_evidence(groups: Sequence[TrainGroup]) -> bytes:
+    """What a revision learned from, as an Arrow IPC stream with one row per sample; expert ids are `.npy`."""
+    rows = [
+        {
+            "event_id": group.event_id,
+            "kind": group.kind,
+            "temperature": group.temperature,
+            "prompt_ids": group.prompt_ids,
+            "prompt_expert_ids": _to_npy(group.prompt_expert_ids),
+            "completion_ids": scored.sample.completion_ids,
+            "logprobs": scored.sample.logprobs,
+            "base_logprobs": scored.base_logprobs,
+            "expert_ids": _to_npy(scored.sample.expert_ids),
+            "finished": scored.sample.finished,
+            "reward": scored.reward,
+        }
+        for group in groups
+        for scored in group.samples
+    ]
+    sink = io.BytesIO()
+    table = pa.Table.from_pylist(rows, schema=_EVIDENCE)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def decode_evidence(body: bytes) -> tuple[TrainGroup, ...]:
+    """The inverse of `encode_evidence`."""
+    groups: dict[str, list[dict[str, object]]] = {}
+    for row in pa.ipc.open_stream(body).read_all().to_pylist():
+        groups.setdefault(row["event_id"], []).append(row)
+    return tuple(_group_from_rows(rows) for rows in groups.values())
+
+
+def _group_from_rows(rows: list[dict[str, object]]) -> TrainGroup:
+    def array(value: object, dtype: type) -> NDArray[np.generic] | None:
+        return None if value is None else np.asarray(value, dtype=dtype)
+
+    first = rows[0]
+    return TrainGroup(
+        event_id=str(first["event_id"]),
+        kind=str(first["kind"]),
+        temperature=float(first["temperature"]),  # type: ignore[arg-type]
+        prompt_ids=np.asarray(first["prompt_ids"], dtype=np.int32),
+        prompt_expert_ids=_from_npy(first["prompt_expert_ids"]),
+        samples=tuple(
+            ScoredSample(
+                sample=Sample(
+                    completion_ids=np.asarray(row["completion_ids"], dtype=np.int32),
+                    logprobs=array(row["logprobs"], np.float32),  # type: ignore[arg-type]
+                    expert_ids=_from_npy(row["expert_ids"]),
+                    finished=bool(row["finished"]),
+                ),
+                reward=float(row["reward"]),  # type: ignore[arg-type]
+                base_logprobs=array(row["base_logprobs"], np.float32),  # type: ignore[arg-type]
+            )
+            for row in rows
+        ),
+    )
+
+
+def _to_npy(ids: ExpertIds | None) -> bytes | None:
+    if ids is None:
+        return None
+    sink = io.BytesIO()
+    np.save(sink, ids, allow_pickle=False)
+    return sink.getvalue()
+
+
+def _from_npy(body: object) -> ExpertIds | None:
+    if body is None:
+        return None
+    ids: ExpertIds = np.load(io.BytesIO(body), allow_pickle=False)  # type: ignore[arg-type]
+    return ids

@@ -1,0 +1,117 @@
+"""One shard at work: base, slab, rollouts, scoring, the fused step. What the Ray actor wraps; free of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from populace.storage.objects import ObjectStore, open_store
+from populace.workers.attention import PackedAttention
+from populace.workers.base import BaseModel, resolve_dtype, token_logprobs
+from populace.workers.batch import (
+    AdapterKey,
+    AdapterRef,
+    Floats,
+    RolloutGroup,
+    RolloutRequest,
+    StepResult,
+    WaveBatch,
+)
+from populace.workers.layout import BaseDims
+from populace.workers.residency import Residency
+from populace.workers.rollout import roll_out
+from populace.workers.rows import SequenceGroup, pack_rows
+from populace.workers.slab import Slab
+from populace.workers.step import Step
+from populace.workers.train_step import TrainerSettings, train_wave
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSettings:
+    """What an actor needs to know to start."""
+
+    base_folder: str
+    dtype: str
+    store_url: str
+    slots: int
+    threads: int
+    """0: all processors."""
+    eos_ids: frozenset[int]
+    trainer: TrainerSettings
+
+
+class ShardEngine:
+    """The methods of a shard group, in this process."""
+
+    def __init__(self, settings: ShardSettings, store: ObjectStore | None = None) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.base = BaseModel(Path(settings.base_folder), resolve_dtype(settings.dtype))
+        self.slab = Slab(self.base.dims, settings.slots, self.base.dtype)
+        self.residency = Residency(self.slab, store or open_store(settings.store_url))
+
+    def describe(self) -> tuple[BaseDims, dict[str, str]]:
+        """Shapes of the base, and the numerics fingerprint of this shard."""
+        return self.base.dims, {
+            "device": "cpu",
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "backend": self.settings.trainer.backend,
+            "optimizer": "slab-adamw",
+            "threads": str(torch.get_num_threads()),
+            "numerics": "fast",
+        }
+
+    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int:
+        return self.residency.page_in(refs, with_moments)
+
+    def evict(self, keys: Sequence[AdapterKey]) -> None:
+        self.residency.evict(keys)
+
+    def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None:
+        for old, new in pairs:
+            self.residency.committed(old, new)
+
+    def num_hot(self) -> int:
+        return self.residency.num_hot
+
+    def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
+        return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.settings.trainer.backend)
+
+    @torch.no_grad()
+    def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]:
+        """Log-probabilities of every completion under the base alone, by its own routing: one tuple of [C] per
+        group. Runs in passes of `max_rows_per_pass`."""
+        scores: list[tuple[Floats, ...]] = []
+        for part in _parts(groups, self.settings.trainer.max_rows_per_pass):
+            rows = pack_rows(part)
+            step = Step.of(rows, PackedAttention(rows), None, self.settings.trainer.backend)
+            logprob_N = token_logprobs(self.base, self.base.hidden(step), step)
+            pieces = iter(torch.split(logprob_N, list(rows.target_counts)))
+            scores += [tuple(next(pieces).numpy() for _ in group.branches) for group in part]
+        return scores
+
+    def train_wave(self, batch: WaveBatch) -> StepResult:
+        return train_wave(self.base, self.slab, batch, self.settings.trainer)
+
+
+def _parts(groups: Sequence[RolloutGroup], max_rows: int) -> list[list[SequenceGroup]]:
+    parts: list[list[SequenceGroup]] = []
+    rows = max_rows
+    for group in groups:
+        sequence = SequenceGroup(
+            slot=(-1, -1),
+            prompt_ids=group.prompt_ids,
+            branches=tuple(sample.completion_ids for sample in group.samples),
+            temperature=group.temperature,
+        )
+        if not parts or rows + sequence.num_rows > max_rows:
+            parts.append([])
+            rows = 0
+        parts[-1].append(sequence)
+        rows += sequence.num_rows
+    return parts

@@ -1,0 +1,155 @@
+"""`AdapterLayout`: which modules carry LoRA, their shapes, and each tensor's place in an adapter's flat buffer.
+
+The order is fixed for ever: the dense part (layer by layer, module by module, A then B), then expert 0 … E-1,
+each layer by layer. So a blob is independent of the number of shards, and an expert's tensors lie together.
+
+Suffixes: L layers, E experts, D in, F out, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DENSE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """What an adapter is made of; fixed when it is created."""
+
+    rank: int
+    expert_rank: int
+    alpha: float
+    learning_rate: float
+    b_learning_rate_ratio: float = 1.0
+
+    def rank_of(self, module: str) -> int:
+        return self.expert_rank if module in EXPERT_MODULES else self.rank
+
+    def scale_of(self, module: str) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.rank_of(module)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(body: Mapping[str, Any]) -> AdapterSpec:
+        return AdapterSpec(**body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseDims:
+    """The shapes of a base that adapters depend on."""
+
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+    shapes: tuple[tuple[str, int, int], ...]
+    """(module, F, D) for every module that carries LoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """One tensor inside the flat buffer; an expert's place is relative to the start of that expert's part."""
+
+    module: str
+    layer: int
+    which: str
+    offset: int
+    shape: tuple[int, int]
+
+
+class AdapterLayout:
+    """Places of all tensors for ranks `rank` and `expert_rank`."""
+
+    def __init__(self, dims: BaseDims, rank: int, expert_rank: int) -> None:
+        self.dims, self.rank, self.expert_rank = dims, rank, expert_rank
+        self.dense, self.dense_size = self._places(DENSE_MODULES, rank)
+        self.expert, self.expert_size = self._places(EXPERT_MODULES, expert_rank)
+        self.size = self.dense_size + dims.num_experts * self.expert_size
+
+    def _places(self, modules: tuple[str, ...], rank: int) -> tuple[dict[tuple[str, int, str], TensorPlace], int]:
+        shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
+        places, offset = {}, 0
+        for layer in range(self.dims.num_layers):
+            for module in modules:
+                out, inp = shapes[module]
+                for which, shape in (("a", (rank, inp)), ("b", (out, rank))):
+                    places[module, layer, which] = TensorPlace(module, layer, which, offset, shape)
+                    offset += shape[0] * shape[1]
+        return places, offset
+
+    def view(self, flat: Tensor, module: str, layer: int, which: str) -> Tensor:
+        """The tensor inside `flat` [..., N]: [..., rows, cols], or [..., E, rows, cols] for expert modules.
+        Shares memory."""
+        lead, strides = flat.shape[:-1], flat.stride()[:-1]
+        if module in EXPERT_MODULES:
+            place = self.expert[module, layer, which]
+            shape = (*lead, self.dims.num_experts, *place.shape)
+            stride = (*strides, self.expert_size, place.shape[1], 1)
+            return flat.as_strided(shape, stride, flat.storage_offset() + self.dense_size + place.offset)
+        place = self.dense[module, layer, which]
+        return flat.as_strided(
+            (*lead, *place.shape), (*strides, place.shape[1], 1), flat.storage_offset() + place.offset
+        )
+
+    def expert_range(self, expert: int) -> tuple[int, int]:
+        start = self.dense_size + expert * self.expert_size
+        return start, start + self.expert_size
+
+
+def stored_rank(rank: int, dtype: torch.dtype) -> int:
+    """Rank as a slab stores it: rows of 16 bytes, which grouped products need and which keeps rank 1 off the
+    matrix-vector path whose bits depend on the number of rows."""
+    multiple = 16 // dtype.itemsize
+    return math.ceil(rank / multiple) * multiple
+
+
+@functools.lru_cache(maxsize=256)
+def padding_index(exact: AdapterLayout, stored: AdapterLayout) -> Tensor:
+    """index_N such that stored_row[index_N] is the exact flat buffer."""
+    marks = torch.zeros(stored.size, dtype=torch.int64)
+    positions = torch.arange(exact.size)
+    for place in exact.dense.values():
+        _mark(exact, stored, positions, marks, place)
+    for place in exact.expert.values():
+        _mark(exact, stored, positions, marks, place)
+    # marks[stored position] = exact position + 1
+    index_N = torch.empty(exact.size, dtype=torch.int64)
+    where = marks.nonzero().squeeze(1)
+    index_N[marks[where] - 1] = where
+    return index_N
+
+
+def _mark(exact: AdapterLayout, stored: AdapterLayout, positions: Tensor, marks: Tensor, place: TensorPlace) -> None:
+    source = exact.view(positions, place.module, place.layer, place.which)
+    target = stored.view(marks, place.module, place.layer, place.which)
+    target[..., : source.shape[-2], : source.shape[-1]] = source + 1
+
+
+@functools.lru_cache(maxsize=64)
+def layout_of(dims: BaseDims, rank: int, expert_rank: int) -> AdapterLayout:
+    return AdapterLayout(dims, rank, expert_rank)
+
+
+def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
+    """Revision 0 as a flat fp32 buffer [N]: A uniform in ±1/sqrt(D) as PEFT and nn.Linear draw it (Kaiming with
+    a = sqrt 5), B zero. NumPy's Philox, so that the same seed gives the same bits in every torch version."""
+    flat = torch.zeros(layout.size)
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    draws = torch.from_numpy(generator.random(layout.size, dtype=np.float32) * 2 - 1)
+    for (module, layer, which), place in {**layout.dense, **layout.expert}.items():
+        if which == "a":
+            bound = 1 / math.sqrt(place.shape[1])
+            layout.view(flat, module, layer, which).copy_(layout.view(draws, module, layer, which) * bound)
+    return flat

@@ -1,0 +1,184 @@
+"""Batched sampling for many adapters at once, with a KV cache.
+
+A user's samples don't depend on who is decoded beside them: the noise of a sample is drawn from a counter-based
+generator keyed by (adapter seed, revision, event, sample), one number per position.
+
+Suffixes: B sequences that still run, T rows, V vocabulary, L layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from populace.workers.attention import CachedAttention, KvCache, PackedAttention
+from populace.workers.base import BaseModel
+from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
+from populace.workers.rows import PackedRows, SequenceGroup, pack_rows
+from populace.workers.slab import Slab
+from populace.workers.step import Step
+
+_BLOCK = 256
+
+
+class _Sequence:
+    """One sample while it grows."""
+
+    def __init__(self, request: int, slot: tuple[int, int], uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]):
+        self.request, self.slot, self.uniforms = request, slot, uniforms
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.expert_ids: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]] = []
+        self.finished = False
+
+
+@torch.no_grad()
+def roll_out(
+    base: BaseModel, slab: Slab, requests: Sequence[RolloutRequest], eos_ids: frozenset[int], backend: str
+) -> list[RolloutGroup]:
+    """Answer every request with its adapter; the adapters must be in the slab. Groups come in the order of the
+    requests."""
+    ordered = sorted(range(len(requests)), key=lambda index: _slot(slab, requests[index]))
+    rows = pack_rows(
+        [SequenceGroup(slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()) for i in ordered]
+    )
+    attention = PackedAttention(rows, keep=True)
+    step = Step.of(rows, attention, slab, backend, record_routing=True)
+    hidden_TD = base.hidden(step)
+    last_T = torch.tensor(rows.group_lengths).cumsum(0) - 1
+    prompt_ids = torch.split(step.recorded_TLK(), list(rows.group_lengths))
+    prompt_expert_ids = dict(zip(ordered, (ids.numpy() for ids in prompt_ids), strict=True))
+
+    samples_G = torch.tensor([requests[i].num_samples for i in ordered])
+    sequences = [
+        _Sequence(i, _slot(slab, requests[i]), _uniforms(slab, requests[i], sample))
+        for i in ordered
+        for sample in range(requests[i].num_samples)
+    ]
+    max_new = max(request.max_new_tokens for request in requests)
+    cache = KvCache.from_prefill(attention, samples_G, max_new)
+    running = list(sequences)
+    logits_BV = base.logits(
+        torch.repeat_interleave(hidden_TD[last_T], samples_G, dim=0) / _temperatures(running, requests, base.dtype)
+    )
+    while True:
+        _choose(logits_BV, running, requests, eos_ids)
+        keep_B = torch.tensor([place for place, item in enumerate(running) if not item.finished])
+        if len(keep_B) == 0:
+            break
+        if len(keep_B) < len(running):
+            running = [running[place] for place in keep_B.tolist()]
+            cache.select(keep_B)
+        step = Step.of(_decode_rows(running, cache), CachedAttention(cache), slab, backend, record_routing=True)
+        logits_BV = base.logits(base.hidden(step) / _temperatures(running, requests, base.dtype))
+        for item, ids in zip(running, step.recorded_TLK().numpy(), strict=True):
+            item.expert_ids.append(ids)
+        cache.length_B = cache.length_B + 1
+    return _groups(requests, sequences, prompt_expert_ids, eos_ids, base.routing_shape)
+
+
+def _choose(
+    logits_BV: Tensor,
+    running: Sequence[_Sequence],
+    requests: Sequence[RolloutRequest],
+    eos_ids: frozenset[int],
+) -> None:
+    """Append one token to every sequence: inverse transform sampling with the sequence's own number."""
+    greedy_B = torch.tensor([requests[item.request].temperature == 0 for item in running])
+    prob_BV = torch.softmax(logits_BV, dim=1)
+    uniform_B = torch.tensor([item.uniforms[len(item.tokens)] for item in running])
+    token_B = torch.where(greedy_B, logits_BV.argmax(1), _inverse_transform(prob_BV, uniform_B))
+    chosen_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).log()
+    for item, token, logprob in zip(running, token_B.tolist(), chosen_B.tolist(), strict=True):
+        item.tokens.append(token)
+        item.logprobs.append(logprob)
+        item.finished = token in eos_ids or len(item.tokens) >= requests[item.request].max_new_tokens
+
+
+def _inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token whose interval of the cumulated probabilities holds the draw, [B]. Two levels, because a plain
+    cumulated sum over a vocabulary takes longer than its softmax: first the block, then the token inside."""
+    num_tokens = prob_BV.shape[1]
+    missing = -num_tokens % _BLOCK
+    prob_BKW = (pad(prob_BV, (0, missing)) if missing else prob_BV).view(len(prob_BV), -1, _BLOCK)
+    blocks_BK = prob_BKW.sum(-1).double().cumsum(1)
+    # The last sum is 1 only up to rounding: scale the draw to it, so that no draw falls off the end.
+    draw_B1 = (uniform_B * blocks_BK[:, -1]).unsqueeze(1)
+    block_B1 = torch.searchsorted(blocks_BK, draw_B1, right=True).clamp(max=blocks_BK.shape[1] - 1)
+    before_B1 = torch.where(block_B1 > 0, blocks_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inside_BW = prob_BKW[torch.arange(len(prob_BV)), block_B1.squeeze(1)].double().cumsum(1)
+    # Rounding between the two levels must not step onto a token of probability zero.
+    draw_B1 = torch.minimum(draw_B1 - before_B1, inside_BW[:, -1:] * (1 - 1e-12))
+    place_B1 = torch.searchsorted(inside_BW, draw_B1, right=True).clamp(max=_BLOCK - 1)
+    return (block_B1 * _BLOCK + place_B1).squeeze(1).clamp(max=num_tokens - 1)
+
+
+def _decode_rows(running: Sequence[_Sequence], cache: KvCache) -> PackedRows:
+    """One row per sequence: its newest token at its next position."""
+    slot_T2 = torch.tensor([item.slot for item in running])
+    return PackedRows(
+        token_T=torch.tensor([item.tokens[-1] for item in running]),
+        position_T=cache.length_B,
+        arena_T=slot_T2[:, 0].contiguous(),
+        slot_T=slot_T2[:, 1].contiguous(),
+        branch_T=torch.full((len(running),), -1),
+        group_lengths=(1,) * len(running),
+        expert_ids_TLK=None,
+        target_row_N=torch.zeros(0, dtype=torch.int64),
+        target_token_N=torch.zeros(0, dtype=torch.int64),
+        target_masked_N=torch.zeros(0, dtype=torch.bool),
+        temperature_N=torch.zeros(0),
+        target_counts=(),
+    )
+
+
+def _groups(
+    requests: Sequence[RolloutRequest],
+    sequences: Sequence[_Sequence],
+    prompt_expert_ids: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int16]]],
+    eos_ids: frozenset[int],
+    routing_shape: tuple[int, int],
+) -> list[RolloutGroup]:
+    samples: dict[int, list[Sample]] = {index: [] for index in range(len(requests))}
+    for item in sequences:
+        samples[item.request].append(
+            Sample(
+                completion_ids=np.asarray(item.tokens, dtype=np.int32),
+                logprobs=np.asarray(item.logprobs, dtype=np.float32),
+                expert_ids=np.stack(item.expert_ids) if item.expert_ids else np.zeros((0, *routing_shape), np.int16),
+                finished=item.tokens[-1] in eos_ids,
+            )
+        )
+    return [
+        RolloutGroup(
+            adapter=request.adapter,
+            event_id=request.event_id,
+            prompt_ids=request.prompt_ids,
+            prompt_expert_ids=prompt_expert_ids[index],
+            samples=tuple(samples[index]),
+            temperature=request.temperature or 1.0,
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
+def _temperatures(running: Sequence[_Sequence], requests: Sequence[RolloutRequest], dtype: torch.dtype) -> Tensor:
+    """[B, 1]; dividing the hidden state is dividing the logits, at a hundredth of the cost. Greedy counts as 1."""
+    return torch.tensor([[requests[item.request].temperature or 1.0] for item in running], dtype=dtype)
+
+
+def _slot(slab: Slab, request: RolloutRequest) -> tuple[int, int]:
+    slot = slab.slots[request.adapter]
+    return slot.arena, slot.row
+
+
+def _uniforms(slab: Slab, request: RolloutRequest, sample: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """One number in [0, 1) per position."""
+    name = f"{slab.slots[request.adapter].seed}/{request.adapter.revision}/{request.event_id}/{sample}"
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "big")
+    return np.random.Generator(np.random.Philox(key=key)).random(request.max_new_tokens)

@@ -1,0 +1,62 @@
+"""One pass through the base: which rows, which adapters, which attention. What the replaced modules look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from populace.kernels.lora import LoraWeights
+from populace.kernels.tiles import SegmentPlan, plan_segments
+from populace.workers.attention import Attention
+from populace.workers.rows import PackedRows
+from populace.workers.slab import Slab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    rows: PackedRows
+    attention: Attention
+    slab: Slab | None
+    """None runs the base alone."""
+    backend: str
+    plan: SegmentPlan
+    routing: list[Tensor] | None = field(default=None)
+    """Where given, every MoE block appends its selection, [T, K] int16, in layer order."""
+
+    @staticmethod
+    def of(
+        rows: PackedRows, attention: Attention, slab: Slab | None, backend: str, record_routing: bool = False
+    ) -> Step:
+        return Step(
+            rows=rows,
+            attention=attention,
+            slab=slab,
+            backend=backend,
+            plan=plan_segments(rows.arena_T, rows.slot_T),
+            routing=[] if record_routing else None,
+        )
+
+    def lora(self, module: str, layer: int) -> Sequence[LoraWeights]:
+        return () if self.slab is None else self.slab.lora(module, layer)
+
+    def recorded_TLK(self) -> Tensor:
+        assert self.routing is not None
+        return torch.stack(self.routing, dim=1)
+
+
+class StepHolder:
+    """Where the modules of one base find the step that runs. Belongs to that base, is set for one pass."""
+
+    def __init__(self) -> None:
+        self._step: Step | None = None
+
+    @property
+    def step(self) -> Step:
+        assert self._step is not None, "a base is called through BaseModel.hidden"
+        return self._step
+
+    def set(self, step: Step | None) -> None:
+        self._step = step
