@@ -1,0 +1,100 @@
+"""Exams: revisions answer the tasks that are never trained on, and tips are judged by them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from statistics import fmean
+
+from populace.population.evaluation import VerdictPolicy, verdict
+from populace.population.ledger import Ledger
+from populace.population.prepare import task_request
+from populace.population.rewards import Reply
+from populace.population.stream import LoggedEvent
+from populace.population.trials import Trials, revision_ref, task_of
+from populace.storage.catalog import AdapterState
+from populace.storage.manifest import Position, Verdict
+from populace.workers.batch import AdapterKey
+
+
+class Examiner:
+    """Measures held-out rewards, each revision once, and appends verdicts. `ledger` must be claimed to judge."""
+
+    def __init__(self, trials: Trials, ledger: Ledger) -> None:
+        self.trials, self.ledger, self.settings = trials, ledger, trials.settings
+        self._heldout_rewards: dict[AdapterKey, dict[str, float]] = {}
+        self._answerable: dict[tuple[str, Position], bool] = {}
+
+    def evaluate(self) -> list[Verdict]:
+        """Judge every adapter whose tip is not what serves, on its held-out tasks."""
+        policy = VerdictPolicy(
+            **{
+                name: getattr(self.settings.evaluation, name)
+                for name in ("min_tasks", "too_few", "confidence", "tolerance")
+            }
+        )
+        candidates = [adapter for adapter in self.ledger.catalog if adapter.tip != adapter.serving]
+        verdicts = []
+        size = self.settings.scheduler.max_adapters_per_wave
+        for start in range(0, len(candidates), size):
+            part = candidates[start : start + size]
+            self.measure([(adapter, n) for adapter in part for n in (adapter.tip, adapter.serving)])
+            for adapter in part:
+                tip, serving = (self.heldout_rewards(adapter, number) for number in (adapter.tip, adapter.serving))
+                record = verdict(adapter, tip, serving, policy)
+                self.ledger.append(adapter.partition, record)
+                verdicts.append(record)
+        return verdicts
+
+    def heldout_rewards(self, adapter: AdapterState, revision: int) -> dict[str, float]:
+        """Task id -> mean reward of `revision` on its user's held-out tasks, as last measured."""
+        return self._heldout_rewards.get(AdapterKey(adapter.pseudonym, revision), {})
+
+    def heldout_tasks(self, pseudonym: str) -> list[LoggedEvent]:
+        """The held-out tasks that evaluations use: the first ones that can be answered and rewarded."""
+        queue = self.ledger.pending.queues.get(pseudonym)
+        tasks = () if queue is None else (item for item in queue.heldout if self._is_answerable(item))
+        return list(itertools.islice(tasks, self.settings.evaluation.max_tasks))
+
+    def _is_answerable(self, logged: LoggedEvent) -> bool:
+        name = (logged.user, logged.ref.position)
+        if name not in self._answerable:
+            task = task_of(logged)
+            self._answerable[name] = task.reward in self.settings.rewards.functions and not isinstance(
+                task_request(task, self.trials.requester(AdapterKey("", 0)), self.settings.train), str
+            )
+        return self._answerable[name]
+
+    def answer_heldout(
+        self, exams: Sequence[tuple[AdapterState, int, Sequence[LoggedEvent]]], num_samples: int
+    ) -> list[tuple[AdapterKey, LoggedEvent, tuple[Reply, ...]]]:
+        """Let revisions answer tasks: every (revision, task) with what a reward sees of the answers, in order."""
+        asked = [
+            (AdapterKey(adapter.pseudonym, revision), logged) for adapter, revision, tasks in exams for logged in tasks
+        ]
+        if not asked:
+            return []
+        refs = {(adapter.pseudonym, n): revision_ref(adapter, n) for adapter, n, _ in exams}
+        self.trials.workers.page_in(list(refs.values()), False)
+        rollouts = self.trials.roll_out(
+            [self.trials.request(key, task_of(logged), num_samples) for key, logged in asked]
+        )
+        return [
+            (key, logged, self.trials.replies(logged, group, base))
+            for (key, logged), (group, base) in zip(asked, rollouts, strict=True)
+        ]
+
+    def measure(self, pairs: Sequence[tuple[AdapterState, int]]) -> None:
+        """Measure the held-out rewards that aren't known yet. Revisions never change, so once is enough."""
+        exams = []
+        for pseudonym, revision in dict.fromkeys((adapter.pseudonym, n) for adapter, n in pairs):
+            known = self._heldout_rewards.get(AdapterKey(pseudonym, revision), {})
+            tasks = [item for item in self.heldout_tasks(pseudonym) if item.event.event_id not in known]
+            exams.append((self.ledger.catalog.adapters[pseudonym], revision, tasks))
+        answers = self.answer_heldout(exams, self.settings.evaluation.samples_per_task)
+        requests = [self.trials.reward_request(logged, replies) for _, logged, replies in answers]
+        outcomes = self.trials.judge(requests)
+        for (key, logged, _), outcome in zip(answers, outcomes, strict=True):
+            # An answer that its reward can't judge is worth nothing: a tip must not be promoted for breaking it.
+            reward = 0.0 if isinstance(outcome, str) else fmean(outcome)
+            self._heldout_rewards.setdefault(key, {})[logged.event.event_id] = reward

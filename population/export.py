@@ -1,0 +1,92 @@
+"""A revision as a PEFT adapter folder that `peft.PeftModel.from_pretrained` loads on the base unchanged. Exact.
+
+Expert LoRA goes through PEFT's `target_parameters`. There `gate_up_proj` is one stacked parameter with one LoRA:
+separate gate and up of rank r become rank 2r with a block-diagonal B. PEFT stores the experts of `lora_A` one
+after another and those of `lora_B` interleaved.
+
+Suffixes: E experts, R rank, D in, F out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from populace.population.client import Population, revision_number
+from populace.population.trials import revision_ref
+from populace.storage.errors import InvalidInput
+from populace.storage.pack import read_blob
+from populace.workers.base import dims_of
+from populace.workers.layout import DENSE_MODULES, AdapterLayout, AdapterSpec, layout_of
+from populace.workers.slab import unpack_weights
+
+
+def export_peft(population: Population, user: str, folder: Path, revision: int | str = "serving") -> int:
+    """Write `user`'s revision into `folder`; returns its number. `InvalidInput` if the folder has files."""
+    population.ledger.refresh()
+    adapter = population.ledger.adapter(user)
+    number = revision_number(adapter, revision)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
+    ref, base = revision_ref(adapter, number), population.base()
+    layout = layout_of(dims_of(Path(base.folder)), ref.spec.rank, ref.spec.expert_rank)
+    blob = None if ref.weights is None else read_blob(population.store, ref.weights)
+    flat = unpack_weights(layout, ref.seed, blob, ref.experts)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(peft_tensors(layout, flat), folder / "adapter_model.safetensors", {"format": "pt"})
+    config = peft_config(ref.spec, base.folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    return number
+
+
+def peft_config(spec: AdapterSpec, base_folder: str) -> dict[str, object]:
+    """`adapter_config.json`. The stacked gate_up has twice the rank and twice the alpha: the same scale."""
+    gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_folder,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "target_modules": list(DENSE_MODULES),
+        "target_parameters": [gate_up, down],
+        "rank_pattern": {gate_up: 2 * spec.expert_rank, down: spec.expert_rank},
+        "alpha_pattern": {gate_up: 2 * spec.alpha, down: spec.alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def peft_tensors(layout: AdapterLayout, flat: Tensor) -> dict[str, Tensor]:
+    """PEFT's names and shapes for an adapter in exact layout."""
+    tensors = {}
+    for layer in range(layout.dims.num_layers):
+        prefix = f"base_model.model.model.layers.{layer}"
+        for module in DENSE_MODULES:
+            for which, name in (("a", "lora_A"), ("b", "lora_B")):
+                tensors[f"{prefix}.self_attn.{module}.{name}.weight"] = layout.view(flat, module, layer, which)
+        parts = {
+            (module, which): layout.view(flat, module, layer, which)
+            for module in ("gate_proj", "up_proj", "down_proj")
+            for which in "ab"
+        }
+        a_ERD = torch.cat([parts["gate_proj", "a"], parts["up_proj", "a"]], dim=1)
+        b_EFR = torch.stack(
+            [
+                torch.block_diag(gate, up)  # type: ignore[no-untyped-call]
+                for gate, up in zip(parts["gate_proj", "b"], parts["up_proj", "b"], strict=True)
+            ]
+        )
+        # PEFT wraps the block twice; the inner wrapper is gate_up's.
+        for where, a, b in (
+            ("base_layer.", a_ERD, b_EFR),
+            ("", parts["down_proj", "a"], parts["down_proj", "b"]),
+        ):
+            tensors[f"{prefix}.mlp.experts.{where}lora_A.weight"] = a.flatten(0, 1)
+            tensors[f"{prefix}.mlp.experts.{where}lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,85 @@
+"""What a person sees while a population trains: a live panel on a terminal, one line per wave elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+from populace.population.controller import Controller, WaveReport
+
+
+class View(Protocol):
+    def stage(self, text: str) -> None: ...
+    def wave(self, report: WaveReport, controller: Controller) -> None: ...
+
+
+class ConsoleView:
+    """Use as a context manager around a run."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = time.monotonic()
+        self._totals: Counter[str] = Counter()
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> ConsoleView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def stage(self, text: str) -> None:
+        self._console.print(f"[dim]{self._elapsed():6.0f} s[/]  {text}", soft_wrap=True)
+
+    def wave(self, report: WaveReport, controller: Controller) -> None:
+        seconds = sum(report.seconds.values())
+        self._totals.update(
+            waves=1,
+            updates=report.num_revisions,
+            tokens=report.num_tokens,
+            settled=report.num_settled,
+            milliseconds=round(1000 * seconds),
+        )
+        reward = "" if report.mean_reward is None else f"  reward {report.mean_reward:.3f}"
+        decisions = Counter(record.decision for record in report.verdicts)
+        verdicts = "".join(f"  {count} {decision}" for decision, count in decisions.items())
+        self.stage(
+            f"wave {controller.num_waves:3d}  {report.num_adapters} adapters  {report.num_revisions} revisions"
+            f"{reward}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}  [dim]({_stages(report)})[/]"
+        )
+        if self._live is not None:
+            self._live.update(self._panel(report, controller), refresh=True)
+
+    def _panel(self, report: WaveReport, controller: Controller) -> Panel:
+        totals, minutes = self._totals, max(self._totals["milliseconds"] / 60_000, 1e-9)
+        catalog = controller.ledger.catalog
+        hot = controller.workers.num_hot()
+        table = Table.grid(padding=(0, 3))
+        for label, value in (
+            ("waves", f"{totals['waves']}"),
+            ("users updated", f"{sum(bool(adapter.revisions) for adapter in catalog)}"),
+            ("revisions / min", f"{totals['updates'] / minutes:.1f}"),
+            ("tokens / s", f"{totals['tokens'] / minutes / 60:.0f}"),
+            ("mean reward", "-" if report.mean_reward is None else f"{report.mean_reward:.3f}"),
+            ("pending events", f"{controller.ledger.pending.num_pending()}"),
+            ("adapters", f"{hot} revisions hot, {len(catalog.adapters)} adapters in the store"),
+            ("last wave", _stages(report)),
+        ):
+            table.add_row(f"[bold]{label}[/]", value)
+        return Panel(table, title=f"populace · {controller.ledger.meta.name}", expand=False)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+
+def _stages(report: WaveReport) -> str:
+    return ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)

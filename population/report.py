@@ -1,0 +1,258 @@
+"""What a population learned, for people and for machines: report.html and report.json.
+
+The specialisation matrix lets every adapter answer every user's held-out tasks: on the diagonal a user's own
+adapter, beside it the others'. A task that several users share is answered once per adapter and judged by each
+user's own reward.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from populace.population.controller import Controller
+from populace.population.experience import digest_of_row, encode_event, messages_of
+from populace.population.rewards import Reply
+from populace.population.stream import LoggedEvent
+from populace.storage.catalog import AdapterState
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+MAX_USERS = 32
+MATRIX_TASKS = 4
+
+
+def write_report(controller: Controller, folder: Path, started: float) -> dict[str, Any]:
+    """Measure what isn't known yet, then write both files into `folder`. `started`: the run's start on the
+    monotonic clock."""
+    adapters = [
+        adapter
+        for adapter in sorted(controller.ledger.catalog, key=lambda item: _user(controller, item))
+        if controller.examiner.heldout_tasks(adapter.pseudonym)
+    ][:MAX_USERS]
+    for adapter in adapters:
+        controller.examiner.measure([(adapter, 0), (adapter, adapter.serving)])
+    figures = {**_figures(controller, adapters), "wall_s": time.monotonic() - started}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False))
+    (folder / "report.html").write_text(_html(figures))
+    return figures
+
+
+def print_report(folder: Path, console: Console) -> None:
+    """The table at the end of a run."""
+    figures = json.loads((folder / "report.json").read_text())
+    table = Table("user", "rank", "base", "after", "gain", "own - others", "revisions", "tokens")
+    for name, user in figures["users"].items():
+        table.add_row(
+            name,
+            str(user["rank"]),
+            f"{user['heldout_reward_base']:.2f}",
+            f"{user['heldout_reward_after']:.2f}",
+            f"{user['heldout_reward_after'] - user['heldout_reward_base']:+.2f}",
+            f"{user['own_minus_others']:+.2f}",
+            str(user["num_revisions"]),
+            str(user["num_tokens"]),
+        )
+    table.add_section()
+    base, after = figures["heldout_reward_base"], figures["heldout_reward_after"]
+    table.add_row(
+        "mean", "", f"{base:.2f}", f"{after:.2f}", f"{after - base:+.2f}", f"{figures['own_minus_others']:+.2f}",
+        str(figures["num_revisions"]), "",
+    )  # fmt: skip
+    console.print(table)
+    console.print(f"held-out reward, 0 to 1; {figures['wall_s']:.0f} s; more in {folder / 'report.html'}")
+
+
+def _figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[str, Any]:
+    matrix, samples = _matrix(controller, adapters)
+    users = {}
+    for row, adapter in enumerate(adapters):
+        others = [matrix[other, row] for other in range(len(adapters)) if other != row]
+        curve = [
+            {"revision": number, "reward": entry.metrics["reward"]}
+            for number, entry in sorted(adapter.revisions.items())
+            if "reward" in entry.metrics
+        ]
+        users[_user(controller, adapter)] = {
+            "rank": adapter.spec["rank"],
+            "heldout_reward_base": _mean(controller.examiner.heldout_rewards(adapter, 0)),
+            "heldout_reward_after": _mean(controller.examiner.heldout_rewards(adapter, adapter.serving)),
+            "own_minus_others": float(matrix[row, row] - fmean(others)) if others else 0.0,
+            "num_revisions": len(adapter.revisions),
+            "num_tokens": int(sum(entry.metrics.get("tokens", 0) for entry in adapter.revisions.values())),
+            "num_heldout_tasks": len(controller.examiner.heldout_tasks(adapter.pseudonym)),
+            "serving": adapter.serving,
+            "curve": curve,
+            "samples": samples[row],
+        }
+
+    def mean(field: str) -> float:
+        return fmean(user[field] for user in users.values()) if users else 0.0
+
+    return {
+        "population": controller.ledger.meta.name,
+        "base": controller.ledger.meta.base,
+        "base_digest": controller.ledger.meta.base_digest,
+        "seed": controller.ledger.meta.seed,
+        "numerics": controller.numerics,
+        "heldout_reward_base": mean("heldout_reward_base"),
+        "heldout_reward_after": mean("heldout_reward_after"),
+        "own_minus_others": mean("own_minus_others"),
+        "num_revisions": sum(user["num_revisions"] for user in users.values()),
+        "users": users,
+        "matrix": matrix.tolist(),
+    }
+
+
+def _matrix(
+    controller: Controller, adapters: Sequence[AdapterState]
+) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float64]], list[list[dict[str, str]]]]:
+    """[adapter, user] mean reward, and per user some answers before and after."""
+    tasks = [controller.examiner.heldout_tasks(adapter.pseudonym)[:MATRIX_TASKS] for adapter in adapters]
+    shared = {_prompt_digest(logged): logged for own in tasks for logged in own}
+    size = controller.settings.scheduler.max_adapters_per_wave
+    answers: dict[tuple[str, str], tuple[Reply, ...]] = {}
+    for start in range(0, len(adapters), size):
+        part = [(adapter, adapter.serving, list(shared.values())) for adapter in adapters[start : start + size]]
+        for key, logged, replies in controller.examiner.answer_heldout(part, 1):
+            answers[key.pseudonym, _prompt_digest(logged)] = replies
+    cells = [
+        (row, column, controller.trials.reward_request(logged, answers[adapter.pseudonym, _prompt_digest(logged)]))
+        for column, own in enumerate(tasks)
+        for logged in own
+        for row, adapter in enumerate(adapters)
+    ]
+    outcomes = controller.trials.judge([request for *_, request in cells])
+    total = np.zeros((len(adapters), len(adapters)))
+    count = np.zeros_like(total)
+    for (row, column, _), outcome in zip(cells, outcomes, strict=True):
+        if not isinstance(outcome, str):
+            total[row, column] += fmean(outcome)
+            count[row, column] += 1
+    before = {
+        (key.pseudonym, _prompt_digest(logged)): replies
+        for key, logged, replies in controller.examiner.answer_heldout(
+            [(a, 0, own[:2]) for a, own in _pairs(adapters, tasks)], 1
+        )
+    }
+    samples = [
+        [
+            {
+                "prompt": messages_of(logged.event.prompt)[-1]["content"],  # type: ignore[union-attr]
+                "before": before[adapter.pseudonym, _prompt_digest(logged)][0].text,
+                "after": answers[adapter.pseudonym, _prompt_digest(logged)][0].text,
+            }
+            for logged in own[:2]
+        ]
+        for adapter, own in _pairs(adapters, tasks)
+    ]
+    return total / np.maximum(count, 1), samples
+
+
+def _pairs(
+    adapters: Sequence[AdapterState], tasks: Sequence[list[LoggedEvent]]
+) -> list[tuple[AdapterState, list[LoggedEvent]]]:
+    return list(zip(adapters, tasks, strict=True))
+
+
+def _prompt_digest(logged: LoggedEvent) -> str:
+    """Same id and prompt, same answer: sampling is keyed by them."""
+    row = encode_event("", logged.event)
+    return digest_of_row({**row, "body": json.dumps(json.loads(row["body"])["prompt"])})
+
+
+def _user(controller: Controller, adapter: AdapterState) -> str:
+    return controller.ledger.pending.queues[adapter.pseudonym].user
+
+
+def _mean(rewards: dict[str, float]) -> float:
+    return fmean(rewards.values()) if rewards else 0.0
+
+
+def _html(figures: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{user['rank']}<td>{user['heldout_reward_base']:.2f}"
+        f"<td>{user['heldout_reward_after']:.2f}"
+        f"<td>{user['heldout_reward_after'] - user['heldout_reward_base']:+.2f}"
+        f"<td>{user['own_minus_others']:+.2f}<td>{user['num_revisions']}<td>{user['num_tokens']}"
+        for name, user in figures["users"].items()
+    )
+    replies = "".join(
+        f"<tr><td>{html.escape(name)}<td>{html.escape(item['prompt'])}<td>{html.escape(item['before'])}"
+        f"<td>{html.escape(item['after'])}"
+        for name, user in figures["users"].items()
+        for item in user["samples"]
+    )
+    base, after = figures["heldout_reward_base"], figures["heldout_reward_after"]
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<title>Populace: {html.escape(figures["population"])}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .7rem;border-bottom:1px solid #ddd;
+text-align:left;vertical-align:top}}img{{max-width:100%}}</style>
+<h1>{html.escape(figures["population"])}</h1>
+<p>{len(figures["users"])} users on <b>{html.escape(figures["base"])}</b>, {figures["num_revisions"]} revisions,
+{figures["wall_s"]:.0f} s. Mean held-out reward <b>{base:.2f}</b> on the base, <b>{after:.2f}</b> with the users' own
+adapters; own adapters beat the others' by <b>{figures["own_minus_others"]:+.2f}</b> on their users' tasks.</p>
+<table><tr><th>user<th>rank<th>base<th>after<th>gain<th>own - others<th>revisions<th>tokens</tr>{rows}</table>
+<h2>Specialisation</h2><p>Every adapter (row) on every user's held-out tasks (column).</p>
+{_image(_draw_matrix(figures))}
+<h2>Learning curves</h2><p>Mean reward of the rollouts that each revision learned from.</p>
+{_image(_draw_curves(figures))}
+<h2>Replies</h2><table><tr><th>user<th>prompt<th>before<th>after</tr>{replies}</table>
+</html>"""
+
+
+def _draw_matrix(figures: dict[str, Any]) -> Any:
+    names = list(figures["users"])
+    figure, axes = plt.subplots(figsize=(8.5, 7), layout="constrained")
+    image = axes.imshow(figures["matrix"], vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("held-out tasks of")
+    axes.set_ylabel("adapter of")
+    figure.colorbar(image, label="mean reward")
+    return figure
+
+
+def _draw_curves(figures: dict[str, Any]) -> Any:
+    figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
+    for name, user in figures["users"].items():
+        curve = user["curve"]
+        axes.plot([p["revision"] for p in curve], [p["reward"] for p in curve], alpha=0.6, lw=1, label=name)
+    last = max((p["revision"] for user in figures["users"].values() for p in user["curve"]), default=0)
+    means = [
+        fmean(values)
+        for number in range(1, last + 1)
+        if (
+            values := [
+                p["reward"] for user in figures["users"].values() for p in user["curve"] if p["revision"] == number
+            ]
+        )
+    ]
+    axes.plot(range(1, len(means) + 1), means, color="black", lw=3, label="mean")
+    axes.set_xlabel("revision")
+    axes.set_ylabel("reward of its rollouts")
+    axes.set_ylim(0, 1)
+    axes.legend(ncols=2, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _image(figure: Any) -> str:
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=110)
+    plt.close(figure)
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}">'

@@ -1,0 +1,120 @@
+"""Trials: tasks become rollouts with their log-probabilities under the base, and what rewards see of them.
+
+Used by the loop, which learns from trials, and by evaluations, which only look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from populace.configs.schema import Settings
+from populace.population.chat import Chat
+from populace.population.experience import Task, messages_of
+from populace.population.rewards import Reply, RewardOutcome, RewardRequest
+from populace.population.stream import LoggedEvent
+from populace.storage.catalog import AdapterState
+from populace.workers.batch import (
+    AdapterKey,
+    AdapterRef,
+    Floats,
+    RolloutGroup,
+    RolloutRequest,
+    StepResult,
+    WaveBatch,
+)
+from populace.workers.layout import AdapterSpec, BaseDims
+
+Score = Callable[[Sequence[RewardRequest], float], list[RewardOutcome]]
+Rollout = tuple[RolloutGroup, tuple[Floats, ...]]
+"""A group and its samples' log-probabilities under the base."""
+
+
+class Workers(Protocol):
+    """A shard group, or one engine in this process."""
+
+    def describe(self) -> tuple[BaseDims, dict[str, str]]: ...
+    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int: ...
+    def evict(self, keys: Sequence[AdapterKey]) -> None: ...
+    def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None: ...
+    def num_hot(self) -> int: ...
+    def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]: ...
+    def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]: ...
+    def train_wave(self, batch: WaveBatch) -> StepResult: ...
+
+
+class Trials:
+    """Asks revisions to answer tasks, and rewards to judge the answers."""
+
+    def __init__(self, settings: Settings, workers: Workers, chat: Chat, score: Score) -> None:
+        self.settings, self.workers, self.chat, self._score = settings, workers, chat, score
+
+    def requester(self, key: AdapterKey) -> Callable[[Task], RolloutRequest]:
+        return lambda task: self.request(key, task, self.settings.rollout.samples_per_task)
+
+    def request(self, key: AdapterKey, event: Task, num_samples: int) -> RolloutRequest:
+        return RolloutRequest(
+            adapter=key,
+            event_id=event.event_id,
+            prompt_ids=self.chat.prompt_ids(event.prompt),
+            num_samples=num_samples,
+            max_new_tokens=self.settings.rollout.max_new_tokens,
+            temperature=self.settings.rollout.temperature,
+        )
+
+    def roll_out(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """Rollouts, each with its log-probabilities under the base."""
+        if not requests:
+            return []
+        groups = self.workers.roll_out(requests)
+        return list(zip(groups, self.workers.score_base(groups), strict=True))
+
+    def replies(self, logged: LoggedEvent, group: RolloutGroup, base: tuple[Floats, ...]) -> tuple[Reply, ...]:
+        messages = tuple(messages_of(task_of(logged).prompt))
+        return tuple(
+            Reply(
+                messages=messages,
+                text=self.chat.text(sample.completion_ids),
+                num_tokens=len(sample.completion_ids),
+                finished=sample.finished,
+                base_logprob=float(np.mean(logprobs)),
+            )
+            for sample, logprobs in zip(group.samples, base, strict=True)
+        )
+
+    def reward_request(self, logged: LoggedEvent, replies: tuple[Reply, ...]) -> RewardRequest:
+        """What a reward worker is sent."""
+        task = task_of(logged)
+        target = self.settings.rewards.functions[task.reward]
+        return RewardRequest(target=target, arguments=task.reward_args, replies=replies)
+
+    def judge(self, requests: Sequence[RewardRequest]) -> list[RewardOutcome]:
+        """Run the rewards."""
+        return self._score(requests, self.settings.rewards.timeout_s) if requests else []
+
+
+def task_of(logged: LoggedEvent) -> Task:
+    assert isinstance(logged.event, Task)
+    return logged.event
+
+
+def tip_ref(adapter: AdapterState) -> AdapterRef:
+    return revision_ref(adapter, adapter.tip)
+
+
+def revision_ref(adapter: AdapterState, revision: int) -> AdapterRef:
+    """How workers find a revision's bytes."""
+    key, spec = AdapterKey(adapter.pseudonym, revision), AdapterSpec.from_dict(adapter.spec)
+    if revision == 0:
+        return AdapterRef(key=key, spec=spec, seed=adapter.seed)
+    entry = adapter.revisions[revision]
+    return AdapterRef(
+        key=key,
+        spec=spec,
+        seed=adapter.seed,
+        weights=entry.blobs["weights"],
+        moments=entry.blobs.get("moments"),
+        experts=tuple(entry.experts),
+    )
