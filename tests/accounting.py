@@ -1,0 +1,70 @@
+"""Where every acknowledged event ended, read from the logs alone and independently of the catalog."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from populace.population.client import Population
+from populace.population.experience import Rollback
+from populace.population.stream import ExperienceLog
+from populace.storage.commit import RevisionLogReader
+from populace.storage.manifest import Settled, WaveManifest
+
+Name = tuple[str, str]
+"""(user, event id)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    acknowledged: dict[str, set[str]]
+    trained: Counter[Name]
+    settled: Counter[Name]
+    heldout: set[Name]
+    reasons: dict[Name, str]
+    clashes: dict[Name, str]
+
+    def is_exact(self) -> bool:
+        """Every acknowledged event is in exactly one of trained, settled, held out, and there once."""
+        everything = {(user, event) for user, events in self.acknowledged.items() for event in events}
+        ends = self.trained + self.settled + Counter(self.heldout)
+        return set(ends) == everything and set(ends.values()) <= {1}
+
+
+def account(population: Population) -> Outcome:
+    meta = population.meta
+    acknowledged: dict[str, set[str]] = {}
+    user_of: dict[str, str] = {}
+    for partition in range(meta.partitions):
+        for _, events in ExperienceLog(population.store, meta.name, partition).read_from(0):
+            for logged in events:
+                user_of[meta.pseudonym(logged.user)] = logged.user
+                if not isinstance(logged.event, Rollback):
+                    acknowledged.setdefault(logged.user, set()).add(logged.ref.event_id)
+    trained: Counter[Name] = Counter()
+    settled: Counter[Name] = Counter()
+    reasons, clashes = {}, {}
+    for partition in range(meta.partitions):
+        for _, record in RevisionLogReader(population.store, meta.name, partition).read_new():
+            entries = []
+            if isinstance(record, WaveManifest):
+                entries = [(entry.pseudonym, entry.trained, entry.settled) for entry in record.revisions]
+            elif isinstance(record, Settled):
+                entries = [(record.pseudonym, [], record.events)]
+            for pseudonym, learned, out in entries:
+                user = user_of[pseudonym]
+                trained.update((user, ref.event_id) for ref in learned)
+                for item in out:
+                    name = (user, item.event.event_id)
+                    if item.reason.startswith("event id reused"):
+                        clashes[name] = item.reason
+                        continue
+                    settled[name] += 1
+                    reasons[name] = item.reason
+    population.ledger.refresh()
+    heldout = {
+        (queue.user, logged.ref.event_id)
+        for queue in population.ledger.pending.queues.values()
+        for logged in queue.heldout
+    }
+    return Outcome(acknowledged, trained, settled, heldout, reasons, clashes)

@@ -1,0 +1,126 @@
+"""Fixtures: tiny bases, engines in this process, populations in memory."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from populace.configs.schema import (
+    AdapterSettings,
+    BaseSettings,
+    EvaluationSettings,
+    RewardSettings,
+    RolloutSettings,
+    RunSettings,
+    SchedulerSettings,
+    Settings,
+)
+from populace.population.chat import Chat
+from populace.population.client import Population
+from populace.population.controller import Controller
+from populace.population.rewards import RewardOutcome, RewardRequest, score_replies
+from populace.storage.objects import MemoryStore
+from populace.workers.engine import ShardEngine, ShardSettings
+from populace.workers.losses import LossSettings
+from populace.workers.train_step import TrainerSettings
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bases are registered by name in the user's cache: tests, and the processes they start, use one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POPULACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {family: tiny.build(family, root / family) for family in ("mixtral", "qwen3_moe")}
+
+
+@pytest.fixture
+def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
+    def make(
+        family: str = "mixtral",
+        *,
+        backend: str = "grouped",
+        dtype: str = "float32",
+        slots: int = 32,
+        max_rows: int = 4096,
+    ) -> ShardEngine:
+        trainer = TrainerSettings(
+            backend=backend,
+            max_rows_per_pass=max_rows,
+            beta1=0.9,
+            beta2=0.99,
+            epsilon=1e-8,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            loss=LossSettings(kl_coefficient=0.05, kl_in_reward=False, importance_cap=2.0, baseline_decay=0.9),
+        )
+        settings = ShardSettings(
+            base_folder=str(bases[family]),
+            dtype=dtype,
+            store_url="memory://",
+            slots=slots,
+            threads=1,
+            eos_ids=frozenset({1}),
+            trainer=trainer,
+        )
+        return ShardEngine(settings, MemoryStore())
+
+    return make
+
+
+@pytest.fixture
+def settings(bases: dict[str, Path]) -> Settings:
+    """A population on the tiny Mixtral; small enough that a wave takes a tenth of a second."""
+    return Settings(
+        name="test",
+        partitions=2,
+        base=BaseSettings(model=str(bases["mixtral"]), dtype="float32"),
+        adapter=AdapterSettings(rank=4, expert_rank=1, learning_rate=1e-2),
+        rollout=RolloutSettings(samples_per_task=4, max_new_tokens=6),
+        scheduler=SchedulerSettings(max_adapters_per_wave=4, events_per_update=2, slots=8),
+        evaluation=EvaluationSettings(every_waves=2, heldout_share=0.25, samples_per_task=2),
+        rewards=RewardSettings(
+            functions={
+                name: f"tests.rewards:{name}"
+                for name in ("letters", "length", "constant", "raising", "hanging", "not_a_number", "dying")
+            }
+        ),
+        run=RunSettings(takeover_s=0.1),
+    )
+
+
+def score_here(requests: list[RewardRequest], timeout_s: float) -> list[RewardOutcome]:
+    """Rewards in this process; the Ray way has its own test."""
+    return [score_replies(request) for request in requests]
+
+
+@pytest.fixture
+def start(settings: Settings) -> Callable[..., Controller]:
+    """A controller that owns a population, with one engine in this process for workers."""
+
+    def start_controller(population: Population, engine: ShardEngine | None = None) -> Controller:
+        chat = Chat(population.base().folder)
+        if engine is None:
+            engine = ShardEngine(population.shard_settings(population.base(), chat), population.store)
+        population.ledger.refresh()
+        population.ledger.claim(population.settings.run.takeover_s)
+        return Controller(population.settings, population.ledger, engine, chat, score_here)
+
+    return start_controller

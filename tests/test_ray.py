@@ -1,0 +1,236 @@
+"""On a real Ray: the command, rewards with a time limit, kill -9, and a submitted job."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from populace.configs.load import load_settings
+from populace.configs.schema import Settings
+from populace.population.client import Population
+from populace.population.rewards import Reply, RewardRequest, score_on_ray
+from tests.accounting import account
+
+ROOT = Path(__file__).parent.parent
+POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
+HEAD = "127.0.0.2:26379"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head with the dashboard, on loopback; the environment in which others find it."""
+    temporary = Path("/tmp") / f"rp{os.getpid()}"  # Ray's socket paths must stay short
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path_factory.mktemp("ray") / "token"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    Path(environment["RAY_AUTH_TOKEN_PATH"]).write_text("a" * 64)
+    ray_command = Path(sys.executable).parent / "ray"
+    process = subprocess.Popen(
+        [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.2", "--port=26379",
+         "--dashboard-host=127.0.0.1", "--dashboard-port=28265", "--metrics-export-port=28080", "--num-cpus=4",
+         # The agents' default ports clash with any other Ray on this machine.
+         "--dashboard-agent-listen-port=28266", "--dashboard-agent-grpc-port=28267",
+         "--runtime-env-agent-port=28268",
+         "--object-store-memory=200000000", f"--temp-dir={temporary}", "--disable-usage-stats"],
+        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _wait_for_dashboard(process, environment)
+        yield environment
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_dashboard(process: subprocess.Popen[bytes], environment: dict[str, str]) -> None:
+    import urllib.error
+    import urllib.request
+
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request("http://127.0.0.1:28265/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "ray start ended"
+        try:
+            urllib.request.urlopen(request, timeout=5).read()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError("the dashboard did not come up")
+
+
+@pytest.fixture
+def config(bases: dict[str, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "ray",
+                "store": f"file://{tmp_path}/store",
+                "partitions": 2,
+                "experience": "tests.streams:experience",
+                "base": {"model": str(bases["mixtral"]), "dtype": "float32"},
+                "adapter": {"rank": 4, "learning_rate": 0.01},
+                "rollout": {"samples_per_task": 4, "max_new_tokens": 6},
+                "scheduler": {"max_adapters_per_wave": 4, "events_per_update": 1, "slots": 8},
+                "evaluation": {"every_waves": 3},
+                "rewards": {"functions": {"letters": "tests.rewards:letters"}},
+                "run": {"takeover_s": 2.5, "threads": 1},
+            }
+        )
+    )
+    return path
+
+
+def on_head(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "RAY_ADDRESS": HEAD}
+
+
+def open_population(config: Path) -> Population:
+    settings: Settings = load_settings(config)
+    return Population.open(settings.store, settings)
+
+
+@pytest.mark.timeout(1200)
+def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
+    head: dict[str, str], config: Path, tmp_path: Path
+) -> None:
+    environment = on_head(head)
+    seed = int(os.environ.get("POPULACE_TEST_SEED", time.time_ns() % 10**6))
+    print(f"kill seed {seed} (set POPULACE_TEST_SEED to repeat)")
+    chance = random.Random(seed)
+    log = open(tmp_path / "run.log", "wb")  # noqa: SIM115
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, stdout=log, stderr=log)
+        # Once the claim is there the waves begin; they take about a second together with their commits.
+        _wait_for_new_claim(process, tmp_path / "store")
+        time.sleep(chance.uniform(0.0, 2.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        population = open_population(config)
+        for user in population.users():
+            if population.ledger.catalog.get(population.meta.pseudonym(user)):
+                population.verify(user)
+        # New experience while nobody trains keeps every round busy.
+        from tests.streams import experience
+
+        population.enqueue_many(
+            (user, [_renamed(task, f"round-{kills}-{task.event_id}") for task in tasks[:4]])
+            for user, tasks in experience(population.settings)
+        )
+    assert kills == 10, "the run ended before it could be killed"
+    done = subprocess.run([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    population = open_population(config)
+    outcome = account(population)
+    assert sum(len(events) for events in outcome.acknowledged.values()) == 50 + 10 * 20
+    assert outcome.is_exact(), outcome
+    assert population.status().pending_events == 0
+    for user in population.users():
+        assert population.verify(user) == 3 * (len(population.revisions(user)) - 1)
+
+
+def _renamed(task, event_id: str):  # type: ignore[no-untyped-def]
+    import dataclasses
+
+    return dataclasses.replace(task, event_id=event_id)
+
+
+def _wait_for_new_claim(process: subprocess.Popen[bytes], store: Path) -> None:
+    """Until this run writes its first revision record."""
+    before = len(list(store.glob("ray/revisions/*/*.json")))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(store.glob("ray/revisions/*/*.json"))) > before:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no claim; the run's exit code is {process.poll()}")
+
+
+def test_ctrl_c_ends_after_the_current_wave_and_releases(head: dict[str, str], config: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*POPULACE, "run", str(config)],
+        env=on_head(head),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for_new_claim(process, tmp_path / "store")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, out
+    assert "stopping after this wave" in out
+    population = open_population(config)
+    assert not population.status().running
+    assert account(population).is_exact() or population.status().pending_events > 0
+    again = subprocess.run([*POPULACE, "run", str(config)], env=on_head(head), cwd=ROOT, timeout=120)
+    assert again.returncode == 0
+    assert account(open_population(config)).is_exact()
+
+
+def test_a_submitted_job_trains_the_population(head: dict[str, str], config: Path, tmp_path: Path) -> None:
+    ray_command = str(Path(sys.executable).parent / "ray")
+    environment = {**head, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265"}
+    populace = str(Path(sys.executable).parent / "populace")
+    command = [ray_command, "job", "submit", "--working-dir", "."]
+    command += ["--", populace, "run", str(config), "run.max_waves=2"]
+    for _ in range(20):  # the head's agent registers some seconds after the dashboard answers
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert "wave   2" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000,
+             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = Reply(messages=(), text="eerie", num_tokens=2, finished=True, base_logprob=-1.0)
+
+    def request(name: str) -> RewardRequest:
+        return RewardRequest(target=f"tests.rewards:{name}", arguments={}, replies=(reply, reply))
+
+    monkeypatch.setattr("populace.population.rewards.START_GRACE_S", 8.0)
+    names = ["letters", "hanging", "raising", "dying", "letters", "missing", "hanging", "deaf", "letters"]
+    outcomes = score_on_ray([request(name) for name in names], timeout_s=2.0)
+    assert outcomes[0] == outcomes[4] == outcomes[8] == (0.6, 0.6)
+    assert "longer than 2.0 s" in outcomes[1] and "longer than 2.0 s" in outcomes[6]
+    assert "was killed" in outcomes[7]
+    assert "this reward is broken" in outcomes[2]
+    assert "reward task failed" in outcomes[3]
+    assert "can't be imported" in outcomes[5]
