@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 base_app = typer.Typer(no_args_is_help=True, help="The models that populations live on.")
 app.add_typer(base_app, name="base")
+store_app = typer.Typer(no_args_is_help=True, help="Where populations live.")
+app.add_typer(store_app, name="store")
 console = Console()
 
 Store = Annotated[str, typer.Option(help="Where the population lives.", envvar="POPULACE_STORE")]
@@ -42,6 +46,28 @@ def main() -> None:
     except PopulaceError as error:
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
+
+
+@store_app.command("dev")
+def store_dev(
+    folder: Annotated[Path | None, typer.Option(help="Keep the data here; without it they go with the server.")] = None,
+) -> None:
+    """Run an S3 on this machine for development (SeaweedFS on loopback) until Ctrl-C."""
+    from populace.storage.dev import DevStore
+    from populace.storage.s3 import Bucket
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with DevStore(folder) as server:
+        os.environ.update(server.environment)
+        Bucket(server.url).ensure()
+        print("# in the shell that uses it:")
+        for name, value in server.environment.items():
+            print(f"export {name}={value}")
+        print(f"# store: {server.url}")
+        print("# Ctrl-C stops it", flush=True)
+        stop.wait()
 
 
 @app.command()

@@ -33,6 +33,7 @@ from populace.storage.errors import InvalidInput, OwnerAlive
 from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store
 from populace.storage.pack import read_blob
+from populace.storage.probe import require_safe
 from populace.workers.batch import AdapterKey, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.losses import LossSettings
@@ -88,6 +89,7 @@ class Population:
         check_name(settings.name)
         opened = open_store(store) if isinstance(store, str) else store
         base = find_base(settings.base.model)
+        require_safe(opened, settings.name, make_bucket=True)
         meta = PopulationMeta.find(opened, settings.name) or PopulationMeta.create(
             opened,
             name=settings.name,
@@ -106,7 +108,9 @@ class Population:
         settings = _settings(settings, fields)
         opened = open_store(store) if isinstance(store, str) else store
         meta = PopulationMeta.find(opened, check_name(settings.name))
-        if meta is None:
+        if meta is not None:
+            require_safe(opened, settings.name)
+        else:
             raise InvalidInput(
                 f"no population {settings.name!r} in {opened.url}; create it with `populace run CONFIG` "
                 "or Population.create"

@@ -23,6 +23,14 @@ class OutcomeUnknown(PopulaceError):
     """The store did not say whether the write landed."""
 
 
+class StoreUnavailable(PopulaceError):
+    """The store does not answer, or can't write; nothing was written. Try again when it is back."""
+
+
+class UnsafeStore(PopulaceError):
+    """A store breaks a promise that commits or erasure rest on; names which."""
+
+
 class Fenced(PopulaceError):
     """Another controller claimed the partition: this one must stop writing to it."""
 
@@ -33,3 +41,7 @@ class OwnerAlive(PopulaceError):
 
 class Damaged(PopulaceError):
     """Stored bytes are not what their record says."""
+
+
+class Forgotten(PopulaceError):
+    """This user was forgotten: nothing of theirs can be read or written again."""

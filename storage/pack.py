@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from populace.storage.errors import Damaged
-from populace.storage.objects import ObjectStore
+from populace.storage.objects import ObjectStore, get_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def build_pack(key: str, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, B
 
 def read_blob(store: ObjectStore, place: BlobPlace) -> bytes:
     """The blob at `place`; raises `Damaged` if the bytes there are not the ones that were committed."""
-    blob = store.get_range(place.pack, place.offset, place.size_bytes)
+    blob = get_range(store, place.pack, place.offset, place.size_bytes)
     if len(blob) != place.size_bytes or hashlib.sha256(blob).hexdigest() != place.sha256:
         raise Damaged(
             f"blob at {place.pack}+{place.offset} ({place.size_bytes} bytes) does not match the digest "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import pytest
 
 from populace.storage.catalog import Catalog
 from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
-from populace.storage.errors import AlreadyExists, Damaged, Fenced, ObjectNotFound, OutcomeUnknown
-from populace.storage.log import Log
+from populace.storage.errors import Damaged, Fenced, OutcomeUnknown
 from populace.storage.manifest import (
     AdapterCreated,
     Attempt,
@@ -28,74 +26,13 @@ from populace.storage.manifest import (
     payload_of,
     seal,
 )
-from populace.storage.objects import FileStore, MemoryStore, ObjectStore, open_store
+from populace.storage.objects import MemoryStore, ObjectStore, open_store
 from populace.storage.pack import build_pack, read_blob
 
 
 @pytest.fixture(params=["file", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return open_store(f"file://{tmp_path}/store") if request.param == "file" else open_store("memory://")
-
-
-def test_of_racing_creates_exactly_one_wins(store: ObjectStore) -> None:
-    for turn in range(5):
-        barrier, wins = threading.Barrier(32), []
-
-        def race(number: int, turn: int = turn, barrier: threading.Barrier = barrier, wins: list = wins) -> None:
-            barrier.wait()
-            try:
-                store.create(f"a/{turn}", b"%d" % number)
-                wins.append(number)
-            except AlreadyExists:
-                pass
-
-        threads = [threading.Thread(target=race, args=(number,)) for number in range(32)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        assert len(wins) == 1
-        assert store.get(f"a/{turn}") == b"%d" % wins[0]
-
-
-def test_what_was_put_comes_back_whole_by_range_and_by_head(store: ObjectStore) -> None:
-    store.put("x/y", b"0123456789")
-    store.put("x/y", b"abcdefghij")
-    assert store.get("x/y") == b"abcdefghij"
-    assert store.get_range("x/y", 2, 3) == b"cde"
-    assert store.head("x/y") == 10
-
-
-def test_missing_objects_are_named(store: ObjectStore) -> None:
-    for call in (store.get, store.head, lambda key: store.get_range(key, 0, 1)):
-        with pytest.raises(ObjectNotFound, match="gone"):
-            call("x/gone")
-    store.delete("x/gone")
-
-
-def test_listing_is_ordered_and_starts_after_a_key(store: ObjectStore) -> None:
-    for name in ("p/2", "p/1", "p/10", "q/1", "p/sub/3"):
-        store.put(name, b"x")
-    assert list(store.list("p")) == ["p/1", "p/10", "p/2", "p/sub/3"]
-    assert list(store.list("p", after="p/10")) == ["p/2", "p/sub/3"]
-    store.delete("p/10")
-    assert list(store.list("p")) == ["p/1", "p/2", "p/sub/3"]
-
-
-def test_a_failed_create_leaves_nothing_behind(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-    store.create("a/b", b"1")
-    with pytest.raises(AlreadyExists):
-        store.create("a/b", b"2")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-
-
-def test_a_log_has_no_gaps_and_never_moves_on_by_itself(store: ObjectStore) -> None:
-    log = Log(store, "log", ".json")
-    for seq in range(3):
-        log.append_at(seq, b"%d" % seq)
-    with pytest.raises(AlreadyExists):
-        log.append_at(1, b"other")
-    assert [body for _, body in log.read_from(1)] == [b"1", b"2"]
-    assert log.next_after(0) == 3
 
 
 def test_a_blob_is_read_by_range_and_checked(store: ObjectStore) -> None:
