@@ -96,6 +96,16 @@ class RewardSettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """Which old revisions stay in the store."""
+
+    last: int = 8
+    """Every adapter's newest revisions; tip, serving, promoted and pinned ones stay anyway."""
+    every_waves: int = 50
+    """How often packs are rewritten without what may go."""
+
+
+@dataclass(frozen=True)
 class RunSettings:
     max_waves: int | None = None
     """Stop after this many waves of this run; without it, run until `until_drained` or Ctrl-C."""
@@ -103,6 +113,8 @@ class RunSettings:
     """End when no user has experience left. False: wait for more."""
     takeover_s: float = 5.0
     """A partition's owner that shows no life for this long is taken to be dead."""
+    checkpoint_every_records: int = 1000
+    """Opening a population replays at most about this many records per partition."""
     threads: int = 0
     """Threads of a shard's tensor operations; 0 means all processors."""
 
@@ -113,7 +125,7 @@ class Settings:
 
     name: str = "population"
     store: str = "build/store"
-    """Where the population lives: `file://PATH`, `memory://` or a plain path."""
+    """Where the population lives: `file://PATH`, a plain path, `s3://BUCKET[/PREFIX][?endpoint=URL]` or `memory://`."""
     seed: int = 0
     partitions: int = 4
     experience: str | None = None
@@ -129,6 +141,7 @@ class Settings:
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     rewards: RewardSettings = field(default_factory=RewardSettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
 
@@ -160,7 +173,10 @@ _POSITIVE = [
     "evaluation.samples_per_task",
     "evaluation.max_tasks",
     "rewards.timeout_s",
+    "retention.last",
+    "retention.every_waves",
     "run.takeover_s",
+    "run.checkpoint_every_records",
 ]
 _FRACTIONS = [
     "train.beta1",

@@ -20,6 +20,8 @@ from populace.storage.errors import InvalidInput, PopulaceError
 
 if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neither
     from populace.population.client import Population
+    from populace.population.ledger import PopulationMeta
+    from populace.storage.objects import ObjectStore
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +33,10 @@ base_app = typer.Typer(no_args_is_help=True, help="The models that populations l
 app.add_typer(base_app, name="base")
 store_app = typer.Typer(no_args_is_help=True, help="Where populations live.")
 app.add_typer(store_app, name="store")
+keys_app = typer.Typer(no_args_is_help=True, help="Signing and master keys.")
+app.add_typer(keys_app, name="keys")
+catalog_app = typer.Typer(no_args_is_help=True, help="The index of all adapters.")
+app.add_typer(catalog_app, name="catalog")
 console = Console()
 
 Store = Annotated[str, typer.Option(help="Where the population lives.", envvar="POPULACE_STORE")]
@@ -173,8 +179,50 @@ def sample(
 @app.command()
 def rollback(user: str, to: int, store: Store = "build/store", name: Name = None) -> None:
     """Move a user's tip and serving to an older revision."""
-    _open(store, name).rollback(user, to)
-    console.print(f"{user}: asked for revision {to}; a running controller obeys before its next wave")
+    done = _open(store, name).rollback(user, to)
+    _say_when(done, f"{user}: now at revision {to}", f"{user}: asked for revision {to}")
+
+
+@app.command()
+def pin(
+    user: str,
+    revision: int,
+    off: Annotated[bool, typer.Option("--off", help="Let the retention rule have it again.")] = False,
+    store: Store = "build/store",
+    name: Name = None,
+) -> None:
+    """Keep a revision whatever the retention rule says."""
+    done = _open(store, name).pin(user, revision, not off)
+    _say_when(done, f"{user}@{revision} is {'under the rule again' if off else 'pinned'}", f"{user}@{revision}: asked")
+
+
+@app.command()
+def forget(
+    user: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    store: Store = "build/store",
+    name: Name = None,
+) -> None:
+    """Make everything of a user unreadable for ever. This can't be undone."""
+    if not yes:
+        typer.confirm(f"Destroy the key of {user!r}: their experience and all their revisions?", abort=True)
+    done = _open(store, name).forget(user)
+    _say_when(done, "forgotten; `populace repack` removes the bytes", "asked to forget")
+
+
+@app.command()
+def repack(
+    last: Annotated[int, typer.Option(min=1, help="Keep every adapter's last revisions.")] = 2,
+    store: Store = "build/store",
+    name: Name = None,
+) -> None:
+    """Drop old revisions and forgotten users from the packs. Kept: the last ones, tip, serving, promoted, pinned."""
+    from populace.storage.repack import RetentionRule
+
+    report = _open(store, name).repack(RetentionRule(last=last))
+    console.print(
+        f"dropped {report.num_dropped} blobs, moved {report.num_moved}, deleted {report.num_packs_deleted} packs"
+    )
 
 
 @app.command()
@@ -193,15 +241,96 @@ def export(
 
 
 @app.command()
-def verify(user: str, store: Store = "build/store", name: Name = None) -> None:
-    """Check every blob of a user's revisions against the digests of their manifests."""
-    console.print(f"{user}: {_open(store, name).verify(user)} blobs match their manifests")
+def verify(
+    user: Annotated[str | None, typer.Argument(help="One user; or --all.")] = None,
+    everybody: Annotated[bool, typer.Option("--all", help="The whole population; needs no key.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    root_key: Annotated[str | None, typer.Option(help="Id of the root key that you know to be right.")] = None,
+    since: Annotated[Path | None, typer.Option(help="JSON of an earlier --all: finds a log that was cut off.")] = None,
+    store: Store = "build/store",
+    name: Name = None,
+) -> None:
+    """Walk every chain of revisions from 0: signatures, parents, digests of all bytes, no gap, no unexplained fork."""
+    from dataclasses import asdict
+
+    from populace.storage.verify import Findings, positions_from_json, verify_partition
+
+    if (user is None) != everybody:
+        raise InvalidInput("name one user, or everybody with --all")
+    if user is not None:
+        population = _open(store, name)
+        findings, meta = population.verify(user), population.meta
+    else:
+        opened, meta = _find(store, name)
+        known = positions_from_json(json.loads(since.read_text())) if since is not None else {}
+        findings = Findings()
+        with console.status("verifying") as status:
+            for partition in range(meta.partitions):
+                verify_partition(
+                    opened, meta.name, partition, meta.root_key, findings, known=known.get(partition),
+                    progress=lambda count: status.update(f"verifying: {count} blobs"),
+                )  # fmt: skip
+    if root_key is not None and not meta.root_key.keyid.startswith(root_key):
+        findings.problems.append(f"population.json names the root key {meta.root_key.keyid}, not {root_key}")
+    if as_json:
+        print(json.dumps({"population": meta.name, "root_key": meta.root_key.keyid, **asdict(findings)}, indent=1))
+    else:
+        console.print(
+            f"{meta.name}: {findings.num_records} records signed and chained, {findings.num_revisions} revisions, "
+            f"{findings.num_blobs} blobs ({findings.num_bytes / 1e6:.1f} MB) match their manifests; "
+            f"root key {meta.root_key.keyid[:16]}"
+        )
+        for problem in findings.problems:
+            console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True, highlight=False)
+    if findings.problems:
+        raise typer.Exit(1)
+
+
+@keys_app.command("rotate-signing")
+def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
+    """Sign with a new key from now on; the old one vouches for it."""
+    key = _open(store, name).rotate_signing_key()
+    console.print(f"records are signed by {key.keyid[:16]} from now on; its private half is in {_key_folder()}")
+
+
+@keys_app.command("rotate-master")
+def rotate_master(store: Store = "build/store", name: Name = None) -> None:
+    """Wrap every user's key with a new master key. The old one is needed until this is done, and not afterwards."""
+    master = _open(store, name).rotate_master_key()
+    console.print(f"every key is wrapped by master key {master} now; it is in {_key_folder()}")
+
+
+@catalog_app.command("export")
+def export_catalog(folder: Path, store: Store = "build/store", name: Name = None) -> None:
+    """Write the catalog as Parquet files that DuckDB and pandas read."""
+    from populace.storage.export import export_catalog as write
+
+    population = _open(store, name)
+    counts = write(population.ledger.catalog, folder)
+    for table, count in counts.items():
+        console.print(f"{folder / table}.parquet  {count} rows", soft_wrap=True)
+
+
+def _say_when(done: bool, now: str, later: str) -> None:
+    console.print(now if done else f"{later}; the running controller obeys before its next wave")
+
+
+def _key_folder() -> Path:
+    from populace.storage.keys import Keyring
+
+    return Keyring().folder
 
 
 def _open(store: str, name: str | None) -> Population:
     """The population in `store`, on the base that it was created on."""
     from populace.configs.schema import BaseSettings
     from populace.population.client import Population
+
+    opened, meta = _find(store, name)
+    return Population.open(opened, name=meta.name, base=BaseSettings(model=meta.base))
+
+
+def _find(store: str, name: str | None) -> tuple[ObjectStore, PopulationMeta]:
     from populace.population.ledger import PopulationMeta
     from populace.storage.objects import open_store
 
@@ -211,5 +340,7 @@ def _open(store: str, name: str | None) -> Population:
         if len(names) != 1:
             raise InvalidInput(f"{opened.url} holds {len(names)} populations {names}; choose one with --name")
         name = names[0]
-    meta = PopulationMeta.read(opened, name)
-    return Population.open(opened, name=name, base=BaseSettings(model=meta.base))
+    meta = PopulationMeta.find(opened, name)
+    if meta is None:
+        raise InvalidInput(f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`")
+    return opened, meta

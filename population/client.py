@@ -8,16 +8,20 @@ Enqueueing needs no running trainer; `populace run` (or `run.run_population`) is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from populace.configs.schema import RolloutSettings, Settings, problems
 from populace.population.chat import Chat
 from populace.population.experience import (
+    Command,
+    Forget,
     LogEvent,
     Messages,
+    Pin,
     Rollback,
     check_event,
     check_prompt,
@@ -25,22 +29,21 @@ from populace.population.experience import (
     encode_event,
 )
 from populace.population.ledger import Ledger, PopulationMeta, check_name, verify_digest
-from populace.population.stream import partition_of
 from populace.population.trials import revision_ref
-from populace.storage.catalog import AdapterState
-from populace.storage.commit import RevisionLogReader
-from populace.storage.errors import InvalidInput, OwnerAlive
-from populace.storage.manifest import payload_of
+from populace.storage.catalog import AdapterState, RevisionState
+from populace.storage.errors import InvalidInput, ObjectNotFound, OwnerAlive
+from populace.storage.keys import Keyring, PublicKey
+from populace.storage.manifest import Rotate, payload_of
 from populace.storage.objects import ObjectStore, open_store
-from populace.storage.pack import read_blob
 from populace.storage.probe import require_safe
-from populace.workers.batch import AdapterKey, RolloutRequest
+from populace.storage.repack import RepackReport, RetentionRule
+from populace.storage.verify import Findings, verify_partition
+from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings
+from populace.workers.layout import AdapterSpec
 from populace.workers.losses import LossSettings
 from populace.workers.prepare import PreparedBase, find_base, find_prepared
 from populace.workers.train_step import TrainerSettings
-
-_ROWS_PER_SEGMENT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,8 @@ class PopulationStatus:
     pending_events: int
     heldout_tasks: int
     settled_events: int
+    forgotten: int
+    """Users of whom nothing can be read any more."""
     running: bool
     """Whether a controller holds the partitions, or died without releasing them."""
 
@@ -69,6 +74,8 @@ class RevisionInfo:
     parent: int | None
     is_tip: bool
     is_serving: bool
+    is_kept: bool
+    """Whether its weights are still in the store; a retention rule drops old ones."""
     num_events: int
     metrics: Mapping[str, float]
     verdicts: tuple[str, ...]
@@ -92,6 +99,7 @@ class Population:
         require_safe(opened, settings.name, make_bucket=True)
         meta = PopulationMeta.find(opened, settings.name) or PopulationMeta.create(
             opened,
+            Keyring(),
             name=settings.name,
             base=base.name if find_prepared(base.name) == base else base.folder,
             base_digest=base.digest,
@@ -124,40 +132,37 @@ class Population:
 
     def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
         """`enqueue` for many users at once; their events share segments."""
-        rows = []
+        events_of: dict[str, list[LogEvent]] = {}
+        num_events = 0
         for user, events in pairs:
             check_user(user)
             if not isinstance(events, Iterable):
                 raise InvalidInput(f"events of user {user!r} are {events!r}; give a list of events")
+            own = events_of.setdefault(user, [])
             for event in events:
                 check_event(event, self.settings.rewards.functions)
-                rows.append(encode_event(user, event))
-        self._append(rows)
-        return len(rows)
-
-    def _append(self, encoded: Iterable[dict[str, str]]) -> None:
-        by_partition: dict[int, list[dict[str, str]]] = {}
-        for row in encoded:
-            by_partition.setdefault(partition_of(row["user"], self.meta.partitions), []).append(row)
-        for partition, rows in sorted(by_partition.items()):
-            for start in range(0, len(rows), _ROWS_PER_SEGMENT):
-                self.ledger.experience[partition].append(rows[start : start + _ROWS_PER_SEGMENT])
+                encode_event(event)
+                own.append(event)
+                num_events += 1
+        self.ledger.enqueue(events_of)
+        return num_events
 
     def status(self) -> PopulationStatus:
         self.ledger.refresh()
         catalog, queues = self.ledger.catalog, self.ledger.pending.queues.values()
-        decisions = [record.decision for adapter in catalog for record in adapter.verdicts]
+        decisions = catalog.count_decisions()
         return PopulationStatus(
             name=self.meta.name,
             base=self.meta.base,
             users=len(queues),
-            adapters=len(catalog.adapters),
-            revisions=sum(len(adapter.revisions) for adapter in catalog),
-            promoted=decisions.count("promote"),
-            rejected=decisions.count("reject"),
+            adapters=len(catalog),
+            revisions=catalog.revisions.size,
+            promoted=decisions["promote"],
+            rejected=decisions["reject"],
             pending_events=self.ledger.pending.num_pending(),
             heldout_tasks=sum(len(queue.heldout) for queue in queues),
-            settled_events=sum(len(adapter.settled) for adapter in catalog),
+            settled_events=catalog.num_settled.total(),
+            forgotten=len(catalog.forgotten()),
             running=any(catalog.owned.values()),
         )
 
@@ -170,46 +175,123 @@ class Population:
         """A user's revisions from 0 on."""
         self.ledger.refresh()
         adapter = self.ledger.adapter(user)
-        return [_info(adapter, revision) for revision in [0, *sorted(adapter.revisions)]]
+        first = RevisionInfo(
+            revision=0,
+            parent=None,
+            is_tip=adapter.tip == 0,
+            is_serving=adapter.serving == 0,
+            is_kept=True,
+            num_events=0,
+            metrics={},
+            verdicts=_verdicts(adapter, 0),
+        )
+        return [first, *(self._info(adapter, state) for state in adapter.revisions())]
 
     def manifest(self, user: str, revision: int) -> dict[str, Any]:
         """The payload of the record that committed a revision."""
         self.ledger.refresh()
         adapter = self.ledger.adapter(user)
-        if adapter.require(revision) == 0:
+        if type(revision) is not int or not adapter.exists(revision):
+            adapter.require(revision)
+        if revision == 0:
             raise InvalidInput("revision 0 has no manifest: it is the initialisation from the adapter's seed")
-        reader = RevisionLogReader(self.store, self.meta.name, adapter.partition)
-        sealed = reader.log.read(adapter.waves[revision])
+        sealed = self.ledger.readers[adapter.partition].log.read(adapter.revision(revision).seq)
         assert sealed is not None
         return payload_of(sealed)
 
-    def verify(self, user: str) -> int:
-        """Read every blob of a user's revisions against its digest; returns how many. Raises `Damaged`."""
+    def verify(self, user: str) -> Findings:
+        """Walk the history that `user` is part of from its first record, and read every blob of the user's
+        revisions. `Findings.problems` is empty when all is well. `verify_population` walks everybody's."""
         self.ledger.refresh()
-        adapter, num_blobs = self.ledger.adapter(user), 0
-        for entry in adapter.revisions.values():
-            adapter.lineage(entry.revision)
-            for place in entry.blobs.values():
-                read_blob(self.store, place)
-                num_blobs += 1
-        return num_blobs
+        adapter, findings = self.ledger.adapter(user), Findings()
+        verify_partition(
+            self.store,
+            self.meta.name,
+            adapter.partition,
+            self.meta.root_key,
+            findings,
+            pseudonym=adapter.pseudonym,
+        )
+        return findings
 
-    def rollback(self, user: str, to: int) -> None:
+    def rollback(self, user: str, to: int) -> bool:
         """Move a user's tip and serving to revision `to`. A running controller obeys between two waves; with
-        none alive, this claims the population, does it, and releases it."""
+        none alive, this claims the population, does it, and releases it. Returns whether it is done already."""
         self.ledger.refresh()
-        adapter = self.ledger.adapter(check_user(user))
-        adapter.require(to)
-        self._append([encode_event(user, Rollback(to=to))])
-        claiming = Ledger(self.store, self.meta)
+        self.ledger.adapter(check_user(user)).require(to)
+        return self._command(user, Rollback(to=to))
+
+    def pin(self, user: str, revision: int, pinned: bool = True) -> bool:
+        """Keep a revision whatever the retention rule says; `pinned=False` takes it back. Obeyed like a rollback."""
+        self.ledger.refresh()
+        self.ledger.adapter(check_user(user)).require(revision)
+        return self._command(user, Pin(revision=revision, pinned=pinned))
+
+    def forget(self, user: str) -> bool:
+        """Make everything of a user unreadable for ever: their experience, their revisions, their name. Obeyed like
+        a rollback; from then on whoever asks for the user gets `Forgotten`. The bytes go with the next repack."""
+        self.ledger.refresh()
+        pseudonym = self.ledger.pseudonym(check_user(user))
+        if self.ledger.catalog.is_forgotten(pseudonym):
+            return True
         try:
-            claiming.claim(self.settings.run.takeover_s)
-        except OwnerAlive:
-            return
+            self.ledger.keys.fetch(pseudonym)
+        except ObjectNotFound:
+            raise InvalidInput(f"user {user!r} has never sent anything to population {self.meta.name!r}") from None
+        return self._command(user, Forget())
+
+    def repack(self, rule: RetentionRule) -> RepackReport:
+        """Drop what the rule lets go and what is left of forgotten users. Needs the population to itself."""
+        with self._claimed() as ledger:
+            return ledger.repack(rule)
+
+    def rotate_signing_key(self) -> PublicKey:
+        """Hand over to a new signing key, in every partition by a record that the old one signs."""
+        with self._claimed() as ledger:
+            key = ledger.keyring.new_signing_key()
+            for partition in range(self.meta.partitions):
+                ledger.append(partition, Rotate(key=asdict(key)))
+        return key
+
+    def rotate_master_key(self) -> str:
+        """Wrap the population's secrets and every user's key with a new master key; returns its name. When it was
+        interrupted, do it again."""
+        with self._claimed() as ledger:
+            master = ledger.rewrap_keys()
+        self.ledger.secrets = ledger.secrets
+        return master
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[Ledger]:
+        ledger = Ledger(self.store, self.meta)
+        ledger.claim(self.settings.run.takeover_s)
         try:
-            claiming.obey_commands()
+            yield ledger
         finally:
-            claiming.release()
+            ledger.release()
+            self.ledger.refresh()
+
+    def _command(self, user: str, command: Command) -> bool:
+        """Put a command into the user's stream; with no controller alive, obey it here."""
+        self.ledger.enqueue({user: [command]})
+        try:
+            with self._claimed() as ledger:
+                ledger.obey_commands()
+        except OwnerAlive:
+            return False
+        return True
+
+    def _info(self, adapter: AdapterState, state: RevisionState) -> RevisionInfo:
+        return RevisionInfo(
+            revision=state.revision,
+            parent=state.parent,
+            is_tip=state.revision == adapter.tip,
+            is_serving=state.revision == adapter.serving,
+            is_kept="weights" in state.blobs,
+            num_events=state.num_trained,
+            metrics=self.ledger.entry(adapter, state.revision).metrics,
+            verdicts=_verdicts(adapter, state.revision),
+        )
 
     def sample(
         self,
@@ -225,18 +307,14 @@ class Population:
         check_prompt("sample", messages)
         rollout = rollout or self.settings.rollout
         engine, chat = self._local_engine()
-        adapter = self.ledger.catalog.get(self.meta.pseudonym(user))
-        if adapter is None:
-            adapter = AdapterState(
-                pseudonym=self.meta.pseudonym(user),
-                partition=partition_of(user, self.meta.partitions),
-                spec=_default_spec(self.settings),
-                seed=self.meta.adapter_seed(user),
-            )
-        number = revision_number(adapter, revision)
-        engine.page_in([revision_ref(adapter, number)], False)
+        ref = self._ref(user, revision)
+        try:
+            engine.page_in([ref], False)
+        except ObjectNotFound:  # its pack was just rewritten
+            self.ledger.refresh()
+            engine.page_in([ref := self._ref(user, revision)], False)
         request = RolloutRequest(
-            adapter=AdapterKey(adapter.pseudonym, number),
+            adapter=ref.key,
             event_id="sample",
             prompt_ids=chat.prompt_ids(messages),
             num_samples=1,
@@ -245,6 +323,16 @@ class Population:
         )
         (group,) = engine.roll_out([request])
         return chat.text(group.samples[0].completion_ids)
+
+    def _ref(self, user: str, revision: int | str) -> AdapterRef:
+        pseudonym = self.ledger.pseudonym(user)
+        if pseudonym in self.ledger.catalog:
+            adapter = self.ledger.adapter(user)
+            return revision_ref(adapter, revision_number(adapter, revision))
+        spec = AdapterSpec.from_dict(asdict(self.settings.adapter))
+        if revision not in (0, "0", "serving", "tip"):
+            raise InvalidInput(f"revision is {revision!r}; user {user!r} has no adapter yet, only revision 0")
+        return AdapterRef(key=AdapterKey(pseudonym, 0), spec=spec, seed=self.meta.adapter_seed(user))
 
     def base(self) -> PreparedBase:
         """The base of this population, checked against its digest."""
@@ -259,6 +347,7 @@ class Population:
             base_folder=base.folder,
             dtype=self.settings.base.dtype,
             store_url=self.store.url,
+            population=self.meta.name,
             slots=self.settings.scheduler.slots,
             threads=self.settings.run.threads,
             eos_ids=chat.eos_ids,
@@ -297,10 +386,6 @@ def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _default_spec(settings: Settings) -> dict[str, Any]:
-    return dataclasses.asdict(settings.adapter)
-
-
 def revision_number(adapter: AdapterState, revision: int | str) -> int:
     match revision:
         case "serving":
@@ -314,14 +399,5 @@ def revision_number(adapter: AdapterState, revision: int | str) -> int:
     raise InvalidInput(f"revision is {revision!r}; use serving, tip or a number")
 
 
-def _info(adapter: AdapterState, revision: int) -> RevisionInfo:
-    entry = adapter.revisions.get(revision)
-    return RevisionInfo(
-        revision=revision,
-        parent=None if entry is None else entry.parent,
-        is_tip=revision == adapter.tip,
-        is_serving=revision == adapter.serving,
-        num_events=0 if entry is None else len(entry.trained),
-        metrics={} if entry is None else entry.metrics,
-        verdicts=tuple(record.decision for record in adapter.verdicts if record.judged == revision),
-    )
+def _verdicts(adapter: AdapterState, revision: int) -> tuple[str, ...]:
+    return tuple(note.decision for note in adapter.notes() if note.decision != "settled" and note.judged == revision)

@@ -27,7 +27,9 @@ from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
 from populace.storage.catalog import AdapterState
 from populace.storage.commit import RevisionDraft
 from populace.storage.errors import PopulaceError
-from populace.storage.manifest import AdapterCreated, Attempt, Settled, SettledEvent, Verdict
+from populace.storage.loading import blob_context
+from populace.storage.manifest import AdapterCreated, Attempt, Settled, SettledEvent, Tombstone, Verdict
+from populace.storage.repack import RetentionRule
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -87,7 +89,7 @@ class Controller:
         """One wave from pending experience to committed revisions; None when nobody has any."""
         clock = _Clock()
         self.ledger.read_experience()
-        self.ledger.obey_commands()
+        self._obey_commands()
         self._park_killers()
         budget = Budget(
             max_adapters=self.settings.scheduler.max_adapters_per_wave,
@@ -121,7 +123,17 @@ class Controller:
         if self.num_waves % self.settings.evaluation.every_waves == 0:
             verdicts = self.examiner.evaluate()
             clock.lap("evaluate")
+        if self.num_waves % self.settings.retention.every_waves == 0:
+            self.ledger.repack(RetentionRule(last=self.settings.retention.last))
+            clock.lap("repack")
+        self.ledger.checkpoint(self.settings.run.checkpoint_every_records)
         return _report(wave, result, num_revisions, num_settled, verdicts, clock.seconds)
+
+    def _obey_commands(self) -> None:
+        """Commands come between two waves; the workers must not keep what is forgotten."""
+        forgotten = [done.pseudonym for done in self.ledger.obey_commands() if isinstance(done, Tombstone)]
+        if forgotten:
+            self.workers.forget(forgotten)
 
     def _suspected_users(self) -> frozenset[str]:
         """Users whose next event is one that was being tried when a controller died."""
@@ -139,14 +151,14 @@ class Controller:
                 reason = f"parked: {num_deaths} attempts with this event alone did not survive"
                 settled = [SettledEvent(event=ref, reason=reason)]
                 record = Settled(pseudonym=pseudonym, events=settled, consumed=ref.position)
-                self.ledger.append(self.ledger.catalog.adapters[pseudonym].partition, record)
+                self.ledger.append(self.ledger.catalog.require(pseudonym).partition, record)
         self.ledger.pending.trim(self.ledger.catalog)
 
     def _admit(self, wave: Wave) -> dict[str, AdapterState]:
         """Create the adapters that don't exist yet, and log which events are about to be tried."""
         settings, catalog = self.settings.adapter, self.ledger.catalog
         for member in wave.members:
-            if catalog.get(member.pseudonym) is None:
+            if member.pseudonym not in catalog:
                 spec = AdapterSpec(
                     rank=self.settings.user_ranks.get(member.user, settings.rank),
                     expert_rank=settings.expert_rank,
@@ -162,7 +174,7 @@ class Controller:
         for partition, members in _by_partition(wave).items():
             tried = {member.pseudonym: [event.ref for event in member.events] for member in members}
             self.ledger.append(partition, Attempt(wave=wave.wave_id, adapters=tried))
-        return {member.pseudonym: catalog.adapters[member.pseudonym] for member in wave.members}
+        return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
 
     def _prepare(self, member: WaveMember, adapter: AdapterState) -> Prepared:
         return prepare_member(
@@ -273,16 +285,17 @@ class Controller:
         groups: Sequence[TrainGroup],
         settled: list[SettledEvent],
     ) -> RevisionDraft:
-        adapter = self.ledger.catalog.adapters[member.pseudonym]
+        adapter = self.ledger.catalog.require(member.pseudonym)
         out = {item.event.position for item in settled}
+        revision, keys = adapter.next_revision, self.ledger.keys
+        parts = {"weights": update.weights, "moments": update.moments, "evidence": encode_evidence(groups)}
         return RevisionDraft(
             pseudonym=member.pseudonym,
-            revision=adapter.next_revision,
-            parent=update.adapter.revision,
+            revision=revision,
+            parent=adapter.tip,
+            parent_sha256=adapter.revision(adapter.tip).blobs["weights"].sha256 if adapter.tip else None,
             blobs={
-                "weights": update.weights,
-                "moments": update.moments,
-                "evidence": encode_evidence(groups),
+                part: keys.seal(member.pseudonym, blob, blob_context(part, revision)) for part, blob in parts.items()
             },
             experts=list(update.experts),
             trained=[item.ref for item in member.events if item.ref.position not in out],

@@ -33,7 +33,7 @@ class Examiner:
                 for name in ("min_tasks", "too_few", "confidence", "tolerance")
             }
         )
-        candidates = [adapter for adapter in self.ledger.catalog if adapter.tip != adapter.serving]
+        candidates = self.ledger.catalog.unjudged()
         verdicts = []
         size = self.settings.scheduler.max_adapters_per_wave
         for start in range(0, len(candidates), size):
@@ -90,7 +90,7 @@ class Examiner:
         for pseudonym, revision in dict.fromkeys((adapter.pseudonym, n) for adapter, n in pairs):
             known = self._heldout_rewards.get(AdapterKey(pseudonym, revision), {})
             tasks = [item for item in self.heldout_tasks(pseudonym) if item.event.event_id not in known]
-            exams.append((self.ledger.catalog.adapters[pseudonym], revision, tasks))
+            exams.append((self.ledger.catalog.require(pseudonym), revision, tasks))
         answers = self.answer_heldout(exams, self.settings.evaluation.samples_per_task)
         requests = [self.trials.reward_request(logged, replies) for _, logged, replies in answers]
         outcomes = self.trials.judge(requests)

@@ -1,4 +1,4 @@
-"""Experience: what users' models learn from. Records, their validation, and their Arrow schema.
+"""Experience: what users' models learn from. Records and their validation.
 
 An event id identifies an event of its user for ever: the same id sent again with the same content is the same
 event, with other content it is an error that the controller settles with that reason.
@@ -7,14 +7,11 @@ event, with other content it is an error that the controller settles with that r
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NewType
-
-import pyarrow as pa
 
 from populace.storage.errors import InvalidInput
 from populace.storage.manifest import canonical_json
@@ -81,25 +78,34 @@ class Rollback:
     event_id: str = field(default_factory=_new_id)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """A command: keep revision `revision` whatever the retention rule says, or no longer."""
+
+    revision: int
+    pinned: bool
+    event_id: str = field(default_factory=_new_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """A command: forget this user."""
+
+    event_id: str = field(default_factory=_new_id)
+
+
 Experience = Task | Trajectory | Demonstration
-LogEvent = Experience | Rollback
+Command = Rollback | Pin | Forget
+LogEvent = Experience | Command
 _KINDS: dict[str, type[Any]] = {
     "task": Task,
     "trajectory": Trajectory,
     "demonstration": Demonstration,
     "rollback": Rollback,
+    "pin": Pin,
+    "forget": Forget,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
-
-SCHEMA = pa.schema(
-    [
-        pa.field("user", pa.string(), nullable=False),
-        pa.field("event_id", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("body", pa.string(), nullable=False),  # the event's other fields as canonical JSON
-    ]
-)
-"""One row per event; rows of one segment keep the order in which they were enqueued."""
 
 
 def kind_of(event: LogEvent) -> str:
@@ -123,8 +129,9 @@ def check_event(event: LogEvent, rewards: Mapping[str, str]) -> None:
     event_id = event.event_id
     if not isinstance(event_id, str) or not _is_utf8(event_id) or not 0 < len(event_id.encode()) <= MAX_EVENT_ID_BYTES:
         raise InvalidInput(f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text")
-    if isinstance(event, Rollback):
-        raise InvalidInput(f"{where}: a rollback is a command, not experience; use Population.rollback")
+    if isinstance(event, Command):
+        method = kind_of(event)
+        raise InvalidInput(f"{where}: a {method} is a command, not experience; use Population.{method}")
     check_prompt(where, event.prompt)
     match event:
         case Task():
@@ -158,31 +165,25 @@ def messages_of(prompt: str | Messages) -> list[dict[str, str]]:
     return [dict(message) for message in prompt]
 
 
-def encode_event(user: str, event: LogEvent) -> dict[str, str]:
-    """A row of `SCHEMA`; `InvalidInput` for values that JSON or UTF-8 can't hold."""
+def encode_event(event: LogEvent) -> dict[str, Any]:
+    """An event as JSON values; `InvalidInput` for values that JSON or UTF-8 can't hold."""
     body = {name: getattr(event, name) for name in event.__dataclass_fields__ if name != "event_id"}
     if "prompt" in body:
         body["prompt"] = messages_of(body["prompt"])
-    row = {"user": user, "event_id": event.event_id, "kind": kind_of(event)}
+    encoded = {"event_id": event.event_id, "kind": kind_of(event), "body": body}
     try:
-        row["body"] = canonical_json(body).decode()
-        "".join(row.values()).encode()
+        canonical_json(encoded)
     except (TypeError, ValueError) as error:  # NumPy arrays, lone surrogates
         raise InvalidInput(f"event {event.event_id!r} can't be stored: {error}; use plain values") from None
-    return row
+    return encoded
 
 
-def decode_event(row: Mapping[str, str]) -> LogEvent:
-    body = json.loads(row["body"])
+def decode_event(encoded: Mapping[str, Any]) -> LogEvent:
+    body = dict(encoded["body"])
     if "prompt" in body:
         body["prompt"] = tuple(body["prompt"])
-    event: LogEvent = _KINDS[row["kind"]](event_id=row["event_id"], **body)
+    event: LogEvent = _KINDS[encoded["kind"]](event_id=encoded["event_id"], **body)
     return event
-
-
-def digest_of_row(row: Mapping[str, str]) -> str:
-    """Same event, same digest: tells a repetition from a reuse of the id."""
-    return hashlib.sha256(canonical_json([row["event_id"], row["kind"], row["body"]])).hexdigest()
 
 
 def is_held_out(event_id: str, population_key: bytes, share: float) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from populace.population.client import Population, revision_number
 from populace.population.trials import revision_ref
 from populace.storage.errors import InvalidInput
-from populace.storage.pack import read_blob
+from populace.storage.loading import load_wave
 from populace.workers.base import dims_of
 from populace.workers.layout import DENSE_MODULES, AdapterLayout, AdapterSpec, layout_of
 from populace.workers.slab import unpack_weights
@@ -34,8 +34,8 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
         raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
     ref, base = revision_ref(adapter, number), population.base()
     layout = layout_of(dims_of(Path(base.folder)), ref.spec.rank, ref.spec.expert_rank)
-    blob = None if ref.weights is None else read_blob(population.store, ref.weights)
-    flat = unpack_weights(layout, ref.seed, blob, ref.experts)
+    blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+    flat = unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(layout, flat), folder / "adapter_model.safetensors", {"format": "pt"})
     config = peft_config(ref.spec, base.folder)

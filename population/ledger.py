@@ -15,19 +15,25 @@ import secrets
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 
-from populace.population.experience import Rollback
-from populace.population.stream import ExperienceLog, LoggedEvent, PendingIndex
+from populace.population.experience import Forget, LogEvent, Pin, Rollback
+from populace.population.stream import ExperienceLog, LoggedEvent, PendingIndex, Row, Seals, partition_of
 from populace.storage.catalog import AdapterState, Catalog
+from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionLogReader
-from populace.storage.errors import AlreadyExists, Damaged, InvalidInput, ObjectNotFound, OwnerAlive
-from populace.storage.manifest import Record, Verdict
+from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
+from populace.storage.keys import Keyring, PublicKey, Secrets, UserKeys
+from populace.storage.manifest import Record, RevisionEntry, Tombstone, Verdict, WaveManifest
 from populace.storage.objects import ObjectStore
+from populace.storage.repack import RepackReport, RetentionRule, repack
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 HEARTBEAT_S = 1.0
+ROWS_PER_SEGMENT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +47,13 @@ class PopulationMeta:
     partitions: int
     seed: int
     heldout_share: float
-    pseudonym_key: str
-    """Hex; keys the pseudonyms under which users stand in the revision logs."""
+    root_key: PublicKey
+    """Signed the first record of every log; `rotate` records hand over to later ones."""
 
     @staticmethod
     def create(
         store: ObjectStore,
+        keyring: Keyring,
         *,
         name: str,
         base: str,
@@ -55,7 +62,14 @@ class PopulationMeta:
         seed: int,
         heldout_share: float,
     ) -> PopulationMeta:
-        """Write a new population; of two at once, one wins and both use it."""
+        """Write a new population and the keys that are its own; of two at once, one wins and both use it."""
+        master = keyring.new_master_key()
+        own_secrets = Secrets(master=master, pseudonym_key=secrets.token_hex(32))
+        try:
+            store.create(Secrets.path(name), own_secrets.wrap(name, keyring))
+        except AlreadyExists:
+            keyring.discard(master=master)
+        root_key = keyring.new_signing_key()
         meta = PopulationMeta(
             format=FORMAT_VERSION,
             name=name,
@@ -64,11 +78,12 @@ class PopulationMeta:
             partitions=partitions,
             seed=seed,
             heldout_share=heldout_share,
-            pseudonym_key=secrets.token_hex(32),
+            root_key=root_key,
         )
         try:
             store.create(f"{name}/population.json", json.dumps(asdict(meta), indent=1).encode())
         except AlreadyExists:
+            keyring.discard(signing=root_key)
             return PopulationMeta.read(store, name)
         return meta
 
@@ -79,7 +94,7 @@ class PopulationMeta:
             raise InvalidInput(
                 f"population {name!r} has format {body.get('format')}; this version reads {FORMAT_VERSION}"
             )
-        return PopulationMeta(**body)
+        return PopulationMeta(**{**body, "root_key": PublicKey(**body["root_key"])})
 
     @staticmethod
     def find(store: ObjectStore, name: str) -> PopulationMeta | None:
@@ -87,11 +102,6 @@ class PopulationMeta:
             return PopulationMeta.read(store, name)
         except ObjectNotFound:
             return None
-
-    def pseudonym(self, user: str) -> str:
-        """The name under which `user` stands in the revision logs: 128 bits of a keyed hash, hex."""
-        key = bytes.fromhex(self.pseudonym_key)
-        return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]
 
     def heldout_key(self) -> bytes:
         """Fixed by name and seed, so that a population made again holds out the same tasks."""
@@ -104,21 +114,39 @@ class PopulationMeta:
 
 
 class Ledger:
-    """Logs and catalog of one population."""
+    """Logs, keys and catalog of one population."""
 
-    def __init__(self, store: ObjectStore, meta: PopulationMeta) -> None:
+    def __init__(self, store: ObjectStore, meta: PopulationMeta, keyring: Keyring | None = None) -> None:
         self.store, self.meta = store, meta
+        self.keyring = keyring or Keyring()
+        self.secrets = Secrets.read(store, meta.name, self.keyring)
+        self.keys = UserKeys(store, meta.name, self.keyring)
+        self.seals = Seals(self.keys, bytes.fromhex(self.secrets.pseudonym_key))
         self.catalog = Catalog()
         self.pending = PendingIndex(meta.heldout_key(), meta.heldout_share)
         self.experience = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
-        self._readers = {p: RevisionLogReader(store, meta.name, p) for p in range(meta.partitions)}
+        self.readers = {p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)}
         self._owners: dict[int, Owner] = {}
+        self._checkpointed: dict[int, int] = {}
         self._heartbeat: _Heartbeat | None = None
+        for partition, reader in self.readers.items():
+            if (seq := restore(reader, self.catalog)) is not None:
+                self._checkpointed[partition] = seq
         self.refresh()
+
+    def pseudonym(self, user: str) -> str:
+        """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
+        key = bytes.fromhex(self.secrets.pseudonym_key)
+        return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def _master(self) -> str:
+        """The master key that wraps new keys, as the store has it now: another process may have rotated it."""
+        self.secrets = Secrets.read(self.store, self.meta.name, self.keyring)
+        return self.secrets.master
 
     def refresh(self) -> None:
         """Read what the logs have gained. Partitions that this process owns have nothing new from others."""
-        for partition, reader in self._readers.items():
+        for partition, reader in self.readers.items():
             if partition not in self._owners:
                 for header, record in reader.read_new():
                     self.catalog.apply(header, record)
@@ -127,11 +155,30 @@ class Ledger:
     def read_experience(self) -> int:
         """Take in newly enqueued events; returns how many."""
         num_events = sum(
-            self.pending.observe(log, partition, self.catalog, self.meta.pseudonym)
-            for partition, log in self.experience.items()
+            self.pending.observe(log, partition, self.catalog, self.seals) for partition, log in self.experience.items()
         )
         self.pending.trim(self.catalog)
         return num_events
+
+    def enqueue(self, events: Mapping[str, Sequence[LogEvent]]) -> None:
+        """Make users' events durable, user -> events in order. `Forgotten` if one of the users was, before anything
+        is written; to who raced with the forgetting, after it: then what was written can't be read by anybody."""
+        pseudonyms = {user: self.pseudonym(user) for user in events}
+        with ThreadPoolExecutor(16, thread_name_prefix="populace-keys") as pool:
+            made = [
+                pool.submit(self.keys.ensure, pseudonym, user, self._master) for user, pseudonym in pseudonyms.items()
+            ]
+            for future in made:
+                future.result()
+            by_partition: dict[int, list[Row]] = {}
+            for user, own in events.items():
+                rows = by_partition.setdefault(partition_of(user, self.meta.partitions), [])
+                rows += [self.seals.seal(pseudonyms[user], event) for event in own]
+            for partition, rows in sorted(by_partition.items()):
+                for start in range(0, len(rows), ROWS_PER_SEGMENT):
+                    self.experience[partition].append(rows[start : start + ROWS_PER_SEGMENT])
+            for future in [pool.submit(self.keys.fetch, pseudonym) for pseudonym in pseudonyms.values()]:
+                future.result()
 
     def claim(self, takeover_s: float) -> None:
         """Own every partition. Raises `OwnerAlive` when another controller shows life within `takeover_s`."""
@@ -145,17 +192,18 @@ class Ledger:
                     f"population {self.meta.name!r} is being run by another process ({before[partition]}); "
                     "stop that one first, or wait for it"
                 )
-        seen = {partition: reader.next_seq for partition, reader in self._readers.items()}
+        seen = {partition: reader.next_seq for partition, reader in self.readers.items()}
         self.refresh()
-        if any(reader.next_seq != seen[partition] for partition, reader in self._readers.items()):
+        if any(reader.next_seq != seen[partition] for partition, reader in self.readers.items()):
             raise OwnerAlive(f"population {self.meta.name!r} was written by another process just now; start again")
         name = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         try:
-            for partition, reader in self._readers.items():
-                self._owners[partition] = Owner(reader, name)
+            for partition, reader in self.readers.items():
+                self._owners[partition] = Owner(reader, name, self.keyring)
                 self.catalog.owned[partition] = True
             self._heartbeat = _Heartbeat(self, name, interval_s=min(HEARTBEAT_S, takeover_s / 4))
             self._heartbeat.start()
+            self._finish_forgetting()
         except BaseException:
             self.release()
             raise
@@ -179,28 +227,78 @@ class Ledger:
         header = self._owners[partition].append(record)
         self.catalog.apply(header, record)
 
-    def adapter(self, user: str) -> AdapterState:
-        """The adapter of `user`; `InvalidInput` if there is none yet."""
-        found = self.catalog.get(self.meta.pseudonym(user))
-        if found is None:
-            raise InvalidInput(
-                f"user {user!r} has no adapter in population {self.meta.name!r} yet; adapters are created when a "
-                "run first learns from a user's experience"
-            )
-        return found
+    def rewrap_keys(self) -> str:
+        """Make a master key and wrap everything with it. The secrets first, so that new users' keys get it too."""
+        new = replace(self.secrets, master=self.keyring.new_master_key())
+        self.store.put(Secrets.path(self.meta.name), new.wrap(self.meta.name, self.keyring))
+        self.secrets = new
+        for pseudonym in self.keys.pseudonyms():
+            self.keys.rewrap(pseudonym, new.master)
+        self._finish_forgetting()
+        return new.master
 
-    def obey_commands(self) -> list[Verdict]:
+    def checkpoint(self, every_records: int) -> None:
+        """Save the catalog of owned partitions whose log has grown by that many records since the last time."""
+        for partition, owner in self._owners.items():
+            if owner.reader.next_seq - self._checkpointed.get(partition, -1) > every_records:
+                seq = write_checkpoint(owner, self.catalog)
+                if seq is not None:
+                    self._checkpointed[partition] = seq
+
+    def repack(self, rule: RetentionRule) -> RepackReport:
+        """Drop what the rule lets go, in every owned partition."""
+        report = RepackReport()
+        for owner in self._owners.values():
+            report += repack(owner, self.catalog, rule)
+        return report
+
+    def adapter(self, user: str) -> AdapterState:
+        """The adapter of `user`; `InvalidInput` if there is none yet, `Forgotten` if there is none any more."""
+        pseudonym = self.pseudonym(user)
+        found = self.catalog.get(pseudonym)
+        if found is not None:
+            return found
+        if self.catalog.is_forgotten(pseudonym):
+            raise Forgotten(f"user {user!r} was forgotten; nothing of theirs can be read or written again")
+        raise InvalidInput(
+            f"user {user!r} has no adapter in population {self.meta.name!r} yet; adapters are created when a "
+            "run first learns from a user's experience"
+        )
+
+    def entry(self, adapter: AdapterState, revision: int) -> RevisionEntry:
+        """All that the wave record says of a revision above 0; read from the log."""
+        _, wave = self.readers[adapter.partition].read_at(adapter.revision(revision).seq)
+        assert isinstance(wave, WaveManifest)
+        return next(e for e in wave.revisions if (e.pseudonym, e.revision) == (adapter.pseudonym, revision))
+
+    def obey_commands(self) -> list[Verdict | Tombstone]:
         """Execute the commands that users' logs hold, in order, each once. Needs the claim."""
-        done = []
-        for pseudonym, logged in list(self.pending.commands):
-            adapter = self.catalog.get(pseudonym)
-            if adapter is None:
-                continue
-            verdict = _rollback_verdict(adapter, logged)
-            self.append(adapter.partition, verdict)
-            done.append(verdict)
+        done: list[Verdict | Tombstone] = []
+        for logged in list(self.pending.commands):
+            if isinstance(logged.event, Forget):
+                done.append(self._forget(logged))
+            elif (adapter := self.catalog.get(logged.pseudonym)) is not None:
+                verdict = _answer(adapter, logged)
+                self.append(adapter.partition, verdict)
+                done.append(verdict)
         self.pending.trim(self.catalog)
         return done
+
+    def _finish_forgetting(self) -> None:
+        """A controller may have died between a tombstone and the end of the key."""
+        for pseudonym in self.catalog.forgotten():
+            if not self.keys.is_forgotten(pseudonym):
+                self.keys.forget(pseudonym)
+
+    def _forget(self, logged: LoggedEvent) -> Tombstone:
+        """The tombstone first, then the key: a crash in between is finished by the next claim."""
+        tombstone = Tombstone(pseudonym=logged.pseudonym, command=logged.ref.tag)
+        self.append(partition_of(logged.user, self.meta.partitions), tombstone)
+        self.keys.forget(logged.pseudonym)
+        self.pending.forget(logged.pseudonym)
+        for key in list(self.store.list(exports_folder(self.meta.name, logged.pseudonym))):
+            self.store.delete(key)
+        return tombstone
 
     def users(self) -> dict[str, str]:
         """Pseudonym -> user id, for every user with experience."""
@@ -240,20 +338,37 @@ class _Heartbeat(threading.Thread):
         self.join()
 
 
-def _rollback_verdict(adapter: AdapterState, logged: LoggedEvent) -> Verdict:
-    """The record that answers a rollback; a target that doesn't exist changes nothing and says so."""
-    event = logged.event
-    assert isinstance(event, Rollback)
-    exists = event.to == 0 or event.to in adapter.revisions
+def _answer(adapter: AdapterState, logged: LoggedEvent) -> Verdict:
+    """The record that answers a command about a revision; what can't be done changes nothing and says why."""
+    event, reason, tip, serving = logged.event, "", adapter.tip, adapter.serving
+    assert isinstance(event, (Rollback, Pin))
+    target = event.to if isinstance(event, Rollback) else event.revision
+    try:
+        adapter.require(target)
+    except InvalidInput as error:
+        decision, reason = "refused", str(error)
+    else:
+        match event:
+            case Rollback():
+                decision, reason, tip, serving = "rollback", f"asked for revision {target}", target, target
+            case Pin(pinned=True):
+                decision, reason = "pin", "to be kept whatever the retention rule says"
+            case _:
+                decision, reason = "unpin", "under the retention rule again"
     return Verdict(
         pseudonym=adapter.pseudonym,
-        decision="rollback" if exists else "refused",
-        judged=event.to,
-        tip=event.to if exists else adapter.tip,
-        serving=event.to if exists else adapter.serving,
-        reason=f"asked for revision {event.to}" if exists else f"revision {event.to} does not exist",
-        command=event.event_id,
+        decision=decision,
+        judged=target,
+        tip=tip,
+        serving=serving,
+        reason=reason,
+        command=logged.ref.tag,
     )
+
+
+def exports_folder(population: str, pseudonym: str) -> str:
+    """Where a user's shared exports lie."""
+    return f"{population}/exports/{pseudonym}"
 
 
 def _owner_key(population: str, partition: int) -> str:

@@ -66,12 +66,12 @@ class ConsoleView:
         table = Table.grid(padding=(0, 3))
         for label, value in (
             ("waves", f"{totals['waves']}"),
-            ("users updated", f"{sum(bool(adapter.revisions) for adapter in catalog)}"),
+            ("users updated", f"{catalog.num_updated()}"),
             ("revisions / min", f"{totals['updates'] / minutes:.1f}"),
             ("tokens / s", f"{totals['tokens'] / minutes / 60:.0f}"),
             ("mean reward", "-" if report.mean_reward is None else f"{report.mean_reward:.3f}"),
             ("pending events", f"{controller.ledger.pending.num_pending()}"),
-            ("adapters", f"{hot} revisions hot, {len(catalog.adapters)} adapters in the store"),
+            ("adapters", f"{hot} revisions hot, {len(catalog)} adapters in the store"),
             ("last wave", _stages(report)),
         ):
             table.add_row(f"[bold]{label}[/]", value)

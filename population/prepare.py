@@ -100,7 +100,7 @@ def _prepare_event(
 
 def _stale(event: Trajectory, adapter: AdapterState, train: TrainSettings) -> str:
     """Why a logged trajectory's revision rules it out; empty if it doesn't."""
-    if event.revision != 0 and event.revision not in adapter.revisions:
+    if not adapter.exists(event.revision):
         return f"revision {event.revision} does not exist"
     lineage = adapter.lineage(adapter.tip)
     if event.revision not in lineage:

@@ -8,6 +8,7 @@ user's own reward.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -23,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from populace.population.controller import Controller
-from populace.population.experience import digest_of_row, encode_event, messages_of
+from populace.population.experience import encode_event, messages_of
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
 from populace.storage.catalog import AdapterState
+from populace.storage.manifest import canonical_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -82,18 +84,17 @@ def _figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[s
     users = {}
     for row, adapter in enumerate(adapters):
         others = [matrix[other, row] for other in range(len(adapters)) if other != row]
-        curve = [
-            {"revision": number, "reward": entry.metrics["reward"]}
-            for number, entry in sorted(adapter.revisions.items())
-            if "reward" in entry.metrics
+        metrics = [
+            (state.revision, controller.ledger.entry(adapter, state.revision).metrics) for state in adapter.revisions()
         ]
+        curve = [{"revision": number, "reward": found["reward"]} for number, found in metrics if "reward" in found]
         users[_user(controller, adapter)] = {
             "rank": adapter.spec["rank"],
             "heldout_reward_base": _mean(controller.examiner.heldout_rewards(adapter, 0)),
             "heldout_reward_after": _mean(controller.examiner.heldout_rewards(adapter, adapter.serving)),
             "own_minus_others": float(matrix[row, row] - fmean(others)) if others else 0.0,
-            "num_revisions": len(adapter.revisions),
-            "num_tokens": int(sum(entry.metrics.get("tokens", 0) for entry in adapter.revisions.values())),
+            "num_revisions": len(metrics),
+            "num_tokens": int(sum(found.get("tokens", 0) for _, found in metrics)),
             "num_heldout_tasks": len(controller.examiner.heldout_tasks(adapter.pseudonym)),
             "serving": adapter.serving,
             "curve": curve,
@@ -171,8 +172,8 @@ def _pairs(
 
 def _prompt_digest(logged: LoggedEvent) -> str:
     """Same id and prompt, same answer: sampling is keyed by them."""
-    row = encode_event("", logged.event)
-    return digest_of_row({**row, "body": json.dumps(json.loads(row["body"])["prompt"])})
+    encoded = encode_event(logged.event)
+    return hashlib.sha256(canonical_json([encoded["event_id"], encoded["body"]["prompt"]])).hexdigest()
 
 
 def _user(controller: Controller, adapter: AdapterState) -> str:

@@ -1,36 +1,50 @@
 """Durable enqueue and ordered consumption: one experience log per partition.
 
 Producers race for the next number: a loser goes on to the next free one and never reads a body. A segment is
-one Arrow IPC stream of `experience.SCHEMA`.
+one Arrow IPC stream of `SCHEMA`: whose event it is stands there as a pseudonym, what it is only encrypted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import hmac
 import itertools
+import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from populace.population.experience import (
-    SCHEMA,
+    Command,
     LogEvent,
-    Rollback,
     Task,
     UserId,
     decode_event,
-    digest_of_row,
+    encode_event,
     is_held_out,
 )
 from populace.storage.catalog import Catalog
-from populace.storage.errors import AlreadyExists, OutcomeUnknown
+from populace.storage.errors import AlreadyExists, Forgotten, OutcomeUnknown
+from populace.storage.keys import UserKeys
 from populace.storage.log import Log
-from populace.storage.manifest import EventRef
+from populace.storage.manifest import BEFORE_ALL, EventRef, canonical_json
 from populace.storage.objects import ObjectStore
+
+SCHEMA = pa.schema(
+    [
+        pa.field("pseudonym", pa.string(), nullable=False),
+        pa.field("tag", pa.string(), nullable=False),  # keyed hash of the event id
+        pa.field("sealed", pa.binary(), nullable=False),  # the event, encrypted with its user's key
+    ]
+)
+"""One row per event; rows of one segment keep the order in which they were enqueued."""
+
+Row = dict[str, str | bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +52,40 @@ class LoggedEvent:
     """An event at its place in the log."""
 
     user: UserId
+    pseudonym: str
     event: LogEvent
     ref: EventRef
+
+
+class Seals:
+    """Turns events into rows that only holders of the keys can read, and back."""
+
+    def __init__(self, keys: UserKeys, pseudonym_key: bytes) -> None:
+        self.keys = keys
+        self._key = pseudonym_key
+
+    def seal(self, pseudonym: str, event: LogEvent) -> Row:
+        """A row of `SCHEMA`; the user's key must be there."""
+        plain, tag = canonical_json(encode_event(event)), self.tag(pseudonym, event.event_id)
+        return {"pseudonym": pseudonym, "tag": tag, "sealed": self.keys.seal(pseudonym, plain, f"event/{tag}")}
+
+    def open(self, row: Row, position: tuple[int, int]) -> LoggedEvent:
+        """The event in a row; `Forgotten` when its user was."""
+        pseudonym, tag, sealed = str(row["pseudonym"]), str(row["tag"]), row["sealed"]
+        assert isinstance(sealed, bytes)
+        plain = self.keys.open(pseudonym, sealed, f"event/{tag}")
+        # Keyed, so that nobody without the key can test a guess at what the user said.
+        digest = hmac.new(self._key, plain, hashlib.sha256).hexdigest()
+        return LoggedEvent(
+            user=UserId(self.keys.get(pseudonym).user),
+            pseudonym=pseudonym,
+            event=decode_event(json.loads(plain)),
+            ref=EventRef(tag=tag, position=position, digest=digest),
+        )
+
+    def tag(self, pseudonym: str, event_id: str) -> str:
+        """The name under which an event stands in the logs: 128 bits of a keyed hash, hex."""
+        return hmac.new(self._key, f"{pseudonym}/{event_id}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
 class ExperienceLog:
@@ -49,8 +95,8 @@ class ExperienceLog:
         self.log = Log(store, f"{population}/experience/{partition}", ".arrow")
         self._hint = 0
 
-    def append(self, rows: Sequence[dict[str, str]]) -> int:
-        """Make rows of `SCHEMA` (see `encode_event`) durable as one segment and return its number."""
+    def append(self, rows: Sequence[Row]) -> int:
+        """Make rows of `SCHEMA` (see `Seals`) durable as one segment and return its number."""
         attempt_id = uuid.uuid4().hex
         table = pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({"attempt_id": attempt_id}))
         sink = pa.BufferOutputStream()
@@ -75,22 +121,10 @@ class ExperienceLog:
                 if self._is_mine(seq, attempt_id):
                     return seq
 
-    def read_from(self, segment: int) -> Iterator[tuple[int, list[LoggedEvent]]]:
-        """Segments from `segment` on, each with its events in order."""
+    def read_from(self, segment: int) -> Iterator[tuple[int, list[Row]]]:
+        """Segments from `segment` on, each with its rows in order."""
         for seq, body in self.log.read_from(segment):
-            table = pa.ipc.open_stream(body).read_all()
-            rows = table.to_pylist()
-            yield (
-                seq,
-                [
-                    LoggedEvent(
-                        user=UserId(row["user"]),
-                        event=decode_event(row),
-                        ref=EventRef(event_id=row["event_id"], position=(seq, index), digest=digest_of_row(row)),
-                    )
-                    for index, row in enumerate(rows)
-                ],
-            )
+            yield seq, pa.ipc.open_stream(body).read_all().to_pylist()
 
     def _is_mine(self, seq: int, attempt_id: str) -> bool:
         body = self.log.read(seq)
@@ -132,59 +166,63 @@ class PendingIndex:
 
     def __init__(self, heldout_key: bytes, heldout_share: float) -> None:
         self.queues: dict[str, UserQueue] = {}
-        self.commands: list[tuple[str, LoggedEvent]] = []
+        self.commands: list[LoggedEvent] = []
         self.next_segment: dict[int, int] = {}
         self._heldout_key = heldout_key
         self._heldout_share = heldout_share
         self._seen: dict[tuple[str, str], str] = {}
         self._turns = itertools.count()
 
-    def observe(self, log: ExperienceLog, partition: int, catalog: Catalog, pseudonym_of: Callable[[str], str]) -> int:
-        """Read what is new; returns the number of events."""
+    def observe(self, log: ExperienceLog, partition: int, catalog: Catalog, seals: Seals) -> int:
+        """Read what is new; returns the number of events. What forgotten users sent can't be read any more."""
         num_events = 0
-        for seq, events in log.read_from(self.next_segment.get(partition, 0)):
-            for logged in events:
-                self._add(logged, partition, catalog, pseudonym_of(logged.user))
-                num_events += 1
+        for seq, rows in log.read_from(self.next_segment.get(partition, 0)):
+            for index, row in enumerate(rows):
+                with contextlib.suppress(Forgotten):
+                    self._add(seals.open(row, (seq, index)), partition, catalog)
+                    num_events += 1
             self.next_segment[partition] = seq + 1
         return num_events
+
+    def forget(self, pseudonym: str) -> None:
+        """Drop everything of a user."""
+        self.queues.pop(pseudonym, None)
+        self.commands = [logged for logged in self.commands if logged.pseudonym != pseudonym]
 
     def trim(self, catalog: Catalog) -> None:
         """Drop consumed events and obeyed commands."""
         for queue in self.queues.values():
-            if (adapter := catalog.get(queue.pseudonym)) is not None:
-                consumed, before = adapter.consumed, len(queue.pending) + len(queue.rejected)
+            if (consumed := catalog.consumed(queue.pseudonym)) is not None:
+                before = len(queue.pending) + len(queue.rejected)
                 queue.pending = [item for item in queue.pending if item.ref.position > consumed]
                 queue.rejected = [item for item in queue.rejected if item[0].ref.position > consumed]
                 if len(queue.pending) + len(queue.rejected) < before:
                     queue.waiting_since = next(self._turns)
-        self.commands = [
-            (pseudonym, logged)
-            for pseudonym, logged in self.commands
-            if (pseudonym, logged.ref.event_id) not in catalog.obeyed
-        ]
+        self.commands = [logged for logged in self.commands if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed]
 
     def num_pending(self) -> int:
         return sum(len(queue.pending) for queue in self.queues.values())
 
-    def _add(self, logged: LoggedEvent, partition: int, catalog: Catalog, pseudonym: str) -> None:
+    def _add(self, logged: LoggedEvent, partition: int, catalog: Catalog) -> None:
+        pseudonym = logged.pseudonym
+        if catalog.is_forgotten(pseudonym):
+            return  # the tombstone is there, the key not yet gone
         queue = self.queues.get(pseudonym)
         if queue is None:
             queue = self.queues[pseudonym] = UserQueue(user=logged.user, pseudonym=pseudonym, partition=partition)
         if not queue.is_waiting:
             queue.waiting_since = next(self._turns)
-        adapter = catalog.get(pseudonym)
-        consumed = adapter is not None and logged.ref.position <= adapter.consumed
-        identity = (pseudonym, logged.ref.event_id)
+        consumed = logged.ref.position <= (catalog.consumed(pseudonym) or BEFORE_ALL)
+        identity = (pseudonym, logged.ref.tag)
         if (first_digest := self._seen.get(identity)) is not None:
             if first_digest != logged.ref.digest and not consumed:
                 queue.rejected.append((logged, "event id reused with other content"))
             return
         self._seen[identity] = logged.ref.digest
         match logged.event:
-            case Rollback():
-                if (pseudonym, logged.ref.event_id) not in catalog.obeyed:
-                    self.commands.append((pseudonym, logged))
+            case _ if isinstance(logged.event, Command):
+                if identity not in catalog.obeyed:
+                    self.commands.append(logged)
             case Task() if is_held_out(logged.event.event_id, self._heldout_key, self._heldout_share):
                 queue.heldout.append(logged)
             case _ if not consumed:

@@ -39,6 +39,7 @@ class Workers(Protocol):
     def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int: ...
     def evict(self, keys: Sequence[AdapterKey]) -> None: ...
     def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None: ...
+    def forget(self, pseudonyms: Sequence[str]) -> None: ...
     def num_hot(self) -> int: ...
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]: ...
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]: ...
@@ -109,12 +110,12 @@ def revision_ref(adapter: AdapterState, revision: int) -> AdapterRef:
     key, spec = AdapterKey(adapter.pseudonym, revision), AdapterSpec.from_dict(adapter.spec)
     if revision == 0:
         return AdapterRef(key=key, spec=spec, seed=adapter.seed)
-    entry = adapter.revisions[revision]
+    state = adapter.revision(adapter.require(revision))
     return AdapterRef(
         key=key,
         spec=spec,
         seed=adapter.seed,
-        weights=entry.blobs["weights"],
-        moments=entry.blobs.get("moments"),
-        experts=tuple(entry.experts),
+        weights=state.blobs["weights"],
+        moments=state.blobs.get("moments"),
+        experts=state.experts,
     )

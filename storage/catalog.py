@@ -1,15 +1,27 @@
 """The catalog: for every adapter its revisions, tip, serving and consumed position. Derived from the revision
-logs alone; losing it costs a replay."""
+logs alone; losing it costs a replay, a checkpoint makes that short.
+
+    adapters   one row per adapter           revisions  one row per revision, chained newest to oldest
+    blobs      one row per part of a revision           uses  segments of experience that a revision learned from
+    notes      verdicts and settled records, chained newest to oldest
+
+About 200 bytes for an adapter with one revision of one part; no Python object per user.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from populace.storage.columns import Index, Names, Rows, Table
 from populace.storage.errors import InvalidInput
 from populace.storage.manifest import (
-    BEFORE_ALL,
     AdapterCreated,
     Attempt,
     Claim,
@@ -18,57 +30,122 @@ from populace.storage.manifest import (
     Record,
     RecordHeader,
     Release,
-    RevisionEntry,
+    Repack,
     Settled,
-    SettledEvent,
+    Tombstone,
     Verdict,
     WaveManifest,
 )
+from populace.storage.pack import BlobPlace
+
+PARTS = ("weights", "moments", "evidence")
+DECISIONS = ("settled", "promote", "keep", "reject", "rollback", "refused", "pin", "unpin")
+"""What a note is; `settled` is no decision."""
+
+FORGOTTEN, BARE = 1, 2
+"""Flags of an adapter: its user is forgotten; only a tombstone, there never was an adapter."""
+PROMOTED, PINNED, DROPPED = 1, 2, 4
+"""Flags of a revision."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevisionState:
+    """One revision and where its bytes are."""
+
+    revision: int
+    parent: int
+    seq: int
+    """Number of the record that committed it."""
+    blobs: dict[str, BlobPlace]
+    """What is still there of weights, moments and evidence."""
+    experts: tuple[int, ...]
+    """Experts whose tensors the blobs hold; the others are as initialised."""
+    num_trained: int
+    is_promoted: bool
+    is_pinned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """A verdict about a revision, or events settled without one (`judged` 0)."""
+
+    seq: int
+    decision: str
+    judged: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterState:
-    """One adapter as its log describes it. Only `Catalog.apply` changes it."""
+    """One adapter as its log described it when this was taken."""
 
+    catalog: Catalog
+    row: int
     pseudonym: str
     partition: int
     spec: dict[str, Any]
     seed: int
-    revisions: dict[int, RevisionEntry] = field(default_factory=dict)
-    waves: dict[int, int] = field(default_factory=dict)
-    """Revision -> number of the record that committed it."""
-    tip: int = 0
-    serving: int = 0
-    consumed: Position = BEFORE_ALL
-    settled: list[SettledEvent] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    @property
-    def next_revision(self) -> int:
-        return max(self.revisions, default=0) + 1
+    tip: int
+    serving: int
+    next_revision: int
+    consumed: Position
 
     def lineage(self, revision: int) -> list[int]:
         """`revision` and its ancestors down to 0, newest first."""
+        parents = self.catalog.parents_of(self.row)
         chain = [revision]
         while chain[-1] != 0:
-            chain.append(self.revisions[chain[-1]].parent)
+            chain.append(parents[chain[-1]])
         return chain
 
+    def exists(self, revision: int) -> bool:
+        """Whether `revision` was ever committed; its bytes may have been dropped since."""
+        return 0 <= revision < self.next_revision
+
+    def revision(self, revision: int) -> RevisionState:
+        """A committed revision above 0."""
+        return self.catalog.revision_state(self.row, revision)
+
+    def revisions(self) -> list[RevisionState]:
+        """All of them, oldest first."""
+        return [self.catalog.revision_at(row) for row in self.catalog.revision_rows(self.row)[::-1]]
+
+    def notes(self) -> list[Note]:
+        """Verdicts and settled records, oldest first."""
+        return self.catalog.notes_of(self.row)
+
     def require(self, revision: int) -> int:
+        """`revision` if its weights can be loaded; else `InvalidInput`."""
         if type(revision) is not int:
             raise InvalidInput(f"revision is {revision!r}; give a whole number")
-        if revision != 0 and revision not in self.revisions:
+        if not self.exists(revision):
             raise InvalidInput(f"revision {revision} does not exist; this adapter has 0 to {self.next_revision - 1}")
+        if revision != 0 and "weights" not in self.revision(revision).blobs:
+            kept = [state.revision for state in self.revisions() if "weights" in state.blobs]
+            raise InvalidInput(f"revision {revision} was dropped by the retention rule; still there: {[0, *kept]}")
         return revision
 
 
 class Catalog:
-    """All adapters of a population."""
+    """All adapters of a population. `apply` is the only way it changes; `checkpoint.py` saves and restores it."""
 
     def __init__(self) -> None:
-        self.adapters: dict[str, AdapterState] = {}
+        self.adapters = Table(
+            high="u8", low="u8", partition="u2", spec="u4", seed="u8", tip="u4", serving="u4", next_revision="u4",
+            consumed_segment="i4", consumed_row="i4", flags="u1", last_revision="i4", last_note="i4", changed="u4",
+        )  # fmt: skip
+        self.revisions = Table(
+            adapter="u4", revision="u4", parent="u4", seq="u4", previous="i4", experts="u4", flags="u1",
+            num_trained="u2", first_blob="u4", num_blobs="u1", first_use="u4", num_uses="u2",
+        )  # fmt: skip
+        self.blobs = Table(part="u1", pack="u4", offset="u8", size="u4", sha256=("u1", (32,)))
+        self.uses = Table(segment="u4")
+        self.notes = Table(adapter="u4", seq="u4", previous="i4", decision="u1", judged="u4")
+        self.index = Index()
+        self.specs, self.packs, self.experts = Names(), Names(), Names()
+        self.num_settled: Counter[int] = Counter()
+        """Per partition: events that ended without being trained on."""
         self.obeyed: set[tuple[str, str]] = set()
-        """(pseudonym, event id) of commands that have their verdict."""
+        """(pseudonym, tag) of commands that have their verdict."""
         self.lone_attempts: dict[str, tuple[EventRef, int]] = {}
         """Pseudonym -> the event that was last tried all alone, and how many such attempts have no outcome."""
         self.unfinished: dict[int, Attempt] = {}
@@ -77,40 +154,312 @@ class Catalog:
         """Per partition: whether the last claim is still unreleased."""
 
     def apply(self, header: RecordHeader, record: Record) -> None:
-        """The only way the catalog changes."""
         match record:
             case Claim() | Release():
                 self.owned[header.partition] = isinstance(record, Claim)
             case AdapterCreated():
-                self.adapters[record.pseudonym] = AdapterState(
-                    pseudonym=record.pseudonym,
-                    partition=header.partition,
-                    spec=record.spec,
-                    seed=record.seed,
-                )
+                self._create(header, record)
             case Attempt():
                 self.unfinished[header.partition] = record
                 self._count_lone(record)
             case WaveManifest():
-                for entry in record.revisions:
-                    self._add_revision(header, entry)
+                self._add_revisions(header, record)
             case Settled():
-                adapter = self.adapters[record.pseudonym]
-                adapter.settled += record.events
-                adapter.consumed = max(adapter.consumed, record.consumed)
-                self._finish(header.partition, record.pseudonym)
+                row = self._row(record.pseudonym)
+                self.num_settled[header.partition] += len(record.events)
+                self._consume(row, record.consumed)
+                self._note(row, header.seq, "settled", 0)
+                self._finish(header.partition, {record.pseudonym})
             case Verdict():
-                adapter = self.adapters[record.pseudonym]
-                adapter.tip, adapter.serving = record.tip, record.serving
-                adapter.verdicts.append(record)
-                if record.command is not None:
-                    self.obeyed.add((record.pseudonym, record.command))
+                self._judge(header, record)
+            case Tombstone():
+                self._bury(header, record)
+            case Repack():
+                self._repack(record)
+
+    # Looking things up.
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self.adapters["flags"] & BARE == 0))
 
     def __iter__(self) -> Iterator[AdapterState]:
-        return iter(self.adapters.values())
+        """Every living adapter; for few of them, or for reports."""
+        for row in np.flatnonzero(self.adapters["flags"] == 0):
+            yield self.state(int(row))
+
+    def __contains__(self, pseudonym: str) -> bool:
+        """Whether there is an adapter, of a forgotten user too."""
+        return bool(self.rows_of([pseudonym])[0] >= 0)
+
+    def rows_of(self, pseudonyms: Sequence[str]) -> Rows:
+        """The adapters' rows; -1 for those that aren't there."""
+        return self.index.find(*_split(pseudonyms))
 
     def get(self, pseudonym: str) -> AdapterState | None:
-        return self.adapters.get(pseudonym)
+        """None when there is no adapter, or its user is forgotten."""
+        row = int(self.rows_of([pseudonym])[0])
+        return None if row < 0 or self.adapters["flags"][row] else self.state(row)
+
+    def require(self, pseudonym: str) -> AdapterState:
+        found = self.get(pseudonym)
+        if found is None:
+            raise InvalidInput(f"no adapter {pseudonym!r}")
+        return found
+
+    def is_forgotten(self, pseudonym: str) -> bool:
+        row = int(self.rows_of([pseudonym])[0])
+        return row >= 0 and bool(self.adapters["flags"][row] & FORGOTTEN)
+
+    def forgotten(self) -> list[str]:
+        """Everyone with a tombstone."""
+        return self.pseudonyms(np.flatnonzero(self.adapters["flags"] & FORGOTTEN))
+
+    def consumed(self, pseudonym: str) -> Position | None:
+        """An adapter's consumed position; None without an adapter."""
+        row = int(self.rows_of([pseudonym])[0])
+        if row < 0:
+            return None
+        return int(self.adapters["consumed_segment"][row]), int(self.adapters["consumed_row"][row])
+
+    def state(self, row: int) -> AdapterState:
+        table = self.adapters
+        return AdapterState(
+            catalog=self,
+            row=row,
+            pseudonym=f"{int(table['high'][row]):016x}{int(table['low'][row]):016x}",
+            partition=int(table["partition"][row]),
+            spec=json.loads(self.specs.values[table["spec"][row]]),
+            seed=int(table["seed"][row]),
+            tip=int(table["tip"][row]),
+            serving=int(table["serving"][row]),
+            next_revision=int(table["next_revision"][row]),
+            consumed=(int(table["consumed_segment"][row]), int(table["consumed_row"][row])),
+        )
+
+    def unjudged(self) -> list[AdapterState]:
+        """Adapters whose tip is not what serves."""
+        table = self.adapters
+        rows = np.flatnonzero((table["tip"] != table["serving"]) & (table["flags"] == 0))
+        return [self.state(int(row)) for row in rows]
+
+    def num_updated(self) -> int:
+        """Adapters beyond revision 0."""
+        return int(np.count_nonzero(self.adapters["next_revision"] > 1))
+
+    def in_partition(self, partition: int) -> Rows:
+        """Rows of a partition's living adapters."""
+        return np.flatnonzero((self.adapters["partition"] == partition) & (self.adapters["flags"] == 0))
+
+    def changed_since(self, partition: int, seq: int) -> list[str]:
+        """Adapters of a partition that a record after number `seq` changed."""
+        table = self.adapters
+        rows = np.flatnonzero((table["partition"] == partition) & (table["changed"] > seq))
+        return self.pseudonyms(rows)
+
+    def revisions_using(self, partition: int, segment: int) -> list[tuple[str, int]]:
+        """(pseudonym, revision) of every revision that learned from a segment of the partition's experience."""
+        use = np.flatnonzero(self.uses["segment"] == segment)
+        # Revisions and their uses are appended together, so the first use of a revision never falls.
+        revision = np.searchsorted(self.revisions["first_use"], use, side="right") - 1
+        adapter = self.revisions["adapter"][revision]
+        mine = self.adapters["partition"][adapter] == partition
+        names = self.pseudonyms(adapter[mine])
+        return list(zip(names, self.revisions["revision"][revision[mine]].tolist(), strict=True))
+
+    def pseudonyms(self, rows: NDArray[Any]) -> list[str]:
+        high, low = self.adapters["high"][rows], self.adapters["low"][rows]
+        return [f"{a:016x}{b:016x}" for a, b in zip(high.tolist(), low.tolist(), strict=True)]
+
+    def referenced_packs(self, partition: int) -> set[str]:
+        """Packs that hold a blob of the partition's revisions."""
+        revision = np.flatnonzero(self.adapters["partition"][self.revisions["adapter"]] == partition)
+        owner = np.repeat(np.arange(self.revisions.size), self.revisions["num_blobs"])
+        here = np.isin(owner, revision) & (self.blobs["size"] > 0)
+        return {self.packs.values[number] for number in np.unique(self.blobs["pack"][here])}
+
+    def count_decisions(self) -> Counter[str]:
+        counts = np.bincount(self.notes["decision"], minlength=len(DECISIONS))
+        return Counter({name: int(count) for name, count in zip(DECISIONS, counts, strict=True)})
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all columns and the index."""
+        tables = (self.adapters, self.revisions, self.blobs, self.uses, self.notes)
+        return sum(table.size_bytes for table in tables) + self.index.size_bytes
+
+    # One adapter's chains.
+
+    def revision_rows(self, adapter: int) -> list[int]:
+        """Newest first."""
+        rows, row = [], int(self.adapters["last_revision"][adapter])
+        while row >= 0:
+            rows.append(row)
+            row = int(self.revisions["previous"][row])
+        return rows
+
+    def revision_row(self, adapter: int, revision: int) -> int:
+        row = int(self.adapters["last_revision"][adapter])
+        while row >= 0 and self.revisions["revision"][row] != revision:
+            row = int(self.revisions["previous"][row])
+        assert row >= 0, f"revision {revision} was never committed"
+        return row
+
+    def revision_state(self, adapter: int, revision: int) -> RevisionState:
+        return self.revision_at(self.revision_row(adapter, revision))
+
+    def revision_at(self, row: int) -> RevisionState:
+        table, blobs = self.revisions, {}
+        first = int(table["first_blob"][row])
+        for blob in range(first, first + int(table["num_blobs"][row])):
+            if self.blobs["size"][blob]:
+                blobs[PARTS[self.blobs["part"][blob]]] = BlobPlace(
+                    pack=self.packs.values[self.blobs["pack"][blob]],
+                    offset=int(self.blobs["offset"][blob]),
+                    size_bytes=int(self.blobs["size"][blob]),
+                    sha256=self.blobs["sha256"][blob].tobytes().hex(),
+                )
+        flags = int(table["flags"][row])
+        return RevisionState(
+            revision=int(table["revision"][row]),
+            parent=int(table["parent"][row]),
+            seq=int(table["seq"][row]),
+            blobs=blobs,
+            experts=self.experts.values[table["experts"][row]],
+            num_trained=int(table["num_trained"][row]),
+            is_promoted=bool(flags & PROMOTED),
+            is_pinned=bool(flags & PINNED),
+        )
+
+    def parents_of(self, adapter: int) -> dict[int, int]:
+        rows = self.revision_rows(adapter)
+        return dict(
+            zip(self.revisions["revision"][rows].tolist(), self.revisions["parent"][rows].tolist(), strict=True)
+        )
+
+    def notes_of(self, adapter: int) -> list[Note]:
+        found, row = [], int(self.adapters["last_note"][adapter])
+        while row >= 0:
+            decision = DECISIONS[self.notes["decision"][row]]
+            found.append(
+                Note(seq=int(self.notes["seq"][row]), decision=decision, judged=int(self.notes["judged"][row]))
+            )
+            row = int(self.notes["previous"][row])
+        return found[::-1]
+
+    # How records change it.
+
+    def _row(self, pseudonym: str) -> int:
+        row = int(self.rows_of([pseudonym])[0])
+        assert row >= 0, f"the log speaks of adapter {pseudonym!r} before creating it"
+        return row
+
+    def _create(self, header: RecordHeader, record: AdapterCreated, flags: int = 0) -> int:
+        high, low = _split([record.pseudonym])
+        row = self.adapters.append(
+            1, high=high, low=low, partition=header.partition, seed=record.seed, tip=0, serving=0, next_revision=1,
+            spec=self.specs.number(json.dumps(record.spec, sort_keys=True)), consumed_segment=-1, consumed_row=-1,
+            flags=flags, last_revision=-1, last_note=-1, changed=header.seq,
+        )  # fmt: skip
+        self.index.add(high, low, np.array([row]))
+        return row
+
+    def _add_revisions(self, header: RecordHeader, wave: WaveManifest) -> None:
+        """All of a wave at once, column by column."""
+        entries = wave.revisions
+        rows = self.rows_of([entry.pseudonym for entry in entries])
+        assert (rows >= 0).all(), "the log has a revision before its adapter"
+        blobs = [(PARTS.index(part), place) for entry in entries for part, place in entry.blobs.items()]
+        uses = [sorted({event.position[0] for event in entry.trained}) for entry in entries]
+        num_blobs = np.array([len(entry.blobs) for entry in entries])
+        num_uses = np.array([len(used) for used in uses])
+        first_blob = self.blobs.append(
+            len(blobs),
+            part=[part for part, _ in blobs],
+            pack=self.packs.numbers([place.pack for _, place in blobs]),
+            offset=[place.offset for _, place in blobs],
+            size=[place.size_bytes for _, place in blobs],
+            sha256=_digests([place.sha256 for _, place in blobs]),
+        )
+        first_use = self.uses.append(int(num_uses.sum()), segment=[segment for used in uses for segment in used])
+        revision = np.array([entry.revision for entry in entries])
+        first = self.revisions.append(
+            len(entries),
+            adapter=rows,
+            revision=revision,
+            parent=[entry.parent for entry in entries],
+            seq=header.seq,
+            previous=self.adapters["last_revision"][rows],
+            experts=self.experts.numbers([tuple(entry.experts) for entry in entries]),
+            flags=0,
+            num_trained=np.minimum([len(entry.trained) for entry in entries], 65535),
+            first_blob=first_blob + np.cumsum(num_blobs) - num_blobs,
+            num_blobs=num_blobs,
+            first_use=first_use + np.cumsum(num_uses) - num_uses,
+            num_uses=num_uses,
+        )
+        self.adapters["last_revision"][rows] = np.arange(first, first + len(entries))
+        self.adapters["tip"][rows] = revision
+        self.adapters["next_revision"][rows] = revision + 1
+        self.adapters["changed"][rows] = header.seq
+        for row, entry in zip(rows.tolist(), entries, strict=True):
+            self._consume(row, entry.consumed)
+        self.num_settled[header.partition] += sum(len(entry.settled) for entry in entries)
+        self._finish(header.partition, {entry.pseudonym for entry in entries})
+
+    def _judge(self, header: RecordHeader, record: Verdict) -> None:
+        row = self._row(record.pseudonym)
+        self.adapters["tip"][row], self.adapters["serving"][row] = record.tip, record.serving
+        self.adapters["changed"][row] = header.seq
+        if record.judged and record.decision in ("promote", "pin", "unpin"):
+            flags = self.revisions["flags"]
+            at = self.revision_row(row, record.judged)
+            match record.decision:
+                case "promote":
+                    flags[at] |= PROMOTED
+                case "pin":
+                    flags[at] |= PINNED
+                case "unpin":
+                    flags[at] &= ~PINNED & 0xFF
+        self._note(row, header.seq, record.decision, record.judged)
+        if record.command is not None:
+            self.obeyed.add((record.pseudonym, record.command))
+
+    def _bury(self, header: RecordHeader, record: Tombstone) -> None:
+        row = int(self.rows_of([record.pseudonym])[0])
+        if row < 0:
+            row = self._create(header, AdapterCreated(pseudonym=record.pseudonym, spec={}, seed=0), BARE)
+        self.adapters["flags"][row] |= FORGOTTEN
+        self.adapters["changed"][row] = header.seq
+        self.obeyed.add((record.pseudonym, record.command))
+        self._finish(header.partition, {record.pseudonym})
+
+    def _repack(self, record: Repack) -> None:
+        pack = self.packs.number(record.pack)
+        for moved in record.moved:
+            blob = self._blob(moved.pseudonym, moved.revision, moved.part)
+            self.blobs["pack"][blob], self.blobs["offset"][blob] = pack, moved.offset
+        for pseudonym, revision, part in record.dropped:
+            self.blobs["size"][self._blob(pseudonym, revision, part)] = 0
+            if part == "weights":
+                self.revisions["flags"][self.revision_row(self._row(pseudonym), revision)] |= DROPPED
+
+    def _blob(self, pseudonym: str, revision: int, part: str) -> int:
+        row = self.revision_row(self._row(pseudonym), revision)
+        first = int(self.revisions["first_blob"][row])
+        parts = self.blobs["part"][first : first + int(self.revisions["num_blobs"][row])]
+        return first + int(np.flatnonzero(parts == PARTS.index(part))[0])
+
+    def _consume(self, row: int, consumed: Position) -> None:
+        table = self.adapters
+        if consumed > (int(table["consumed_segment"][row]), int(table["consumed_row"][row])):
+            table["consumed_segment"][row], table["consumed_row"][row] = consumed
+
+    def _note(self, row: int, seq: int, decision: str, judged: int) -> None:
+        self.adapters["changed"][row] = seq
+        self.adapters["last_note"][row] = self.notes.append(
+            1, adapter=row, seq=seq, previous=self.adapters["last_note"][row],
+            decision=DECISIONS.index(decision), judged=judged,
+        )  # fmt: skip
 
     def _count_lone(self, attempt: Attempt) -> None:
         if len(attempt.adapters) == 1:
@@ -119,22 +468,24 @@ class Catalog:
                 ref, count = self.lone_attempts.get(pseudonym, (refs[0], 0))
                 self.lone_attempts[pseudonym] = (refs[0], count + 1 if ref == refs[0] else 1)
 
-    def _add_revision(self, header: RecordHeader, entry: RevisionEntry) -> None:
-        adapter = self.adapters[entry.pseudonym]
-        adapter.revisions[entry.revision] = entry
-        adapter.waves[entry.revision] = header.seq
-        adapter.tip = entry.revision
-        adapter.settled += entry.settled
-        adapter.consumed = max(adapter.consumed, entry.consumed)
-        self._finish(header.partition, entry.pseudonym)
-
-    def _finish(self, partition: int, pseudonym: str) -> None:
+    def _finish(self, partition: int, pseudonyms: set[str]) -> None:
         """An attempt ends user by user; what is left when a new owner looks died with the old one."""
-        self.lone_attempts.pop(pseudonym, None)
-        if (attempt := self.unfinished.get(partition)) is None or pseudonym not in attempt.adapters:
+        for pseudonym in pseudonyms:
+            self.lone_attempts.pop(pseudonym, None)
+        if (attempt := self.unfinished.get(partition)) is None or not pseudonyms & attempt.adapters.keys():
             return
-        left = {user: events for user, events in attempt.adapters.items() if user != pseudonym}
+        left = {user: events for user, events in attempt.adapters.items() if user not in pseudonyms}
         if left:
             self.unfinished[partition] = Attempt(wave=attempt.wave, adapters=left)
         else:
             del self.unfinished[partition]
+
+
+def _split(pseudonyms: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The upper and lower halves of hexadecimal names."""
+    halves = np.frombuffer(bytes.fromhex("".join(pseudonyms)), ">u8").reshape(-1, 2).astype(np.uint64)
+    return halves[:, 0], halves[:, 1]
+
+
+def _digests(texts: Sequence[str]) -> NDArray[np.uint8]:
+    return np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, 32)

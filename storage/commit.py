@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from populace.storage.errors import AlreadyExists, Damaged, Fenced, OutcomeUnknown
+from populace.storage.errors import AlreadyExists, Damaged, Fenced, OutcomeUnknown, StoreUnavailable
+from populace.storage.keys import Keyring, PublicKey
 from populace.storage.log import Log
 from populace.storage.manifest import (
     NO_PREDECESSOR,
@@ -23,11 +24,14 @@ from populace.storage.manifest import (
     RecordHeader,
     Release,
     RevisionEntry,
+    Rotate,
     SettledEvent,
     WaveManifest,
+    attempt_of,
     digest_of,
     open_record,
     seal,
+    signer_of,
 )
 from populace.storage.objects import ObjectStore
 from populace.storage.pack import build_pack
@@ -40,7 +44,9 @@ class RevisionDraft:
     pseudonym: str
     revision: int
     parent: int
+    parent_sha256: str | None
     blobs: dict[str, bytes]
+    """Part -> bytes as they are to be stored."""
     experts: list[int]
     trained: list[EventRef]
     settled: list[SettledEvent]
@@ -49,25 +55,70 @@ class RevisionDraft:
 
 
 class RevisionLogReader:
-    """Follows a revision log, checking that every record continues the one before."""
+    """Follows a revision log, checking that every record is signed and continues the one before."""
 
-    def __init__(self, store: ObjectStore, population: str, partition: int) -> None:
+    def __init__(self, store: ObjectStore, population: str, partition: int, root_key: PublicKey) -> None:
         self.log = Log(store, f"{population}/revisions/{partition}", ".json")
         self.population = population
         self.partition = partition
         self.next_seq = 0
         self.previous = NO_PREDECESSOR
+        self.keys = [root_key]
+        """Root first; each signed the record that hands over to the next. The last signs new records."""
+        self.rotations: list[bytes] = []
+        """Those records, as stored."""
+
+    @property
+    def key(self) -> PublicKey:
+        return self.keys[-1]
 
     def read_new(self) -> Iterator[tuple[RecordHeader, Record]]:
         """Records since the last call; raises `Damaged` at the first that does not fit."""
         for seq, sealed in self.log.read_from(self.next_seq):
-            header, record = open_record(sealed)
-            if (header.population, header.partition, header.seq) != (self.population, self.partition, seq):
-                raise Damaged(f"{self.log.key(seq)} belongs to another place: {header}")
+            header, record = self._check(seq, sealed, self.key)
             if header.previous != self.previous:
                 raise Damaged(f"{self.log.key(seq)} does not continue the record before it")
-            self.next_seq, self.previous = seq + 1, digest_of(sealed)
+            self.passed(sealed, header, record)
             yield header, record
+
+    def read_at(self, seq: int) -> tuple[RecordHeader, Record]:
+        """One record that this reader has passed."""
+        sealed = self.log.read(seq)
+        if sealed is None:
+            raise Damaged(f"{self.log.key(seq)} is gone; restore it from a copy")
+        signed_by = signer_of(sealed)
+        known = [key for key in self.keys if key.keyid == signed_by]
+        return self._check(seq, sealed, known[0] if known else self.key)
+
+    def start_at(self, seq: int, rotations: Sequence[bytes]) -> Record:
+        """Go on behind record `seq`, trusting that one alone; returns it. `rotations` prove who signed it."""
+        keys = self.keys[:1]
+        for sealed in rotations:
+            _, record = open_record(sealed, keys[-1])
+            if not isinstance(record, Rotate):
+                raise Damaged(f"a {record.KIND} record does not hand over a key")
+            keys.append(record.public_key)
+        sealed = self.log.read(seq) or b""
+        header, record = self._check(seq, sealed, keys[-1])
+        self.keys, self.rotations = keys, list(rotations)
+        self.passed(sealed, header, record)
+        return record
+
+    def passed(self, sealed: bytes, header: RecordHeader, record: Record) -> None:
+        """The log's end is now behind this record."""
+        self.next_seq, self.previous = header.seq + 1, digest_of(sealed)
+        if isinstance(record, Rotate):
+            self.keys.append(record.public_key)
+            self.rotations.append(sealed)
+
+    def _check(self, seq: int, sealed: bytes, key: PublicKey) -> tuple[RecordHeader, Record]:
+        try:
+            header, record = open_record(sealed, key)
+        except Damaged as error:
+            raise Damaged(f"{self.log.key(seq)}: {error}") from error
+        if (header.population, header.partition, header.seq) != (self.population, self.partition, seq):
+            raise Damaged(f"{self.log.key(seq)} belongs to another place: {header}")
+        return header, record
 
 
 class Owner:
@@ -76,12 +127,16 @@ class Owner:
     `reader` has read the log to its end; it stays at the end while the owner appends.
     """
 
-    def __init__(self, reader: RevisionLogReader, name: str) -> None:
+    def __init__(self, reader: RevisionLogReader, name: str, keyring: Keyring) -> None:
         self.reader = reader
         self.name = name
         self.is_lost = False
         """True once an append failed: what this owner knows of the log may be wrong, so it writes nothing more."""
+        self.keyring = keyring
+        self._signer = keyring.signer(reader.key)
         self.epoch = reader.next_seq
+        self.own_packs: set[str] = set()
+        """Packs that this owner's records named."""
         self.append(Claim(owner=name))
 
     def release(self) -> None:
@@ -101,13 +156,15 @@ class Owner:
             attempt_id=uuid.uuid4().hex,
             previous=reader.previous,
         )
-        sealed = seal(header, record)
+        sealed = seal(header, record, self._signer)
         try:
             _append_until_known(reader.log, header, sealed)
         except BaseException:
             self.is_lost = True
             raise
-        reader.next_seq, reader.previous = header.seq + 1, digest_of(sealed)
+        reader.passed(sealed, header, record)
+        if isinstance(record, Rotate):
+            self._signer = self.keyring.signer(reader.key)
         return header
 
     def commit_wave(
@@ -120,9 +177,7 @@ class Owner:
         numerics: Mapping[str, str],
     ) -> tuple[RecordHeader, WaveManifest]:
         """Write the pack, then the manifest. Nothing has happened until the manifest is there."""
-        # The random part: a second try of a wave must never write over a pack that a manifest may name.
-        name = f"{self.epoch:020d}-{wave}-{uuid.uuid4().hex[:8]}.safetensors"
-        key = f"{self.reader.population}/packs/{self.reader.partition}/{name}"
+        key = self.new_pack(wave)
         blobs = {
             f"{part}/{draft.pseudonym}@{draft.revision}": blob for draft in drafts for part, blob in draft.blobs.items()
         }
@@ -133,6 +188,7 @@ class Owner:
                 pseudonym=draft.pseudonym,
                 revision=draft.revision,
                 parent=draft.parent,
+                parent_sha256=draft.parent_sha256,
                 blobs={part: places[f"{part}/{draft.pseudonym}@{draft.revision}"] for part in draft.blobs},
                 experts=draft.experts,
                 trained=draft.trained,
@@ -144,12 +200,21 @@ class Owner:
         ]
         manifest = WaveManifest(
             wave=wave,
+            pack=key,
             revisions=entries,
             parameters=dict(parameters),
             materials=dict(materials),
             numerics=dict(numerics),
         )
-        return self.append(manifest), manifest
+        header = self.append(manifest)
+        self.own_packs.add(key)
+        return header, manifest
+
+    def new_pack(self, name: str) -> str:
+        """A key that no pack has."""
+        # The random part: a second try of a wave must never write over a pack that a manifest may name.
+        unique = f"{self.epoch:020d}-{name}-{uuid.uuid4().hex[:8]}"
+        return f"{self.reader.population}/packs/{self.reader.partition}/{unique}.safetensors"
 
 
 def _append_until_known(log: Log, header: RecordHeader, sealed: bytes, tries: int = 8) -> None:
@@ -161,14 +226,16 @@ def _append_until_known(log: Log, header: RecordHeader, sealed: bytes, tries: in
             return
         except AlreadyExists:
             there = log.read(header.seq)
-            if there is not None and open_record(there)[0].attempt_id == header.attempt_id:
-                return
-            raise Fenced(
-                f"partition {header.partition} of {header.population!r}: record {header.seq} was written by "
-                "another controller, which owns the partition now; this one stops"
-            ) from None
-        except OutcomeUnknown:
-            time.sleep(min(2.0, 0.05 * 2**attempt))
+            if there is not None:  # else a server's way to say "conflict, try again"
+                if attempt_of(there) == header.attempt_id:
+                    return
+                raise Fenced(
+                    f"partition {header.partition} of {header.population!r}: record {header.seq} was written by "
+                    "another controller, which owns the partition now; this one stops"
+                ) from None
+        except (OutcomeUnknown, StoreUnavailable):
+            pass
+        time.sleep(min(2.0, 0.05 * 2**attempt))
     raise OutcomeUnknown(
         f"the store did not say whether {log.key(header.seq)} was written; start again when it is reachable"
     )

@@ -1,9 +1,8 @@
 """The records of the revision log: what they say, and how they are sealed.
 
-Every record is a JSON payload in a DSSE envelope that binds it to its population, partition, number, epoch,
-writer and predecessor. A `wave` record is an in-toto Statement with the SLSA provenance predicate; the others
-are plain statements of their kind. Envelopes carry their signatures as a list; a population without a signing
-key leaves it empty, and the chain of digests alone protects it.
+Every record is a JSON payload in a DSSE envelope, signed with Ed25519, that binds it to its population, partition,
+number, epoch, writer and predecessor. A `wave` record is an in-toto Statement with the SLSA provenance predicate;
+the others are plain statements of their kind. docs/format.md has every field.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
+from securesystemslib.signer import Signer
 
 from populace.storage.errors import Damaged
+from populace.storage.keys import PublicKey
 from populace.storage.pack import BlobPlace
 
 RECORD_TYPE = "application/vnd.populace.record+json"
@@ -51,10 +53,11 @@ class RecordHeader:
 class EventRef:
     """One consumed event."""
 
-    event_id: str
+    tag: str
+    """Keyed hash of user and event id, hex: the same event has the same tag, and nobody else can tell whose."""
     position: Position
     digest: str
-    """sha256 of the event's canonical bytes."""
+    """sha256 of the event's bytes as stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +104,8 @@ class RevisionEntry:
     pseudonym: str
     revision: int
     parent: int
+    parent_sha256: str | None
+    """Digest of the parent's weights; None for revision 0, which has no bytes."""
     blobs: dict[str, BlobPlace]
     """`weights`, `moments`, `evidence`."""
     experts: list[int]
@@ -117,6 +122,8 @@ class WaveManifest:
 
     KIND: ClassVar[str] = "wave"
     wave: str
+    pack: str
+    """Key of the pack that holds every blob of this wave."""
     revisions: list[RevisionEntry]
     parameters: dict[str, Any]
     """Algorithm and hyperparameters."""
@@ -137,7 +144,8 @@ class Settled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command (`rollback`)."""
+    """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command (`rollback`, `pin`, `unpin`;
+    `refused` when it can't be obeyed)."""
 
     KIND: ClassVar[str] = "verdict"
     pseudonym: str
@@ -150,29 +158,117 @@ class Verdict:
     reason: str
     numbers: dict[str, float] = field(default_factory=dict)
     command: str | None = None
-    """Event id of the command that asked for it."""
+    """Tag of the command that asked for it."""
 
 
-Record = Claim | Release | AdapterCreated | Attempt | WaveManifest | Settled | Verdict
-_KINDS: dict[str, type[Any]] = {
-    kind.KIND: kind for kind in (Claim, Release, AdapterCreated, Attempt, WaveManifest, Settled, Verdict)
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tombstone:
+    """This user is forgotten: the key that reads everything of theirs is destroyed next."""
+
+    KIND: ClassVar[str] = "tombstone"
+    pseudonym: str
+    command: str
 
 
-def seal(header: RecordHeader, record: Record) -> bytes:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedBlob:
+    """A blob's place after a repack; its bytes are the same."""
+
+    pseudonym: str
+    revision: int
+    part: str
+    offset: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repack:
+    """Blobs that moved into one new pack, and blobs that are gone. Packs that nothing names any more are garbage."""
+
+    KIND: ClassVar[str] = "repack"
+    rule: dict[str, Any]
+    pack: str
+    moved: list[MovedBlob]
+    dropped: list[tuple[str, int, str]]
+    """(pseudonym, revision, part)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The catalog's state just before this record is in the Parquet file of this record's number."""
+
+    KIND: ClassVar[str] = "checkpoint"
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotate:
+    """Later records are signed by `key`; this one still by the old one."""
+
+    KIND: ClassVar[str] = "rotate"
+    key: dict[str, str]
+
+    @property
+    def public_key(self) -> PublicKey:
+        return PublicKey(**self.key)
+
+
+Record = (
+    Claim
+    | Release
+    | AdapterCreated
+    | Attempt
+    | WaveManifest
+    | Settled
+    | Verdict
+    | Tombstone
+    | Repack
+    | Checkpoint
+    | Rotate
+)
+_KINDS: dict[str, type[Any]] = {kind.KIND: kind for kind in Record.__args__}
+
+
+def seal(header: RecordHeader, record: Record, signer: Signer) -> bytes:
     """The bytes that are appended to the log."""
     if isinstance(record, WaveManifest):
         payload_type, payload = WAVE_TYPE, _statement(header, record)
     else:
         payload_type, payload = RECORD_TYPE, {"kind": record.KIND, **asdict(header), "body": asdict(record)}
     envelope = Envelope(canonical_json(payload), payload_type, {})
+    envelope.sign(signer)
     return canonical_json(envelope.to_dict())
 
 
-def open_record(sealed: bytes) -> tuple[RecordHeader, Record]:
-    """Header and record from stored bytes; raises `Damaged` when they are not a record."""
+def open_record(sealed: bytes, key: PublicKey) -> tuple[RecordHeader, Record]:
+    """Header and record from stored bytes; raises `Damaged` when they are not a record that `key` signed."""
     try:
         envelope = Envelope.from_dict(json.loads(sealed))
+        envelope.verify([key.as_key()], 1)
+    except VerificationError as error:
+        raise Damaged(f"not signed by the population's key {key.keyid[:16]}: {error}") from error
+    except Exception as error:  # whatever a flipped byte makes of it
+        raise Damaged(f"not a record of a revision log: {type(error).__name__}: {error}") from error
+    return _parse(envelope)
+
+
+def signer_of(sealed: bytes) -> str:
+    """The id of the key that stored bytes say they are signed with; nothing is verified."""
+    try:
+        return str(json.loads(sealed)["signatures"][0]["keyid"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return ""
+
+
+def attempt_of(sealed: bytes) -> str:
+    """The attempt id of stored bytes, unverified: whether a record is one's own."""
+    return _parse(Envelope.from_dict(json.loads(sealed)))[0].attempt_id
+
+
+def _parse(envelope: Envelope) -> tuple[RecordHeader, Record]:
+    try:
         payload = json.loads(envelope.payload)
         if envelope.payload_type == WAVE_TYPE:
             return _from_statement(payload)
@@ -203,7 +299,7 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
             "name": f"{entry.pseudonym}@{entry.revision}",
             "digest": {"sha256": entry.blobs["weights"].sha256},
             "annotations": {
-                "blobs": {part: asdict(place) for part, place in entry.blobs.items()},
+                "blobs": {part: [place.offset, place.size_bytes, place.sha256] for part, place in entry.blobs.items()},
                 "experts": entry.experts,
                 "metrics": entry.metrics,
             },
@@ -212,14 +308,18 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
     ]
     consumed = {
         f"{entry.pseudonym}@{entry.revision}": {
-            "trained": [asdict(event) for event in entry.trained],
-            "settled": [asdict(event) for event in entry.settled],
+            "trained": [_as_json(event) for event in entry.trained],
+            "settled": [{"event": _as_json(item.event), "reason": item.reason} for item in entry.settled],
             "consumed": entry.consumed,
         }
         for entry in wave.revisions
     }
     parents = [
-        {"name": f"{entry.pseudonym}@{entry.revision}#parent", "annotations": {"revision": entry.parent}}
+        {
+            "name": f"{entry.pseudonym}@{entry.revision}#parent",
+            "annotations": {"revision": entry.parent},
+            **({} if entry.parent_sha256 is None else {"digest": {"sha256": entry.parent_sha256}}),
+        }
         for entry in wave.revisions
     ]
     materials = [{"name": name, "digest": {"sha256": digest}} for name, digest in wave.materials.items()]
@@ -231,12 +331,21 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {**wave.parameters, "experience": consumed},
-                "internalParameters": {**asdict(header), "wave": wave.wave, "numerics": wave.numerics},
+                "internalParameters": {
+                    **asdict(header),
+                    "wave": wave.wave,
+                    "pack": wave.pack,
+                    "numerics": wave.numerics,
+                },
                 "resolvedDependencies": [*materials, *parents],
             },
             "runDetails": {"builder": {"id": "https://populace.dev/controller"}},
         },
     }
+
+
+def _as_json(event: EventRef) -> dict[str, Any]:
+    return {"tag": event.tag, "position": event.position, "digest": event.digest}  # asdict is ten times slower
 
 
 def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManifest]:
@@ -245,7 +354,7 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
     experience = external.pop("experience")
     dependencies = definition["resolvedDependencies"]
     parents = {
-        item["name"].removesuffix("#parent"): item["annotations"]["revision"]
+        item["name"].removesuffix("#parent"): (item["annotations"]["revision"], item.get("digest", {}).get("sha256"))
         for item in dependencies
         if item["name"].endswith("#parent")
     }
@@ -253,14 +362,18 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
     for subject in payload["subject"]:
         name, notes = subject["name"], subject["annotations"]
         pseudonym, _, revision = name.rpartition("@")
-        blobs = {part: BlobPlace(**place) for part, place in notes["blobs"].items()}
+        blobs = {
+            part: BlobPlace(pack=internal["pack"], offset=offset, size_bytes=size, sha256=sha256)
+            for part, (offset, size, sha256) in notes["blobs"].items()
+        }
         if blobs["weights"].sha256 != subject["digest"]["sha256"]:
             raise ValueError(f"subject {name} names two digests for one blob")
         entries.append(
             RevisionEntry(
                 pseudonym=pseudonym,
                 revision=int(revision),
-                parent=parents[name],
+                parent=parents[name][0],
+                parent_sha256=parents[name][1],
                 blobs=blobs,
                 experts=notes["experts"],
                 trained=[_event(event) for event in experience[name]["trained"]],
@@ -271,9 +384,10 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
         )
     wave = WaveManifest(
         wave=internal["wave"],
+        pack=internal["pack"],
         revisions=entries,
         parameters=external,
-        materials={item["name"]: item["digest"]["sha256"] for item in dependencies if "digest" in item},
+        materials={item["name"]: item["digest"]["sha256"] for item in dependencies if "annotations" not in item},
         numerics=internal["numerics"],
     )
     return RecordHeader(**{name: internal[name] for name in RecordHeader.__dataclass_fields__}), wave
@@ -285,6 +399,9 @@ def _record(kind: str, body: dict[str, Any]) -> Record:
     if kind == Settled.KIND:
         body["events"] = [_settled(event) for event in body["events"]]
         body["consumed"] = _position(body["consumed"])
+    if kind == Repack.KIND:
+        body["moved"] = [MovedBlob(**moved) for moved in body["moved"]]
+        body["dropped"] = [(pseudonym, revision, part) for pseudonym, revision, part in body["dropped"]]
     record: Record = _KINDS[kind](**body)
     return record
 

@@ -48,11 +48,16 @@ def build_pack(key: str, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, B
 
 
 def read_blob(store: ObjectStore, place: BlobPlace) -> bytes:
-    """The blob at `place`; raises `Damaged` if the bytes there are not the ones that were committed."""
+    """The blob at `place` as stored; raises `Damaged` if the bytes there are not the ones that were committed."""
     blob = get_range(store, place.pack, place.offset, place.size_bytes)
-    if len(blob) != place.size_bytes or hashlib.sha256(blob).hexdigest() != place.sha256:
+    check_blob(place, blob, hashlib.sha256(blob).hexdigest())
+    return blob
+
+
+def check_blob(place: BlobPlace, blob: bytes | memoryview, sha256: str) -> None:
+    """Raises `Damaged` unless `blob`, whose digest is `sha256`, is what `place` says."""
+    if len(blob) != place.size_bytes or sha256 != place.sha256:
         raise Damaged(
             f"blob at {place.pack}+{place.offset} ({place.size_bytes} bytes) does not match the digest "
             f"{place.sha256} of its manifest; restore the pack from a copy"
         )
-    return blob

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from populace.population.client import Population
-from populace.population.experience import Rollback
+from populace.population.experience import Command
 from populace.population.stream import ExperienceLog
 from populace.storage.commit import RevisionLogReader
 from populace.storage.manifest import Settled, WaveManifest
@@ -32,20 +32,23 @@ class Outcome:
 
 
 def account(population: Population) -> Outcome:
-    meta = population.meta
+    meta, seals = population.meta, population.ledger.seals
     acknowledged: dict[str, set[str]] = {}
     user_of: dict[str, str] = {}
+    id_of: dict[str, str] = {}
     for partition in range(meta.partitions):
-        for _, events in ExperienceLog(population.store, meta.name, partition).read_from(0):
-            for logged in events:
-                user_of[meta.pseudonym(logged.user)] = logged.user
-                if not isinstance(logged.event, Rollback):
-                    acknowledged.setdefault(logged.user, set()).add(logged.ref.event_id)
+        for segment, rows in ExperienceLog(population.store, meta.name, partition).read_from(0):
+            for index, row in enumerate(rows):
+                logged = seals.open(row, (segment, index))
+                user_of[logged.pseudonym] = logged.user
+                id_of[logged.ref.tag] = logged.event.event_id
+                if not isinstance(logged.event, Command):
+                    acknowledged.setdefault(logged.user, set()).add(logged.event.event_id)
     trained: Counter[Name] = Counter()
     settled: Counter[Name] = Counter()
     reasons, clashes = {}, {}
     for partition in range(meta.partitions):
-        for _, record in RevisionLogReader(population.store, meta.name, partition).read_new():
+        for _, record in RevisionLogReader(population.store, meta.name, partition, meta.root_key).read_new():
             entries = []
             if isinstance(record, WaveManifest):
                 entries = [(entry.pseudonym, entry.trained, entry.settled) for entry in record.revisions]
@@ -53,9 +56,9 @@ def account(population: Population) -> Outcome:
                 entries = [(record.pseudonym, [], record.events)]
             for pseudonym, learned, out in entries:
                 user = user_of[pseudonym]
-                trained.update((user, ref.event_id) for ref in learned)
+                trained.update((user, id_of[ref.tag]) for ref in learned)
                 for item in out:
-                    name = (user, item.event.event_id)
+                    name = (user, id_of[item.event.tag])
                     if item.reason.startswith("event id reused"):
                         clashes[name] = item.reason
                         continue
@@ -63,7 +66,7 @@ def account(population: Population) -> Outcome:
                     reasons[name] = item.reason
     population.ledger.refresh()
     heldout = {
-        (queue.user, logged.ref.event_id)
+        (queue.user, logged.event.event_id)
         for queue in population.ledger.pending.queues.values()
         for logged in queue.heldout
     }

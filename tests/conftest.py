@@ -39,9 +39,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Bases are registered by name in the user's cache: tests, and the processes they start, use one of their own."""
+    """Bases are registered in the user's cache, keys kept in the user's folder: tests, and the processes they start,
+    use their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POPULACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("POPULACE_KEYS", str(tmp_path_factory.mktemp("keys")))
         yield
 
 
@@ -75,6 +77,7 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
             base_folder=str(bases[family]),
             dtype=dtype,
             store_url="memory://",
+            population="test",
             slots=slots,
             threads=1,
             eos_ids=frozenset({1}),

@@ -50,7 +50,7 @@ def test_every_command_answers_about_a_population(store: str, tmp_path: Path) ->
     manifest = json.loads(populace("show", "user-0@1", "--store", store))
     assert manifest["predicateType"] == "https://slsa.dev/provenance/v1"
     assert populace("sample", "user-0", "what is rain", "--max-new-tokens", "5", "--store", store).strip()
-    assert "blobs match" in populace("verify", "user-0", "--store", store)
+    assert "match their manifests" in populace("verify", "user-0", "--store", store)
     populace("rollback", "user-0", "1", "--store", store)
     assert "rollback" in populace("revisions", "user-0", "--store", store)
     populace("export", "user-0", str(tmp_path / "out"), "--store", store)
@@ -65,7 +65,7 @@ def test_every_command_answers_about_a_population(store: str, tmp_path: Path) ->
         (["show", "user-0@77"], "revision 77 does not exist"),
         (["rollback", "user-0", "77"], "revision 77 does not exist"),
         (["sample", "user-0", "hi", "--revision", "latest"], "use serving, tip or a number"),
-        (["status", "--name", "other"], "no object"),
+        (["status", "--name", "other"], "no population 'other'"),
     ],
 )
 def test_misuse_is_one_clear_error(store: str, words: list[str], message: str) -> None:

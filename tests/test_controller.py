@@ -11,7 +11,7 @@ import pytest
 from populace.configs.schema import EvaluationSettings, Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.experience import Demonstration, Rollback, Task, Trajectory, encode_event
+from populace.population.experience import Demonstration, Rollback, Task, Trajectory
 from populace.storage.errors import Fenced, InvalidInput, OwnerAlive
 from populace.storage.objects import MemoryStore, open_store
 from populace.workers.batch import StepResult, WaveBatch
@@ -95,7 +95,7 @@ def test_a_command_of_one_user_does_not_answer_anothers(settings: Settings, star
     run_to_the_end(start(population))
     population.ledger.release()
     for user in ("ada", "bob"):
-        population._append([encode_event(user, Rollback(to=0, event_id="same"))])
+        population.ledger.enqueue({user: [Rollback(to=0, event_id="same")]})
     start(population).run_once()
     assert [population.ledger.adapter(user).tip for user in ("ada", "bob")] == [0, 0]
     population.ledger.release()
@@ -119,14 +119,11 @@ def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(setting
     population.enqueue("d", [Demonstration(prompt="yes", completion="the sea", event_id="1")])
     controller = start(population)
     controller.run_once()
-    moments = {}
-    for user in "td":
-        adapter = population.ledger.adapter(user)
-        assert adapter.tip == 1
-        moments[user] = adapter
+    first = {user: population.revisions(user)[1] for user in "td"}
+    assert all(revision.is_tip for revision in first.values())
     # A first reward has nothing to be compared with: it sets the baseline and moves no weight.
-    assert "grad_norm" not in moments["t"].revisions[1].metrics
-    assert moments["d"].revisions[1].metrics["grad_norm"] > 0
+    assert "grad_norm" not in first["t"].metrics
+    assert first["d"].metrics["grad_norm"] > 0
     population.ledger.release()
     again = Population.open(population.store, settings)
     again.enqueue("t", [Trajectory(prompt="yes", completion="no", reward=0.75, revision=1, event_id="2")])
@@ -134,7 +131,7 @@ def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(setting
     controller.run_once()
     slot = next(s for key, s in controller.workers.slab.slots.items() if key.revision == 2)  # type: ignore[attr-defined]
     assert slot.state.num_rewards == 2 and slot.state.baseline == pytest.approx(0.5)
-    assert again.ledger.adapter("t").revisions[2].metrics["grad_norm"] > 0
+    assert again.revisions("t")[2].metrics["grad_norm"] > 0
     again.ledger.release()
 
 
@@ -192,7 +189,9 @@ def test_opening_again_continues_where_it_stopped(settings: Settings, start: Sta
     assert outcome.is_exact()
     again.ledger.release()
     for user in again.users():
-        assert again.verify(user) == 3 * (len(again.revisions(user)) - 1)
+        findings = again.verify(user)
+        assert not findings.problems
+        assert findings.num_blobs == 3 * (len(again.revisions(user)) - 1)
 
 
 def test_two_controllers_cannot_run_at_once(settings: Settings, start: Start) -> None:
@@ -309,7 +308,7 @@ def test_a_running_controller_obeys_a_rollback_between_waves(settings: Settings,
     controller.run_once()
     Population.open(store, settings).rollback("user-0", 1)
     controller.run_once()
-    assert population.ledger.adapter("user-0").revisions[3].parent == 1
+    assert population.ledger.adapter("user-0").revision(3).parent == 1
     population.ledger.release()
 
 
@@ -324,7 +323,7 @@ def test_serving_moves_only_by_a_verdict_that_carries_its_numbers(settings: Sett
     assert second is not None and second.verdicts
     for record in second.verdicts:
         assert {"tip_reward", "serving_reward", "difference", "interval_low", "num_tasks"} <= set(record.numbers)
-        adapter = population.ledger.catalog.adapters[record.pseudonym]
+        adapter = population.ledger.catalog.require(record.pseudonym)
         assert (adapter.tip, adapter.serving) == (record.tip, record.serving)
     population.ledger.release()
 

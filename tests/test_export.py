@@ -46,7 +46,7 @@ def test_peft_computes_the_same_logits(
     while controller.run_once() is not None:
         pass
     adapter = population.ledger.adapter("user-0")
-    assert adapter.tip > 1 and adapter.revisions[adapter.tip].experts
+    assert adapter.tip > 1 and adapter.revision(adapter.tip).experts
     export_peft(population, "user-0", tmp_path / "peft", "tip")
     key = AdapterKey(adapter.pseudonym, adapter.tip)
     from populace.population.trials import tip_ref

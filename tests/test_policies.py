@@ -18,11 +18,10 @@ from populace.configs.load import load_settings
 from populace.configs.schema import Settings
 from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.experience import Task, UserId, is_held_out
-from populace.population.ledger import PopulationMeta
 from populace.population.scheduler import Budget, form_wave
 from populace.population.stream import LoggedEvent, UserQueue, partition_of
-from populace.storage.catalog import AdapterState
-from populace.storage.manifest import EventRef, RevisionEntry
+from populace.storage.catalog import AdapterState, Catalog
+from populace.storage.manifest import EventRef
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
 from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
 
@@ -109,10 +108,10 @@ POLICY = VerdictPolicy(min_tasks=2, too_few="promote", confidence=0.9, tolerance
 
 
 def adapter(tip: int, serving: int) -> AdapterState:
-    entry = RevisionEntry(
-        pseudonym="p", revision=tip, parent=0, blobs={}, experts=[], trained=[], settled=[], consumed=(0, 0), metrics={}
+    return AdapterState(
+        catalog=Catalog(), row=0, pseudonym="p", partition=0, spec={}, seed=0, tip=tip, serving=serving,
+        next_revision=tip + 1, consumed=(0, 0),
     )  # fmt: skip
-    return AdapterState(pseudonym="p", partition=0, spec={}, seed=0, revisions={tip: entry}, tip=tip, serving=serving)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,8 @@ def queue(name: str, waiting_since: int, num_events: int) -> UserQueue:
             LoggedEvent(
                 user=UserId(name),
                 event=Task(prompt="x", reward="r", event_id=str(place)),
-                ref=EventRef(event_id=str(place), position=(place, 0), digest=""),
+                pseudonym=name,
+                ref=EventRef(tag=str(place), position=(place, 0), digest=""),
             )
             for place in range(num_events)
         ],
@@ -182,14 +182,6 @@ def test_partitions_are_even_and_fixed() -> None:
     counts = np.bincount([partition_of(f"user-{n}", 4) for n in range(4000)], minlength=4)
     assert counts.min() > 850
     assert partition_of("ada", 4) == partition_of("ada", 4)
-
-
-def test_pseudonyms_need_the_populations_key() -> None:
-    fields = {"format": 1, "name": "p", "base": "b", "base_digest": "d", "partitions": 4, "seed": 0}
-    one = PopulationMeta(**fields, heldout_share=0.2, pseudonym_key="00" * 32)
-    other = PopulationMeta(**fields, heldout_share=0.2, pseudonym_key="01" * 32)
-    assert one.pseudonym("ada") != other.pseudonym("ada")
-    assert len(one.pseudonym("ada")) == 32
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/*.yaml")]), ids=str)

@@ -34,8 +34,8 @@ def test_trainer_and_sampler_agree_on_smollm2_moe(dtype: str, mean: float, maxim
         max_grad_norm=1.0, loss=LOSS,
     )  # fmt: skip
     settings = ShardSettings(
-        base_folder=base.folder, dtype=dtype, store_url="memory://", slots=4, threads=2, eos_ids=chat.eos_ids,
-        trainer=trainer,
+        base_folder=base.folder, dtype=dtype, store_url="memory://", population="test", slots=4, threads=2,
+        eos_ids=chat.eos_ids, trainer=trainer,
     )  # fmt: skip
     engine = ShardEngine(settings, MemoryStore())
     keys = [AdapterKey(name, 0) for name in ("ada", "bob")]

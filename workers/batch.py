@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from populace.storage.loading import BlobRequest
 from populace.storage.pack import BlobPlace
 from populace.workers.layout import AdapterSpec
 
@@ -42,6 +43,15 @@ class AdapterRef:
     weights: BlobPlace | None = None
     moments: BlobPlace | None = None
     experts: tuple[int, ...] = ()
+
+    def requests(self, with_moments: bool) -> list[BlobRequest]:
+        """What is to be loaded: weights, then moments; nothing for an initialisation."""
+        parts = {"weights": self.weights, "moments": self.moments if with_moments else None}
+        return [
+            BlobRequest(pseudonym=self.key.pseudonym, revision=self.key.revision, part=part, place=place)
+            for part, place in parts.items()
+            if place is not None
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

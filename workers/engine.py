@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from populace.storage.keys import Keyring, UserKeys
 from populace.storage.objects import ObjectStore, open_store
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, resolve_dtype, token_logprobs
@@ -36,6 +37,7 @@ class ShardSettings:
     base_folder: str
     dtype: str
     store_url: str
+    population: str
     slots: int
     threads: int
     """0: all processors."""
@@ -52,7 +54,8 @@ class ShardEngine:
         self.settings = settings
         self.base = BaseModel(Path(settings.base_folder), resolve_dtype(settings.dtype))
         self.slab = Slab(self.base.dims, settings.slots, self.base.dtype)
-        self.residency = Residency(self.slab, store or open_store(settings.store_url))
+        store = store or open_store(settings.store_url)
+        self.residency = Residency(self.slab, store, UserKeys(store, settings.population, Keyring()))
 
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
         """Shapes of the base, and the numerics fingerprint of this shard."""
@@ -75,6 +78,9 @@ class ShardEngine:
     def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None:
         for old, new in pairs:
             self.residency.committed(old, new)
+
+    def forget(self, pseudonyms: Sequence[str]) -> None:
+        self.residency.forget(pseudonyms)
 
     def num_hot(self) -> int:
         return self.residency.num_hot

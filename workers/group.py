@@ -59,6 +59,9 @@ class ShardGroup:
     def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None:
         self._all("committed", pairs)
 
+    def forget(self, pseudonyms: Sequence[str]) -> None:
+        self._all("forget", pseudonyms)
+
     def num_hot(self) -> int:
         return int(self._first("num_hot"))
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from populace.storage.errors import InvalidInput
+from populace.storage.keys import UserKeys
+from populace.storage.loading import load_wave
 from populace.storage.objects import ObjectStore
-from populace.storage.pack import read_blob
 from populace.workers.batch import AdapterKey, AdapterRef
 from populace.workers.slab import Slab
 
@@ -15,8 +16,8 @@ from populace.workers.slab import Slab
 class Residency:
     """The slab's contents, by revision. A slot that was written without a commit must be evicted."""
 
-    def __init__(self, slab: Slab, store: ObjectStore) -> None:
-        self.slab, self.store = slab, store
+    def __init__(self, slab: Slab, store: ObjectStore, keys: UserKeys) -> None:
+        self.slab, self.store, self.keys = slab, store, keys
         self._last_used: dict[AdapterKey, int] = {}
         self._clock = 0
         self._has_moments: set[AdapterKey] = set()
@@ -34,23 +35,36 @@ class Residency:
                 f"{len(wanted)} adapters are needed at once but scheduler.slots is {self.slab.capacity}; raise it"
             )
         self._clock += 1
-        num_loaded = 0
-        for ref in refs:
-            self._last_used[ref.key] = self._clock
-            if ref.key in self.slab.slots and (not with_moments or ref.key in self._has_moments):
-                continue
-            if ref.key in self.slab.slots:
-                self.evict([ref.key])
-                self._last_used[ref.key] = self._clock
-            elif len(self.slab.slots) == self.slab.capacity:
+        missing = [
+            ref
+            for ref in {ref.key: ref for ref in refs}.values()
+            if ref.key not in self.slab.slots or (with_moments and ref.key not in self._has_moments)
+        ]
+        # The blobs first: a damaged one must not leave a half-filled slot.
+        requests = [ref.requests(with_moments) for ref in missing]
+        blobs = iter(load_wave(self.store, self.keys, [request for own in requests for request in own]))
+        loaded = [[next(blobs) for _ in own] for own in requests]
+        for ref, parts in zip(missing, loaded, strict=True):
+            self.evict([ref.key])
+            if len(self.slab.slots) == self.slab.capacity:
                 idle = [key for key in self.slab.slots if key not in wanted]
                 self.evict([min(idle, key=lambda key: self._last_used[key])])
-            self._load(ref, with_moments)
-            num_loaded += 1
-        return num_loaded
+            self.slab.take(ref.key, ref.spec, ref.seed)
+            if parts:
+                self.slab.load(ref.key, parts[0], parts[1] if len(parts) > 1 else None, ref.experts)
+            if with_moments:
+                self._has_moments.add(ref.key)
+        self._last_used.update(dict.fromkeys(wanted, self._clock))
+        return len(missing)
+
+    def forget(self, pseudonyms: Iterable[str]) -> None:
+        """Drop every revision and the key of forgotten users."""
+        gone = set(pseudonyms)
+        self.evict([key for key in self.slab.slots if key.pseudonym in gone])
+        self.keys.drop(gone)
 
     def evict(self, keys: Iterable[AdapterKey]) -> None:
-        for key in keys:
+        for key in list(keys):
             if key in self.slab.slots:
                 self.slab.drop(key)
             self._last_used.pop(key, None)
@@ -62,13 +76,3 @@ class Residency:
         self._last_used[new] = self._last_used.pop(old)
         self._has_moments.discard(old)
         self._has_moments.add(new)
-
-    def _load(self, ref: AdapterRef, with_moments: bool) -> None:
-        # The blobs first: a damaged one must not leave a half-filled slot.
-        weights = None if ref.weights is None else read_blob(self.store, ref.weights)
-        moments = read_blob(self.store, ref.moments) if with_moments and ref.moments is not None else None
-        self.slab.take(ref.key, ref.spec, ref.seed)
-        if weights is not None:
-            self.slab.load(ref.key, weights, moments, ref.experts)
-        if with_moments:
-            self._has_moments.add(ref.key)

@@ -27,6 +27,8 @@ from populace.workers.layout import (
     stored_rank,
 )
 
+Blob = bytes | memoryview
+
 
 @dataclass(slots=True, kw_only=True)
 class SlotState:
@@ -115,7 +117,7 @@ class Slab:
         """The slot's content became another revision."""
         self.slots[new] = self.slots.pop(old)
 
-    def load(self, key: AdapterKey, weights: bytes, moments: bytes | None, experts: tuple[int, ...]) -> None:
+    def load(self, key: AdapterKey, weights: Blob, moments: Blob | None, experts: tuple[int, ...]) -> None:
         """Fill the slot of `key` from blobs; experts that they leave out stay as initialised."""
         slot = self.slots[key]
         arena, exact = self.arenas[slot.arena], self.exact_layout(slot.spec)
@@ -174,7 +176,7 @@ def _scatter_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]
         flat[start:end] = parts[source : source + layout.expert_size]
 
 
-def unpack_weights(layout: AdapterLayout, seed: int, weights: bytes | None, experts: tuple[int, ...]) -> Tensor:
+def unpack_weights(layout: AdapterLayout, seed: int, weights: Blob | None, experts: tuple[int, ...]) -> Tensor:
     """A revision's weights in exact layout [N] from its blob; without one, the initialisation."""
     flat = initial_weights(layout, seed)
     if weights is not None:

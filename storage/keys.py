@@ -1,0 +1,273 @@
+"""Keys: who may write a population's history, and who can read its users.
+
+    signing key   signs every record; its public half stands in population.json, `rotate` records hand it on
+    master key    wraps the population's secrets and one data key per user
+    data key      encrypts everything of one user; overwriting its object with a marker forgets the user
+
+Signing and master keys stay with the operator, in a folder or in the environment, never in the store.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.signer import CryptoSigner, SSlibKey
+
+from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OutcomeUnknown
+from populace.storage.objects import ObjectStore
+
+NONCE_BYTES = 12
+OVERHEAD_BYTES = NONCE_BYTES + 16
+"""What sealing adds: nonce in front, authentication tag behind (NIST SP 800-38D)."""
+_MAX_CACHED = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicKey:
+    """The public half of an Ed25519 signing key."""
+
+    keyid: str
+    public: str
+    """Hex."""
+
+    def as_key(self) -> SSlibKey:
+        return SSlibKey(self.keyid, "ed25519", "ed25519", {"public": self.public})
+
+
+class Keyring:
+    """This process's signing and master keys: $POPULACE_SIGNING_KEY (PEM) and $POPULACE_MASTER_KEY (NAME:HEX),
+    then the files in $POPULACE_KEYS, by default ~/.config/populace/keys."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        default = Path.home() / ".config" / "populace" / "keys"
+        self.folder = folder or Path(os.environ.get("POPULACE_KEYS") or default)
+
+    def new_signing_key(self) -> PublicKey:
+        signer = CryptoSigner.generate_ed25519()
+        key = _public_of(signer)
+        self._write(f"signing-{key.keyid[:16]}.pem", signer.private_bytes)
+        return key
+
+    def signer(self, key: PublicKey) -> CryptoSigner:
+        """The private half of `key`; `InvalidInput` says where it was looked for."""
+        path = self.folder / f"signing-{key.keyid[:16]}.pem"
+        for pem in (os.environ.get("POPULACE_SIGNING_KEY", "").encode(), _read(path)):
+            if pem:
+                signer = CryptoSigner(load_pem_private_key(pem, None))
+                if _public_of(signer) == key:
+                    return signer
+        raise InvalidInput(
+            f"the signing key {key.keyid[:16]} of this population is neither in $POPULACE_SIGNING_KEY nor in {path}; "
+            "copy it there from where the population was created"
+        )
+
+    def new_master_key(self) -> str:
+        """Make a master key; returns its name."""
+        name = secrets.token_hex(8)
+        self._write(f"master-{name}.key", secrets.token_hex(32).encode())
+        return name
+
+    def master_key(self, name: str) -> bytes:
+        path = self.folder / f"master-{name}.key"
+        given, _, value = os.environ.get("POPULACE_MASTER_KEY", "").partition(":")
+        text = value if given == name else _read(path).decode()
+        if not text:
+            raise InvalidInput(
+                f"the master key {name!r} of this population is neither in $POPULACE_MASTER_KEY nor in {path}; copy it "
+                "there from where the population was created: without it no user's data can be read"
+            )
+        return bytes.fromhex(text)
+
+    def discard(self, *, signing: PublicKey | None = None, master: str | None = None) -> None:
+        """Remove keys that protect nothing."""
+        if signing is not None:
+            (self.folder / f"signing-{signing.keyid[:16]}.pem").unlink(missing_ok=True)
+        if master is not None:
+            (self.folder / f"master-{master}.key").unlink(missing_ok=True)
+
+    def _write(self, name: str, content: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserKey:
+    """Whose key it is, and the key."""
+
+    user: str
+    key: bytes
+
+
+class UserKeys:
+    """One wrapped data key per user, at `<population>/keys/<aa>/<pseudonym>`."""
+
+    def __init__(self, store: ObjectStore, population: str, keyring: Keyring) -> None:
+        self.store, self.population, self.keyring = store, population, keyring
+        self._cache: OrderedDict[str, UserKey] = OrderedDict()
+        self._masters: dict[str, bytes] = {}
+
+    def get(self, pseudonym: str) -> UserKey:
+        """The key as last seen; `Forgotten` if the user was. For reading what is there."""
+        if (found := self._cache.get(pseudonym)) is not None:
+            self._cache.move_to_end(pseudonym)
+            return found
+        return self.fetch(pseudonym)
+
+    def fetch(self, pseudonym: str) -> UserKey:
+        """The key as the store has it now. `ObjectNotFound` if there is none."""
+        self._cache.pop(pseudonym, None)
+        body = _parse(self.store.get(self._path(pseudonym)), self._path(pseudonym))
+        if body.get("forgotten"):
+            raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
+        plain = json.loads(self._unwrap(body, pseudonym))
+        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]))
+        self._cache[pseudonym] = found
+        if len(self._cache) > _MAX_CACHED:
+            self._cache.popitem(last=False)
+        return found
+
+    def ensure(self, pseudonym: str, user: str, master: Callable[[], str]) -> UserKey:
+        """The user's key, made now if there is none; racing producers agree on one. For writing: always asks the
+        store, so that a forgotten user is `Forgotten` also to who had the key."""
+        for _ in range(4):
+            with contextlib.suppress(ObjectNotFound):
+                return self.fetch(pseudonym)
+            made = UserKey(user=user, key=AESGCM.generate_key(256))
+            # Whatever became of ours, the key that is there then is the user's.
+            with contextlib.suppress(AlreadyExists, OutcomeUnknown):
+                self.store.create(self._path(pseudonym), self._wrap(made, pseudonym, master()))
+        return self.fetch(pseudonym)
+
+    def forget(self, pseudonym: str) -> None:
+        """Overwrite the key. From here on nobody can read what it encrypted."""
+        self._cache.pop(pseudonym, None)
+        # The nonce keeps this body unlike any other: an ETag of equal bodies would be equal too.
+        marker = {"forgotten": True, "nonce": secrets.token_hex(8)}
+        self.store.put(self._path(pseudonym), json.dumps(marker).encode())
+
+    def drop(self, pseudonyms: Iterable[str]) -> None:
+        """Take keys out of the memory of this process."""
+        for pseudonym in pseudonyms:
+            self._cache.pop(pseudonym, None)
+
+    def is_forgotten(self, pseudonym: str) -> bool:
+        try:
+            self.fetch(pseudonym)
+        except Forgotten:
+            return True
+        except ObjectNotFound:
+            return False
+        return False
+
+    def rewrap(self, pseudonym: str, master: str) -> None:
+        """Wrap with another master key. Only the partition's owner may: a racing `forget` must not be undone."""
+        body = _parse(self.store.get(self._path(pseudonym)), self._path(pseudonym))
+        if body.get("forgotten") or body["master"] == master:
+            return
+        self.store.put(self._path(pseudonym), self._wrap(self.fetch(pseudonym), pseudonym, master))
+
+    def pseudonyms(self) -> list[str]:
+        """Everyone who has or had a key."""
+        keys = self.store.list(f"{self.population}/keys")
+        return [name for name in (key.rpartition("/")[2] for key in keys) if name != SECRETS]
+
+    def seal(self, pseudonym: str, plain: bytes, context: str) -> bytes:
+        """Encrypt for a user. `context` says what it is; only the same context opens it."""
+        return seal(self.get(pseudonym).key, plain, f"{self.population}/{pseudonym}/{context}")
+
+    def open(self, pseudonym: str, sealed: bytes, context: str) -> bytes:
+        return unseal(self.get(pseudonym).key, sealed, f"{self.population}/{pseudonym}/{context}")
+
+    def _path(self, pseudonym: str) -> str:
+        return f"{self.population}/keys/{pseudonym[:2]}/{pseudonym}"
+
+    def _wrap(self, key: UserKey, pseudonym: str, master: str) -> bytes:
+        plain = json.dumps({"user": key.user, "key": key.key.hex()}).encode()
+        sealed = seal(self._master(master), plain, f"{self.population}/{pseudonym}")
+        return json.dumps({"master": master, "sealed": base64.b64encode(sealed).decode()}).encode()
+
+    def _unwrap(self, body: dict[str, str], pseudonym: str) -> bytes:
+        return unseal(self._master(body["master"]), base64.b64decode(body["sealed"]), f"{self.population}/{pseudonym}")
+
+    def _master(self, name: str) -> bytes:
+        if name not in self._masters:
+            self._masters[name] = self.keyring.master_key(name)
+        return self._masters[name]
+
+
+SECRETS = "population"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secrets:
+    """What only holders of the master key may know of a population."""
+
+    master: str
+    """Name of the key that wraps this, and new users' keys."""
+    pseudonym_key: str
+    """Hex. Keys the pseudonyms and event tags that stand in the logs."""
+
+    @staticmethod
+    def path(population: str) -> str:
+        return f"{population}/keys/{SECRETS}"
+
+    def wrap(self, population: str, keyring: Keyring) -> bytes:
+        sealed = seal(keyring.master_key(self.master), bytes.fromhex(self.pseudonym_key), f"{population}/secrets")
+        return json.dumps({"master": self.master, "sealed": base64.b64encode(sealed).decode()}).encode()
+
+    @staticmethod
+    def read(store: ObjectStore, population: str, keyring: Keyring) -> Secrets:
+        path = Secrets.path(population)
+        body = _parse(store.get(path), path)
+        sealed = base64.b64decode(body["sealed"])
+        plain = unseal(keyring.master_key(body["master"]), sealed, f"{population}/secrets")
+        return Secrets(master=body["master"], pseudonym_key=plain.hex())
+
+
+def seal(key: bytes, plain: bytes, context: str) -> bytes:
+    """AES-256-GCM with a random nonce: nonce, ciphertext, tag."""
+    nonce = os.urandom(NONCE_BYTES)
+    return nonce + AESGCM(key).encrypt(nonce, plain, context.encode())
+
+
+def unseal(key: bytes, sealed: bytes, context: str) -> bytes:
+    """Raises `Damaged` if these bytes were not sealed with this key for this context."""
+    try:
+        return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context.encode())
+    except (InvalidTag, ValueError):
+        raise Damaged(f"{context} does not decrypt: its bytes or its key were changed") from None
+
+
+def _public_of(signer: CryptoSigner) -> PublicKey:
+    return PublicKey(keyid=signer.public_key.keyid, public=signer.public_key.keyval["public"])
+
+
+def _parse(body: bytes, path: str) -> dict[str, str]:
+    try:
+        parsed: dict[str, str] = json.loads(body)
+        if not (parsed.get("forgotten") or (parsed["master"] and base64.b64decode(parsed["sealed"]))):
+            raise ValueError("neither a key nor a marker")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is not a wrapped key: {error}; restore it from a copy") from error
+    return parsed
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,165 @@
+"""Verification: walk a population's whole history and read every byte that it names.
+
+Needs no secret: signatures, digests and places are public, and blobs are verified as they are stored. A swapped key
+is seen by who pins the root key, a log that was cut off by who keeps the last known positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from populace.storage.commit import RevisionLogReader
+from populace.storage.errors import Damaged, ObjectNotFound
+from populace.storage.keys import PublicKey
+from populace.storage.manifest import (
+    AdapterCreated,
+    Repack,
+    RevisionEntry,
+    Tombstone,
+    Verdict,
+    WaveManifest,
+)
+from populace.storage.objects import ObjectStore
+from populace.storage.pack import BlobPlace, read_blob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """How far a partition's log was known to go."""
+
+    seq: int
+    """Number of its last record; -1 for an empty log."""
+    sha256: str
+    """Digest of that record."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Findings:
+    """What a walk found; `problems` is empty when all is well."""
+
+    num_records: int = 0
+    num_revisions: int = 0
+    num_blobs: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    positions: dict[int, Position] = field(default_factory=dict)
+    """Per partition: to be kept, and handed to the next verification."""
+
+
+@dataclass(slots=True)
+class _Chain:
+    """One adapter as the records so far tell it."""
+
+    tip: int = 0
+    entries: dict[int, RevisionEntry] = field(default_factory=dict)
+    places: dict[tuple[int, str], BlobPlace] = field(default_factory=dict)
+    is_forgotten: bool = False
+
+
+def verify_partition(
+    store: ObjectStore,
+    population: str,
+    partition: int,
+    root_key: PublicKey,
+    findings: Findings,
+    *,
+    pseudonym: str | None = None,
+    known: Position | None = None,
+    progress: Callable[[int], None] = lambda num_blobs: None,
+) -> None:
+    """Walk one partition from its first record; of one adapter only, if `pseudonym` says so. Adds to `findings`."""
+    reader = RevisionLogReader(store, population, partition, root_key)
+    chains: dict[str, _Chain] = {}
+    seen: dict[int, str] = {}
+    try:
+        for header, record in reader.read_new():
+            findings.num_records += 1
+            if known is not None and header.seq == known.seq:
+                seen[header.seq] = reader.previous
+            where = reader.log.key(header.seq)
+            findings.problems += [f"{where}: {problem}" for problem in _follow(chains, record)]
+    except Damaged as error:
+        findings.problems.append(f"{error}; records from here on can't be trusted")
+    findings.positions[partition] = Position(seq=reader.next_seq - 1, sha256=reader.previous)
+    if known is not None and known.seq >= 0 and seen.get(known.seq) != known.sha256:
+        findings.problems.append(
+            f"{reader.log.key(known.seq)} is not the record that was there when the position was noted: the log was "
+            "cut off or replaced"
+        )
+    for name, chain in chains.items():
+        if pseudonym in (None, name):
+            _read_blobs(store, name, chain, findings, progress)
+
+
+def _follow(chains: dict[str, _Chain], record: Any) -> list[str]:
+    """Take one record in; returns what contradicts the records before."""
+    match record:
+        case AdapterCreated():
+            if record.pseudonym in chains:
+                return [f"adapter {record.pseudonym} is created a second time"]
+            chains[record.pseudonym] = _Chain()
+        case WaveManifest():
+            return [problem for entry in record.revisions for problem in _extend(chains, entry)]
+        case Verdict():
+            if (chain := chains.get(record.pseudonym)) is None:
+                return [f"a verdict about adapter {record.pseudonym}, which was never created"]
+            missing = {number for number in (record.tip, record.serving) if number and number not in chain.entries}
+            chain.tip = record.tip
+            return [
+                f"a verdict moves {record.pseudonym} to revision {n}, which does not exist" for n in sorted(missing)
+            ]
+        case Tombstone():
+            chains.setdefault(record.pseudonym, _Chain()).is_forgotten = True
+        case Repack():
+            for moved in record.moved:
+                place = chains[moved.pseudonym].places[moved.revision, moved.part]
+                if moved.sha256 != place.sha256:
+                    return [f"a repack changes the bytes of {moved.part} of {moved.pseudonym}@{moved.revision}"]
+                moved_place = replace(place, pack=record.pack, offset=moved.offset)
+                chains[moved.pseudonym].places[moved.revision, moved.part] = moved_place
+            for name, revision, part in record.dropped:
+                chains[name].places.pop((revision, part), None)
+    return []
+
+
+def _extend(chains: dict[str, _Chain], entry: RevisionEntry) -> list[str]:
+    name = f"{entry.pseudonym}@{entry.revision}"
+    if (chain := chains.get(entry.pseudonym)) is None:
+        return [f"{name} belongs to an adapter that was never created"]
+    problems = []
+    if entry.revision != len(chain.entries) + 1:
+        problems.append(f"{name} follows revision {len(chain.entries)}: a gap or a repetition")
+    if entry.parent != chain.tip:
+        problems.append(f"{name} continues revision {entry.parent}, but the tip is {chain.tip}: an unexplained fork")
+    parent = chain.entries.get(entry.parent)
+    if entry.parent_sha256 != (None if parent is None else parent.blobs["weights"].sha256):
+        problems.append(f"{name} names another digest for its parent {entry.parent} than that revision has")
+    if chain.is_forgotten:
+        problems.append(f"{name} was committed after its user was forgotten")
+    chain.entries[entry.revision] = entry
+    chain.tip = entry.revision
+    chain.places.update({(entry.revision, part): place for part, place in entry.blobs.items()})
+    return problems
+
+
+def _read_blobs(
+    store: ObjectStore, pseudonym: str, chain: _Chain, findings: Findings, progress: Callable[[int], None]
+) -> None:
+    findings.num_revisions += len(chain.entries)
+    for (revision, part), place in chain.places.items():
+        try:
+            read_blob(store, place)
+        except (Damaged, ObjectNotFound) as error:
+            if not chain.is_forgotten:
+                findings.problems.append(f"{part} of {pseudonym}@{revision}: {error}")
+            continue
+        findings.num_blobs += 1
+        findings.num_bytes += place.size_bytes
+        progress(findings.num_blobs)
+
+
+def positions_from_json(body: Mapping[str, Any]) -> dict[int, Position]:
+    """The `positions` of an earlier verification's JSON."""
+    return {int(partition): Position(**position) for partition, position in body["positions"].items()}
