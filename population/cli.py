@@ -278,7 +278,8 @@ def verify(
         console.print(
             f"{meta.name}: {findings.num_records} records signed and chained, {findings.num_revisions} revisions, "
             f"{findings.num_blobs} blobs ({findings.num_bytes / 1e6:.1f} MB) match their manifests; "
-            f"root key {meta.root_key.keyid[:16]}"
+            f"root key {meta.root_key.keyid[:16]}",
+            soft_wrap=True,
         )
         for problem in findings.problems:
             console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True, highlight=False)
@@ -290,14 +291,16 @@ def verify(
 def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
     """Sign with a new key from now on; the old one vouches for it."""
     key = _open(store, name).rotate_signing_key()
-    console.print(f"records are signed by {key.keyid[:16]} from now on; its private half is in {_key_folder()}")
+    console.print(
+        f"records are signed by {key.keyid[:16]} from now on; its private half is in {_key_folder()}", soft_wrap=True
+    )
 
 
 @keys_app.command("rotate-master")
 def rotate_master(store: Store = "build/store", name: Name = None) -> None:
     """Wrap every user's key with a new master key. The old one is needed until this is done, and not afterwards."""
     master = _open(store, name).rotate_master_key()
-    console.print(f"every key is wrapped by master key {master} now; it is in {_key_folder()}")
+    console.print(f"every key is wrapped by master key {master} now; it is in {_key_folder()}", soft_wrap=True)
 
 
 @catalog_app.command("export")

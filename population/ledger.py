@@ -26,7 +26,7 @@ from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.keys import Keyring, PublicKey, Secrets, UserKeys
-from populace.storage.manifest import Record, RevisionEntry, Tombstone, Verdict, WaveManifest
+from populace.storage.manifest import Record, RecordHeader, RevisionEntry, Tombstone, Verdict, WaveManifest
 from populace.storage.objects import ObjectStore
 from populace.storage.repack import RepackReport, RetentionRule, repack
 
@@ -149,7 +149,7 @@ class Ledger:
         for partition, reader in self.readers.items():
             if partition not in self._owners:
                 for header, record in reader.read_new():
-                    self.catalog.apply(header, record)
+                    self._apply(header, record)
         self.read_experience()
 
     def read_experience(self) -> int:
@@ -224,8 +224,7 @@ class Ledger:
 
     def append(self, partition: int, record: Record) -> None:
         """Commit `record` and apply it to the catalog."""
-        header = self._owners[partition].append(record)
-        self.catalog.apply(header, record)
+        self._apply(self._owners[partition].append(record), record)
 
     def rewrap_keys(self) -> str:
         """Make a master key and wrap everything with it. The secrets first, so that new users' keys get it too."""
@@ -236,6 +235,12 @@ class Ledger:
             self.keys.rewrap(pseudonym, new.master)
         self._finish_forgetting()
         return new.master
+
+    def _apply(self, header: RecordHeader, record: Record) -> None:
+        self.catalog.apply(header, record)
+        if isinstance(record, Tombstone):
+            self.pending.forget(record.pseudonym)
+            self.keys.drop([record.pseudonym])
 
     def checkpoint(self, every_records: int) -> None:
         """Save the catalog of owned partitions whose log has grown by that many records since the last time."""
@@ -295,7 +300,6 @@ class Ledger:
         tombstone = Tombstone(pseudonym=logged.pseudonym, command=logged.ref.tag)
         self.append(partition_of(logged.user, self.meta.partitions), tombstone)
         self.keys.forget(logged.pseudonym)
-        self.pending.forget(logged.pseudonym)
         for key in list(self.store.list(exports_folder(self.meta.name, logged.pseudonym))):
             self.store.delete(key)
         return tombstone
