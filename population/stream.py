@@ -29,7 +29,7 @@ from populace.population.experience import (
     is_held_out,
 )
 from populace.storage.catalog import Catalog
-from populace.storage.errors import AlreadyExists, Forgotten, OutcomeUnknown
+from populace.storage.errors import AlreadyExists, Damaged, Forgotten, OutcomeUnknown
 from populace.storage.keys import UserKeys
 from populace.storage.log import Log
 from populace.storage.manifest import BEFORE_ALL, EventRef, canonical_json
@@ -99,10 +99,7 @@ class ExperienceLog:
         """Make rows of `SCHEMA` (see `Seals`) durable as one segment and return its number."""
         attempt_id = uuid.uuid4().hex
         table = pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({"attempt_id": attempt_id}))
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        body = sink.getvalue().to_pybytes()
+        body = _encode(table)
         unknown_tries = 0
         while True:
             seq = self._hint = self.log.next_after(self._hint)
@@ -122,16 +119,31 @@ class ExperienceLog:
                     return seq
 
     def read_from(self, segment: int) -> Iterator[tuple[int, list[Row]]]:
-        """Segments from `segment` on, each with its rows in order."""
+        """Segments from `segment` on, each with its rows in order; `Damaged` for one that isn't what was written."""
         for seq, body in self.log.read_from(segment):
-            yield seq, pa.ipc.open_stream(body).read_all().to_pylist()
+            yield seq, _decode(self.log.key(seq), body).to_pylist()
 
     def _is_mine(self, seq: int, attempt_id: str) -> bool:
         body = self.log.read(seq)
         if body is None:
             return False
-        metadata = pa.ipc.open_stream(body).schema.metadata or {}
-        return metadata.get(b"attempt_id") == attempt_id.encode()
+        return bool(_decode(self.log.key(seq), body).schema.metadata[b"attempt_id"] == attempt_id.encode())
+
+
+def _encode(table: pa.Table) -> bytes:
+    """An Arrow IPC stream, and behind its end, where Arrow's readers don't look, its sha256."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    body: bytes = sink.getvalue().to_pybytes()
+    return body + hashlib.sha256(body).digest()
+
+
+def _decode(key: str, body: bytes) -> pa.Table:
+    # The digest first: some flipped bytes crash Arrow's reader instead of failing it.
+    if hashlib.sha256(body[:-32]).digest() != body[-32:]:
+        raise Damaged(f"{key} is not what was written; restore it from a copy")
+    return pa.ipc.open_stream(body[:-32]).read_all()
 
 
 def partition_of(user: str, partitions: int) -> int:

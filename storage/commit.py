@@ -17,6 +17,7 @@ from populace.storage.keys import Keyring, PublicKey
 from populace.storage.log import Log
 from populace.storage.manifest import (
     NO_PREDECESSOR,
+    Checkpoint,
     Claim,
     EventRef,
     Position,
@@ -30,6 +31,7 @@ from populace.storage.manifest import (
     attempt_of,
     digest_of,
     open_record,
+    rotations_of,
     seal,
     signer_of,
 )
@@ -90,17 +92,19 @@ class RevisionLogReader:
         known = [key for key in self.keys if key.keyid == signed_by]
         return self._check(seq, sealed, known[0] if known else self.key)
 
-    def start_at(self, seq: int, rotations: Sequence[bytes]) -> Record:
-        """Go on behind record `seq`, trusting that one alone; returns it. `rotations` prove who signed it."""
-        keys = self.keys[:1]
-        for sealed in rotations:
-            _, record = open_record(sealed, keys[-1])
+    def start_at(self, seq: int) -> Checkpoint:
+        """Go on behind the `checkpoint` record `seq`, without having read anything before; returns it."""
+        sealed, keys = self.log.read(seq) or b"", self.keys[:1]
+        rotations = rotations_of(sealed)
+        for rotation in rotations:
+            _, record = open_record(rotation, keys[-1])
             if not isinstance(record, Rotate):
-                raise Damaged(f"a {record.KIND} record does not hand over a key")
+                raise Damaged(f"{self.log.key(seq)}: a {record.KIND} record does not hand over a key")
             keys.append(record.public_key)
-        sealed = self.log.read(seq) or b""
         header, record = self._check(seq, sealed, keys[-1])
-        self.keys, self.rotations = keys, list(rotations)
+        if not isinstance(record, Checkpoint):
+            raise Damaged(f"{self.log.key(seq)} is not a checkpoint record")
+        self.keys, self.rotations = keys, rotations
         self.passed(sealed, header, record)
         return record
 

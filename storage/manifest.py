@@ -201,6 +201,8 @@ class Checkpoint:
     KIND: ClassVar[str] = "checkpoint"
     sha256: str
     size_bytes: int
+    rotations: list[str]
+    """The `rotate` records so far, as stored: they prove who signed this one to who has read nothing before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +262,15 @@ def signer_of(sealed: bytes) -> str:
         return str(json.loads(sealed)["signatures"][0]["keyid"])
     except (ValueError, KeyError, IndexError, TypeError):
         return ""
+
+
+def rotations_of(sealed: bytes) -> list[bytes]:
+    """The rotations in a stored `checkpoint` record; nothing is verified. `Damaged` if it isn't one."""
+    try:
+        payload = payload_of(sealed)
+        return [rotation.encode() for rotation in payload["body"]["rotations"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"not a checkpoint record: {type(error).__name__}: {error}") from error
 
 
 def attempt_of(sealed: bytes) -> str:

@@ -74,7 +74,7 @@ def test_every_record_comes_back_as_it_was_sealed(history: History) -> None:
         Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r", numbers={"x": 1.0}),
         Tombstone(pseudonym=P1, command="c"),
         Repack(rule={"last": 2}, pack="k", moved=[moved], dropped=[(P1, 1, "moments")]),
-        Checkpoint(sha256="c" * 64, size_bytes=9),
+        Checkpoint(sha256="c" * 64, size_bytes=9, rotations=["{}"]),
         Rotate(key=dataclasses.asdict(history.root_key)),
     ]
     for record in records:
@@ -357,7 +357,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(history: History, caplog:
 
 def test_a_checkpoint_without_its_record_is_nobodys(history: History) -> None:
     owner, catalog = build(history)
-    body = dump(catalog, owner.reader)
+    body = dump(catalog, 0)
     history.store.create(f"pop/checkpoints/0/{owner.reader.next_seq:020d}.parquet", body)
     assert write_checkpoint(owner, catalog) is None, "the number is taken; the next try has another"
     history.commit(owner, catalog, "p1")
@@ -389,8 +389,8 @@ def test_partitions_are_checkpointed_apart_and_loaded_together(tmp_path: Path) -
     one, two = History(MemoryStore(), tmp_path / "a"), History(MemoryStore(), tmp_path / "b")
     bodies = []
     for history in (one, two):
-        owner, catalog = build(history)
-        bodies.append(dump(catalog, owner.reader))
+        _, catalog = build(history)
+        bodies.append(dump(catalog, 0))
     both = Catalog()
     load(both, 0, bodies[0])
     load(both, 1, bodies[1])
