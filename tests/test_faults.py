@@ -35,7 +35,8 @@ from tests.history import FIXED, History, name_of
 from tests.test_storage import build, state_of
 
 USERS = ("ada", "bob", "cleo")
-fault = st.one_of(st.none(), st.tuples(st.sampled_from(FaultyStore.KINDS), st.integers(0, 9)))
+planned = st.tuples(st.sampled_from(FaultyStore.KINDS), st.integers(0, 3) | st.integers(4, 30))
+fault = st.none() | planned
 process = st.integers(0, 2)
 user = st.sampled_from(USERS)
 
@@ -80,9 +81,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(who=process, names=st.sets(user, min_size=1), plan=fault)
     def commit(self, who: int, names: set[str], plan: tuple[str, int] | None) -> None:
-        if who not in self.processes:
+        if not self.processes:
             return
-        owner, catalog = self.processes[who]
+        owner, catalog = self.processes[who := self._alive(who)]
         names = {name for name in names if catalog.get(name_of(name)) is not None}
         wave = f"wave-{next(self.bodies)}"
         try:
@@ -95,9 +96,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(who=process, name=user, decision=st.sampled_from(("promote", "rollback", "pin")), plan=fault)
     def judge(self, who: int, name: str, decision: str, plan: tuple[str, int] | None) -> None:
-        if who not in self.processes:
+        if not self.processes:
             return
-        owner, catalog = self.processes[who]
+        owner, catalog = self.processes[who := self._alive(who)]
         if (adapter := catalog.get(name_of(name))) is None or not adapter.tip:
             return
         target = adapter.tip
@@ -126,9 +127,9 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.forgotten) < 2)
     @rule(who=process, name=user, plan=fault)
     def forget(self, who: int, name: str, plan: tuple[str, int] | None) -> None:
-        if who not in self.processes:
+        if not self.processes:
             return
-        owner, catalog = self.processes[who]
+        owner, catalog = self.processes[who := self._alive(who)]
         record = Tombstone(pseudonym=name_of(name), command="c")
 
         def call() -> None:
@@ -154,6 +155,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(who=process)
     def crash(self, who: int) -> None:
         self.processes.pop(who, None)
+
+    def _alive(self, who: int) -> int:
+        return sorted(self.processes)[who % len(self.processes)]
 
     @invariant()
     def check(self) -> None:
@@ -199,8 +203,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert bytes(view).startswith(prefixes[request.part] + b"wave-"), "not the bytes that were committed"
 
     def _with(self, who: int, plan: tuple[str, int] | None, call: Callable[[Owner, Catalog], object]) -> None:
-        if who in self.processes:
-            owner, catalog = self.processes[who]
+        if self.processes:
+            owner, catalog = self.processes[who := self._alive(who)]
             self._run(who, plan, lambda: call(owner, catalog))
 
     def _run(self, who: int, plan: tuple[str, int] | None, call: Callable[[], object]) -> str:
