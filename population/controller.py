@@ -28,7 +28,7 @@ from populace.storage.catalog import AdapterState
 from populace.storage.commit import RevisionDraft
 from populace.storage.errors import PopulaceError
 from populace.storage.loading import blob_context
-from populace.storage.manifest import AdapterCreated, Attempt, Settled, SettledEvent, Tombstone, Verdict
+from populace.storage.manifest import AdapterCreated, Attempt, Record, Settled, SettledEvent, Tombstone, Verdict
 from populace.storage.repack import RetentionRule
 from populace.workers.batch import (
     AdapterBatch,
@@ -157,6 +157,7 @@ class Controller:
     def _admit(self, wave: Wave) -> dict[str, AdapterState]:
         """Create the adapters that don't exist yet, and log which events are about to be tried."""
         settings, catalog = self.settings.adapter, self.ledger.catalog
+        records: list[tuple[int, Record]] = []
         for member in wave.members:
             if member.pseudonym not in catalog:
                 spec = AdapterSpec(
@@ -167,13 +168,12 @@ class Controller:
                     b_learning_rate_ratio=settings.b_learning_rate_ratio,
                 )
                 seed = self.ledger.meta.adapter_seed(member.user)
-                self.ledger.append(
-                    member.partition,
-                    AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed),
-                )
+                created = AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed)
+                records.append((member.partition, created))
         for partition, members in _by_partition(wave).items():
             tried = {member.pseudonym: [event.ref for event in member.events] for member in members}
-            self.ledger.append(partition, Attempt(wave=wave.wave_id, adapters=tried))
+            records.append((partition, Attempt(wave=wave.wave_id, adapters=tried)))
+        self.ledger.append_all(records)
         return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
 
     def _prepare(self, member: WaveMember, adapter: AdapterState) -> Prepared:
@@ -239,14 +239,16 @@ class Controller:
         groups = {item.adapter.pseudonym: item.groups for item in batch.adapters}
         renamed, num_settled = [], 0
         for partition, members in _by_partition(wave).items():
-            drafts = []
+            drafts, without = [], []
             for member in members:
                 update, out = updates[member.pseudonym], settled[member.pseudonym]
                 if update.status == "updated":
                     drafts.append(self._draft(member, update, groups[member.pseudonym], out))
                     num_settled += len(out)
                 else:
-                    num_settled += self._settle(member, update.status, out)
+                    without.append(_settled(member, update.status, out))
+            num_settled += sum(len(record.events) for record in without)
+            self.ledger.append_all([(partition, record) for record in without])
             if drafts:
                 self._commit_drafts(partition, wave.wave_id, drafts)
                 renamed += [
@@ -304,14 +306,6 @@ class Controller:
             metrics=update.metrics,
         )
 
-    def _settle(self, member: WaveMember, status: str, settled: list[SettledEvent]) -> int:
-        reason = {"no_signal": "no signal", "non_finite": "gradient not finite"}[status]
-        out = {item.event.position for item in settled}
-        rest = [SettledEvent(event=item.ref, reason=reason) for item in member.events if item.ref.position not in out]
-        record = Settled(pseudonym=member.pseudonym, events=[*settled, *rest], consumed=member.consumed)
-        self.ledger.append(member.partition, record)
-        return len(record.events)
-
 
 class _Clock:
     def __init__(self) -> None:
@@ -322,6 +316,14 @@ class _Clock:
         now = time.monotonic()
         self.seconds[stage] = now - self._last
         self._last = now
+
+
+def _settled(member: WaveMember, status: str, settled: list[SettledEvent]) -> Settled:
+    """The record of a user whose events end without a revision."""
+    reason = {"no_signal": "no signal", "non_finite": "gradient not finite"}[status]
+    out = {item.event.position for item in settled}
+    rest = [SettledEvent(event=item.ref, reason=reason) for item in member.events if item.ref.position not in out]
+    return Settled(pseudonym=member.pseudonym, events=[*settled, *rest], consumed=member.consumed)
 
 
 def _by_partition(wave: Wave) -> dict[int, list[WaveMember]]:

@@ -39,11 +39,12 @@ class Examiner:
         for start in range(0, len(candidates), size):
             part = candidates[start : start + size]
             self.measure([(adapter, n) for adapter in part for n in (adapter.tip, adapter.serving)])
+            judged: list[tuple[int, Verdict]] = []
             for adapter in part:
                 tip, serving = (self.heldout_rewards(adapter, number) for number in (adapter.tip, adapter.serving))
-                record = verdict(adapter, tip, serving, policy)
-                self.ledger.append(adapter.partition, record)
-                verdicts.append(record)
+                judged.append((adapter.partition, verdict(adapter, tip, serving, policy)))
+            self.ledger.append_all(judged)
+            verdicts += [record for _, record in judged]
         return verdicts
 
     def heldout_rewards(self, adapter: AdapterState, revision: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.keys import Keyring, PublicKey, Secrets, UserKeys
-from populace.storage.manifest import Record, RecordHeader, RevisionEntry, Tombstone, Verdict, WaveManifest
+from populace.storage.manifest import Batch, Record, RecordHeader, RevisionEntry, Tombstone, Verdict, WaveManifest
 from populace.storage.objects import ObjectStore
 from populace.storage.repack import RepackReport, RetentionRule, repack
 
@@ -221,6 +221,14 @@ class Ledger:
 
     def owner(self, partition: int) -> Owner:
         return self._owners[partition]
+
+    def append_all(self, records: Sequence[tuple[int, Record]]) -> None:
+        """Commit (partition, record) pairs, one atomic batch per partition, and apply them."""
+        by_partition: dict[int, list[Record]] = {}
+        for partition, record in records:
+            by_partition.setdefault(partition, []).append(record)
+        for partition, own in by_partition.items():
+            self.append(partition, own[0] if len(own) == 1 else Batch(records=own))
 
     def append(self, partition: int, record: Record) -> None:
         """Commit `record` and apply it to the catalog."""

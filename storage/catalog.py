@@ -24,6 +24,7 @@ from populace.storage.errors import InvalidInput
 from populace.storage.manifest import (
     AdapterCreated,
     Attempt,
+    Batch,
     Claim,
     EventRef,
     Position,
@@ -176,6 +177,9 @@ class Catalog:
                 self._bury(header, record)
             case Repack():
                 self._repack(record)
+            case Batch():
+                for part in record.records:
+                    self.apply(header, part)
 
     # Looking things up.
 

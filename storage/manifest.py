@@ -217,6 +217,15 @@ class Rotate:
         return PublicKey(**self.key)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Several records at once: a wave's new adapters and its attempt, an evaluation's verdicts. All or none."""
+
+    KIND: ClassVar[str] = "batch"
+    records: list[Any]
+    """Of any kind but `wave`, `checkpoint`, `rotate` and `batch`."""
+
+
 Record = (
     Claim
     | Release
@@ -229,6 +238,7 @@ Record = (
     | Repack
     | Checkpoint
     | Rotate
+    | Batch
 )
 _KINDS: dict[str, type[Any]] = {kind.KIND: kind for kind in Record.__args__}
 
@@ -238,7 +248,7 @@ def seal(header: RecordHeader, record: Record, signer: Signer) -> bytes:
     if isinstance(record, WaveManifest):
         payload_type, payload = WAVE_TYPE, _statement(header, record)
     else:
-        payload_type, payload = RECORD_TYPE, {"kind": record.KIND, **asdict(header), "body": asdict(record)}
+        payload_type, payload = RECORD_TYPE, {**asdict(header), **_body(record)}
     envelope = Envelope(canonical_json(payload), payload_type, {})
     envelope.sign(signer)
     return canonical_json(envelope.to_dict())
@@ -355,6 +365,12 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
     }
 
 
+def _body(record: Record) -> dict[str, Any]:
+    if isinstance(record, Batch):
+        return {"kind": record.KIND, "body": {"records": [_body(part) for part in record.records]}}
+    return {"kind": record.KIND, "body": asdict(record)}
+
+
 def _as_json(event: EventRef) -> dict[str, Any]:
     return {"tag": event.tag, "position": event.position, "digest": event.digest}  # asdict is ten times slower
 
@@ -410,6 +426,8 @@ def _record(kind: str, body: dict[str, Any]) -> Record:
     if kind == Settled.KIND:
         body["events"] = [_settled(event) for event in body["events"]]
         body["consumed"] = _position(body["consumed"])
+    if kind == Batch.KIND:
+        body["records"] = [_record(part["kind"], part["body"]) for part in body["records"]]
     if kind == Repack.KIND:
         body["moved"] = [MovedBlob(**moved) for moved in body["moved"]]
         body["dropped"] = [(pseudonym, revision, part) for pseudonym, revision, part in body["dropped"]]

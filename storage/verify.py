@@ -15,6 +15,7 @@ from populace.storage.errors import Damaged, ObjectNotFound
 from populace.storage.keys import PublicKey
 from populace.storage.manifest import (
     AdapterCreated,
+    Batch,
     Repack,
     RevisionEntry,
     Tombstone,
@@ -110,6 +111,8 @@ def _follow(chains: dict[str, _Chain], record: Any) -> list[str]:
             return [
                 f"a verdict moves {record.pseudonym} to revision {n}, which does not exist" for n in sorted(missing)
             ]
+        case Batch():
+            return [problem for part in record.records for problem in _follow(chains, part)]
         case Tombstone():
             chains.setdefault(record.pseudonym, _Chain()).is_forgotten = True
         case Repack():

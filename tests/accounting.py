@@ -48,7 +48,8 @@ def account(population: Population) -> Outcome:
     settled: Counter[Name] = Counter()
     reasons, clashes = {}, {}
     for partition in range(meta.partitions):
-        for _, record in RevisionLogReader(population.store, meta.name, partition, meta.root_key).read_new():
+        reader = RevisionLogReader(population.store, meta.name, partition, meta.root_key)
+        for record in (part for _, whole in reader.read_new() for part in getattr(whole, "records", [whole])):
             entries = []
             if isinstance(record, WaveManifest):
                 entries = [(entry.pseudonym, entry.trained, entry.settled) for entry in record.revisions]

@@ -19,6 +19,7 @@ from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.manifest import (
     AdapterCreated,
     Attempt,
+    Batch,
     Checkpoint,
     Claim,
     MovedBlob,
@@ -77,6 +78,7 @@ def test_every_record_comes_back_as_it_was_sealed(history: History) -> None:
         Checkpoint(sha256="c" * 64, size_bytes=9, rotations=["{}"]),
         Rotate(key=dataclasses.asdict(history.root_key)),
     ]
+    records.append(Batch(records=records[1:7]))
     for record in records:
         assert open_record(seal(header, record, signer), history.root_key) == (header, record)
     with pytest.raises(Damaged, match="not signed by"):
