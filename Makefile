@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo test test-slow bench-store lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -15,6 +15,9 @@ test: .venv/dev lint types
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+bench-store: .venv/dev
+	$(BIN)/python -m tests.benchmarks.store
 
 lint: .venv/dev
 	$(BIN)/ruff check .
