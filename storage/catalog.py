@@ -10,6 +10,7 @@ About 200 bytes for an adapter with one revision of one part; no Python object p
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -159,7 +160,7 @@ class Catalog:
             case Claim() | Release():
                 self.owned[header.partition] = isinstance(record, Claim)
             case AdapterCreated():
-                self._create(header, record)
+                self._create(header, [record])
             case Attempt():
                 self.unfinished[header.partition] = record
                 self._count_lone(record)
@@ -178,8 +179,10 @@ class Catalog:
             case Repack():
                 self._repack(record)
             case Batch():
+                self._create(header, [part for part in record.records if isinstance(part, AdapterCreated)])
                 for part in record.records:
-                    self.apply(header, part)
+                    if not isinstance(part, AdapterCreated):
+                        self.apply(header, part)
 
     # Looking things up.
 
@@ -357,15 +360,17 @@ class Catalog:
         assert row >= 0, f"the log speaks of adapter {pseudonym!r} before creating it"
         return row
 
-    def _create(self, header: RecordHeader, record: AdapterCreated, flags: int = 0) -> int:
-        high, low = _split([record.pseudonym])
-        row = self.adapters.append(
-            1, high=high, low=low, partition=header.partition, seed=record.seed, tip=0, serving=0, next_revision=1,
-            spec=self.specs.number(json.dumps(record.spec, sort_keys=True)), consumed_segment=-1, consumed_row=-1,
-            flags=flags, last_revision=-1, last_note=-1, changed=header.seq,
+    def _create(self, header: RecordHeader, created: Sequence[AdapterCreated], flags: int = 0) -> None:
+        if not created:
+            return
+        high, low = _split([record.pseudonym for record in created])
+        first = self.adapters.append(
+            len(created), high=high, low=low, partition=header.partition, seed=[record.seed for record in created],
+            tip=0, serving=0, next_revision=1, consumed_segment=-1, consumed_row=-1, flags=flags, last_revision=-1,
+            spec=self.specs.numbers([_spec_json(tuple(sorted(record.spec.items()))) for record in created]),
+            last_note=-1, changed=header.seq,
         )  # fmt: skip
-        self.index.add(high, low, np.array([row]))
-        return row
+        self.index.add(high, low, np.arange(first, first + len(created)))
 
     def _add_revisions(self, header: RecordHeader, wave: WaveManifest) -> None:
         """All of a wave at once, column by column."""
@@ -429,9 +434,9 @@ class Catalog:
             self.obeyed.add((record.pseudonym, record.command))
 
     def _bury(self, header: RecordHeader, record: Tombstone) -> None:
-        row = int(self.rows_of([record.pseudonym])[0])
-        if row < 0:
-            row = self._create(header, AdapterCreated(pseudonym=record.pseudonym, spec={}, seed=0), BARE)
+        if record.pseudonym not in self:
+            self._create(header, [AdapterCreated(pseudonym=record.pseudonym, spec={}, seed=0)], BARE)
+        row = self._row(record.pseudonym)
         self.adapters["flags"][row] |= FORGOTTEN
         self.adapters["changed"][row] = header.seq
         self.obeyed.add((record.pseudonym, record.command))
@@ -483,6 +488,11 @@ class Catalog:
             self.unfinished[partition] = Attempt(wave=attempt.wave, adapters=left)
         else:
             del self.unfinished[partition]
+
+
+@functools.cache
+def _spec_json(items: tuple[tuple[str, Any], ...]) -> str:
+    return json.dumps(dict(items))
 
 
 def _split(pseudonyms: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

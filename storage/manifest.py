@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from securesystemslib.dsse import Envelope
@@ -248,7 +248,7 @@ def seal(header: RecordHeader, record: Record, signer: Signer) -> bytes:
     if isinstance(record, WaveManifest):
         payload_type, payload = WAVE_TYPE, _statement(header, record)
     else:
-        payload_type, payload = RECORD_TYPE, {**asdict(header), **_body(record)}
+        payload_type, payload = RECORD_TYPE, {**_fields(header), **_body(record)}
     envelope = Envelope(canonical_json(payload), payload_type, {})
     envelope.sign(signer)
     return canonical_json(envelope.to_dict())
@@ -310,7 +310,10 @@ def digest_of(sealed: bytes) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """The one spelling of a JSON value; dataclasses are their fields."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields
+    ).encode()
 
 
 def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
@@ -329,8 +332,8 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
     ]
     consumed = {
         f"{entry.pseudonym}@{entry.revision}": {
-            "trained": [_as_json(event) for event in entry.trained],
-            "settled": [{"event": _as_json(item.event), "reason": item.reason} for item in entry.settled],
+            "trained": entry.trained,
+            "settled": entry.settled,
             "consumed": entry.consumed,
         }
         for entry in wave.revisions
@@ -353,7 +356,7 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
                 "buildType": BUILD_TYPE,
                 "externalParameters": {**wave.parameters, "experience": consumed},
                 "internalParameters": {
-                    **asdict(header),
+                    **_fields(header),
                     "wave": wave.wave,
                     "pack": wave.pack,
                     "numerics": wave.numerics,
@@ -368,11 +371,12 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
 def _body(record: Record) -> dict[str, Any]:
     if isinstance(record, Batch):
         return {"kind": record.KIND, "body": {"records": [_body(part) for part in record.records]}}
-    return {"kind": record.KIND, "body": asdict(record)}
+    return {"kind": record.KIND, "body": record}
 
 
-def _as_json(event: EventRef) -> dict[str, Any]:
-    return {"tag": event.tag, "position": event.position, "digest": event.digest}  # asdict is ten times slower
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass for JSON; `asdict` copies deeply and takes ten times as long."""
+    return {item.name: getattr(value, item.name) for item in fields(value)}
 
 
 def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManifest]:

@@ -154,7 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
         """One of the processes that believe they own; makes a new one if all are dead."""
         if not self.processes:
             self.processes[who] = self.history.claim(f"process {who}", through=self.store)  # type: ignore[arg-type]
-        return who if who in self.processes else max(self.processes)
+        return who if who in self.processes else min(self.processes)
 
     @invariant()
     def check(self) -> None:
