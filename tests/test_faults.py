@@ -120,7 +120,21 @@ class StoreMachine(RuleBasedStateMachine):
     def collect_garbage(self, who: int, plan: tuple[str, int] | None) -> None:
         self._with(who, plan, collect_garbage)
 
-    @precondition(lambda self: len(self.forgotten) < 2)
+    @rule(who=process, action=st.sampled_from(("commit", "collect_garbage", "repack", "checkpoint")), plan=fault)
+    def a_zombie_acts_after_a_takeover(self, who: int, action: str, plan: tuple[str, int] | None) -> None:
+        zombie = self._alive(who)
+        heir = (zombie + 1) % 3
+        self.claim(heir, None)
+        self.commit(heir, set(USERS), None)
+        match action:
+            case "commit":
+                self.commit(zombie, set(USERS), plan)
+            case "repack":
+                self.repack(zombie, 1, plan)
+            case _:
+                getattr(self, action)(zombie, plan)
+
+    @precondition(lambda self: not self.asked_to_forget)
     @rule(who=process, name=user, plan=fault)
     def forget(self, who: int, name: str, plan: tuple[str, int] | None) -> None:
         owner, catalog = self.processes[who := self._alive(who)]
