@@ -18,7 +18,7 @@ from populace.storage.pack import BlobPlace, check_blob
 
 MAX_GAP_BYTES = 64 << 10
 """Bytes between two blobs that are cheaper to read over than to ask twice for."""
-MAX_REQUEST_BYTES = 16 << 20
+MAX_REQUEST_BYTES = 4 << 20
 NUM_REQUESTS = 8
 """Range requests in flight."""
 
