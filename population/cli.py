@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -230,14 +231,21 @@ def export(
     user: str,
     folder: Path,
     revision: Annotated[str, typer.Option(help="serving, tip, or a number.")] = "serving",
+    link_hours: Annotated[
+        float | None, typer.Option(min=0.01, max=168, help="Also upload it (s3:// only) and print a link.")
+    ] = None,
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
     """Write a user's adapter as a PEFT folder."""
-    from populace.population.export import export_peft
+    from populace.population.export import export_peft, share_export
 
-    number = export_peft(_open(store, name), user, folder, revision)
+    population = _open(store, name)
+    number = export_peft(population, user, folder, revision)
     console.print(f"{user}@{number} -> {folder}")
+    if link_hours is not None:
+        link = share_export(population, user, number, folder, timedelta(hours=link_hours))
+        print(link)
 
 
 @app.command()

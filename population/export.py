@@ -9,7 +9,10 @@ Suffixes: E experts, R rank, D in, F out.
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from populace.population.client import Population, revision_number
+from populace.population.ledger import exports_folder
 from populace.population.trials import revision_ref
 from populace.storage.errors import InvalidInput
 from populace.storage.loading import load_wave
@@ -41,6 +45,21 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
     config = peft_config(ref.spec, base.folder)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     return number
+
+
+def share_export(population: Population, user: str, number: int, folder: Path, valid_for: timedelta) -> str:
+    """Put an exported folder into the store, and return a link with which anybody can download it as a tar file
+    until it expires. `InvalidInput` unless the store is an S3. `forget` removes it."""
+    if not population.store.url.startswith("s3:"):
+        raise InvalidInput(f"store is {population.store.url}; links need s3://, a folder can be copied as it is")
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w") as archive:
+        archive.add(folder, arcname=f"revision-{number}")
+    key = f"{exports_folder(population.meta.name, population.ledger.pseudonym(user))}/{number}.tar"
+    population.store.put(key, body.getvalue())
+    from populace.storage.s3 import Bucket  # the minio SDK is slow to import
+
+    return Bucket(population.store.url).presigned_link(key, valid_for)
 
 
 def peft_config(spec: AdapterSpec, base_folder: str) -> dict[str, object]:

@@ -24,6 +24,16 @@ from populace.storage.errors import InvalidInput
 START_GRACE_S = 30.0
 """A worker that starts imports the user's module before its clock runs."""
 
+CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MINIO_ACCESS_KEY",
+    "MINIO_SECRET_KEY",
+    "POPULACE_MASTER_KEY",
+    "POPULACE_SIGNING_KEY",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
@@ -86,7 +96,9 @@ def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[Re
     The time limit counts from where the user's code starts. A task that an alarm can't interrupt is killed
     `START_GRACE_S` later; tasks never wait behind it, because they ask Ray for no processor.
     """
-    remote = ray.remote(num_cpus=0, max_retries=0)(score_replies)
+    # User code: it gets neither the store's credentials nor the population's keys.
+    environment = {"env_vars": {**{name: "" for name in CREDENTIALS}, "POPULACE_KEYS": os.devnull}}
+    remote = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(score_replies)
     outcomes: list[RewardOutcome] = [""] * len(requests)
     queue = list(range(len(requests)))[::-1]
     running: dict[Any, tuple[int, float]] = {}

@@ -114,7 +114,10 @@ def _start_ray() -> None:
     if ray.is_initialized():
         return
     # A shard sets its own threads; Ray would pin a worker to as many as it has CPUs.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}}
+    variables = {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    if "POPULACE_KEYS" in os.environ:  # the folder, never a key itself: Ray shows these variables
+        variables["POPULACE_KEYS"] = os.environ["POPULACE_KEYS"]
+    environment = {"env_vars": variables}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": environment}
     if "RAY_ADDRESS" not in os.environ:
         options |= {"include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 1)}
