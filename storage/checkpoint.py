@@ -82,6 +82,9 @@ def dump(catalog: Catalog, partition: int) -> bytes:
     columns["pseudonym"] = _fixed(_interleave(adapters["high"][rows], adapters["low"][rows]), 16)
     revision_rows, revision_offsets = _children(rows, revisions["adapter"])
     blob_rows, blob_offsets = ragged(revisions["first_blob"][revision_rows], revisions["num_blobs"][revision_rows])
+    is_there = catalog.blobs["size"][blob_rows] > 0  # what was dropped needs no place
+    blob_offsets = np.concatenate([[0], np.cumsum(is_there)]).astype(np.int32)[blob_offsets]
+    blob_rows = blob_rows[is_there]
     use_rows, use_offsets = ragged(revisions["first_use"][revision_rows], revisions["num_uses"][revision_rows])
     blobs = {name: catalog.blobs[name][blob_rows] for name in _BLOB}
     packs, blobs["pack"] = _renumbered(catalog.packs, blobs["pack"])

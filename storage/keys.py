@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import secrets
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -118,26 +119,29 @@ class UserKeys:
     def __init__(self, store: ObjectStore, population: str, keyring: Keyring) -> None:
         self.store, self.population, self.keyring = store, population, keyring
         self._cache: OrderedDict[str, UserKey] = OrderedDict()
+        self._lock = threading.Lock()  # loads run in several threads
         self._masters: dict[str, bytes] = {}
 
     def get(self, pseudonym: str) -> UserKey:
         """The key as last seen; `Forgotten` if the user was. For reading what is there."""
-        if (found := self._cache.get(pseudonym)) is not None:
-            self._cache.move_to_end(pseudonym)
-            return found
+        with self._lock:
+            if (found := self._cache.get(pseudonym)) is not None:
+                self._cache.move_to_end(pseudonym)
+                return found
         return self.fetch(pseudonym)
 
     def fetch(self, pseudonym: str) -> UserKey:
         """The key as the store has it now. `ObjectNotFound` if there is none."""
-        self._cache.pop(pseudonym, None)
+        self.drop([pseudonym])
         body = _parse(self.store.get(self._path(pseudonym)), self._path(pseudonym))
         if body.get("forgotten"):
             raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
         plain = json.loads(self._unwrap(body, pseudonym))
         found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]))
-        self._cache[pseudonym] = found
-        if len(self._cache) > _MAX_CACHED:
-            self._cache.popitem(last=False)
+        with self._lock:
+            self._cache[pseudonym] = found
+            if len(self._cache) > _MAX_CACHED:
+                self._cache.popitem(last=False)
         return found
 
     def ensure(self, pseudonym: str, user: str, master: Callable[[], str]) -> UserKey:
@@ -154,15 +158,16 @@ class UserKeys:
 
     def forget(self, pseudonym: str) -> None:
         """Overwrite the key. From here on nobody can read what it encrypted."""
-        self._cache.pop(pseudonym, None)
+        self.drop([pseudonym])
         # The nonce keeps this body unlike any other: an ETag of equal bodies would be equal too.
         marker = {"forgotten": True, "nonce": secrets.token_hex(8)}
         self.store.put(self._path(pseudonym), json.dumps(marker).encode())
 
     def drop(self, pseudonyms: Iterable[str]) -> None:
         """Take keys out of the memory of this process."""
-        for pseudonym in pseudonyms:
-            self._cache.pop(pseudonym, None)
+        with self._lock:
+            for pseudonym in pseudonyms:
+                self._cache.pop(pseudonym, None)
 
     def is_forgotten(self, pseudonym: str) -> bool:
         try:
