@@ -39,12 +39,17 @@ class Table:
 
 
 class Index:
-    """128-bit key -> row. A sorted array for most, a dictionary for the newest, merged now and then."""
+    """128-bit key -> row. A sorted array for most, a dictionary for the newest, merged now and then.
+
+    Keys are hashes, so their upper bits say where in the array they are, give or take a few places: a look-up costs
+    the same however many there are."""
 
     def __init__(self) -> None:
         self._high = np.empty(0, np.uint64)
         self._low = np.empty(0, np.uint64)
         self._row = np.empty(0, np.uint32)
+        self._start = np.zeros(2, np.uint32)
+        self._shift = np.uint64(63)
         self._recent: dict[tuple[int, int], int] = {}
 
     def add(self, high: NDArray[np.uint64], low: NDArray[np.uint64], row: Rows) -> None:
@@ -64,21 +69,24 @@ class Index:
         self._low = np.insert(self._low, place, low)
         self._row = np.insert(self._row, place, row.astype(np.uint32))
         self._recent.clear()
+        bits = max(1, len(self._high).bit_length())
+        self._shift = np.uint64(64 - bits)
+        bounds = np.arange(1 << bits, dtype=np.uint64) << self._shift
+        self._start = np.searchsorted(self._high, bounds).astype(np.uint32)
 
     def find(self, high: NDArray[np.uint64], low: NDArray[np.uint64]) -> Rows:
         """The row of every key; -1 where there is none."""
         found = np.full(len(high), -1, np.int64)
         if len(self._high):
-            place = np.searchsorted(self._high, high)
-            # Two keys with equal upper halves are next to each other; almost always one round is enough.
+            place = self._start[high >> self._shift].astype(np.int64)
             open_ = np.flatnonzero(place < len(self._high))
             while len(open_):
-                here = place[open_]
-                same = self._high[here] == high[open_]
-                hit = same & (self._low[here] == low[open_])
+                here, wanted = place[open_], high[open_]
+                there = self._high[here]
+                hit = (there == wanted) & (self._low[here] == low[open_])
                 found[open_[hit]] = self._row[here[hit]]
                 place[open_] += 1
-                open_ = open_[same & ~hit & (here + 1 < len(self._high))]
+                open_ = open_[(there <= wanted) & ~hit & (here + 1 < len(self._high))]
         if self._recent:
             for missing in np.flatnonzero(found < 0):
                 found[missing] = self._recent.get((int(high[missing]), int(low[missing])), -1)
@@ -86,7 +94,8 @@ class Index:
 
     @property
     def size_bytes(self) -> int:
-        return self._high.nbytes + self._low.nbytes + self._row.nbytes + 200 * len(self._recent)
+        arrays = self._high.nbytes + self._low.nbytes + self._row.nbytes + self._start.nbytes
+        return arrays + 200 * len(self._recent)
 
 
 class Names:

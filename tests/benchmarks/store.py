@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
@@ -187,16 +185,24 @@ def bench_scale(folder: Path, num_adapters: int, size_bytes: int, label: str, *,
             population.catalog.require(name)
         states.append(100 / (time.perf_counter() - began))
 
-    loads = []
-    for _ in range(5):
+    loads, shares = [], []
+    whole = b"".join(body(number) for number in range(64))
+    for turn in range(5):
+        store.put(f"plain/{turn}", whole)
         numbers = chance.sample(range(num_adapters), 64)
         requests = population.requests(numbers)
-        drop_page_cache(folder / "store" / "bench" / "packs")
+        drop_page_cache(folder / "store")
         began = time.perf_counter()
         views = load_wave(store, population.keys, requests)
         loads.append(time.perf_counter() - began)
+        shares.append(timed(lambda turn=turn: store.get(f"plain/{turn}")) / loads[-1])
         assert all(bytes(view) == body(number) for view, number in zip(views, numbers, strict=True))
 
+    puts = []
+    for turn in range(3):
+        wave = b"".join(body(number) for number in range(min(WAVE, num_adapters // PARTITIONS)))
+        seconds = timed(lambda turn=turn, wave=wave: store.put(f"plain/wave-{turn}", wave))
+        puts.append(seconds / (len(wave) / size_bytes / statistics.median(rates)))
     opened = [open_in_fresh_process(folder, population.root_key, num_adapters) for _ in range(3)]
     show = f"{label}: "
     return [
@@ -215,6 +221,8 @@ def bench_scale(folder: Path, num_adapters: int, size_bytes: int, label: str, *,
         ),
         figure(show + "look-ups one by one, whole state", states, "1/s"),
         figure(show + "64 random cold loads", [1000 * value for value in loads], "ms"),
+        figure(show + "64 random cold loads, copy speed reached", shares, "of one plain get"),
+        figure(show + "commits, copy speed reached", puts, "of plain put"),
     ]  # fmt: skip
 
 
@@ -397,7 +405,6 @@ def main() -> None:
     if arguments.open:
         open_here(*arguments.open)
         return
-    np.random.default_rng(0)
     figures: list[Figure] = []
     with scratch(arguments.folder) as folder:
         figures += bench_against_peft(folder)
