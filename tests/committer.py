@@ -35,8 +35,10 @@ def open_history(url: str, folder: Path) -> History:
     return history
 
 
-def commit_for_ever(url: str, folder: Path, journal: Path, life: int) -> None:
-    """Claim, then waves, checkpoints, repacks and enqueues in turn."""
+def commit_for_ever(url: str, folder: Path, journal: Path, life: int, environment: dict[str, str]) -> None:
+    """Claim, then waves, checkpoints, repacks and enqueues in turn. `environment`: the server that started this
+    process may be older than the store's credentials."""
+    os.environ.update(environment)
     history, chance = open_history(url, folder), random.Random(life)
     with open(journal, "a", buffering=1) as said:
         said.write(f"start {os.getpid()}\n")

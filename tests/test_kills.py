@@ -94,7 +94,8 @@ def test_kill_9_of_a_committing_process_loses_repeats_and_tears_nothing(
         context.set_forkserver_preload(["tests.committer"])
         num_waves = 0
         for life in range(num_kills):
-            process = context.Process(target=commit_for_ever, args=(url, tmp_path / "keys", journal, life))
+            arguments = (url, tmp_path / "keys", journal, life, dict(os.environ))
+            process = context.Process(target=commit_for_ever, args=arguments)
             before = journal.stat().st_size
             process.start()
             deadline = time.monotonic() + 60
