@@ -21,7 +21,7 @@ from populace.storage.errors import InvalidInput, PopulaceError
 
 if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neither
     from populace.population.client import Population
-    from populace.population.ledger import PopulationMeta
+    from populace.population.meta import PopulationMeta
     from populace.storage.objects import ObjectStore
 
 app = typer.Typer(
@@ -342,7 +342,7 @@ def _open(store: str, name: str | None) -> Population:
 
 
 def _find(store: str, name: str | None) -> tuple[ObjectStore, PopulationMeta]:
-    from populace.population.ledger import PopulationMeta
+    from populace.population.meta import PopulationMeta
     from populace.storage.objects import open_store
 
     opened = open_store(store)

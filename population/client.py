@@ -28,15 +28,17 @@ from populace.population.experience import (
     check_user,
     encode_event,
 )
-from populace.population.ledger import Ledger, PopulationMeta, check_name, verify_digest
+from populace.population.ledger import Ledger
+from populace.population.meta import PopulationMeta, check_name, verify_digest
 from populace.population.trials import revision_ref
-from populace.storage.catalog import AdapterState, RevisionState
 from populace.storage.errors import InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.keys import Keyring, PublicKey
-from populace.storage.manifest import Rotate, payload_of
+from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store
 from populace.storage.probe import require_safe
+from populace.storage.records import Rotate
 from populace.storage.repack import RepackReport, RetentionRule
+from populace.storage.states import AdapterState, RevisionState
 from populace.storage.verify import Findings, verify_partition
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings

@@ -24,12 +24,12 @@ from populace.population.ledger import Ledger
 from populace.population.prepare import Prepared, prepare_member
 from populace.population.scheduler import Budget, Wave, WaveMember, form_wave
 from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
-from populace.storage.catalog import AdapterState
 from populace.storage.commit import RevisionDraft
 from populace.storage.errors import PopulaceError
 from populace.storage.loading import blob_context
-from populace.storage.manifest import AdapterCreated, Attempt, Record, Settled, SettledEvent, Tombstone, Verdict
+from populace.storage.records import AdapterCreated, Attempt, Record, Settled, SettledEvent, Tombstone, Verdict
 from populace.storage.repack import RetentionRule
+from populace.storage.states import AdapterState
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,

@@ -11,8 +11,8 @@ from populace.configs.schema import TrainSettings
 from populace.population.chat import Chat
 from populace.population.experience import Demonstration, LogEvent, Task, Trajectory
 from populace.population.scheduler import WaveMember
-from populace.storage.catalog import AdapterState
-from populace.storage.manifest import SettledEvent
+from populace.storage.records import SettledEvent
+from populace.storage.states import AdapterState
 from populace.workers.batch import (
     AdapterKey,
     ExpertIds,

@@ -27,8 +27,8 @@ from populace.population.controller import Controller
 from populace.population.experience import encode_event, messages_of
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
-from populace.storage.catalog import AdapterState
 from populace.storage.manifest import canonical_json
+from populace.storage.states import AdapterState
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from populace.population.experience import UserId
 from populace.population.stream import LoggedEvent, UserQueue
-from populace.storage.manifest import Position, SettledEvent
+from populace.storage.records import Position, SettledEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

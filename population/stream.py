@@ -32,8 +32,9 @@ from populace.storage.catalog import Catalog
 from populace.storage.errors import AlreadyExists, Damaged, Forgotten, OutcomeUnknown
 from populace.storage.keys import UserKeys
 from populace.storage.log import Log
-from populace.storage.manifest import BEFORE_ALL, EventRef, canonical_json
+from populace.storage.manifest import canonical_json
 from populace.storage.objects import ObjectStore
+from populace.storage.records import BEFORE_ALL, EventRef
 
 SCHEMA = pa.schema(
     [

@@ -22,7 +22,8 @@ from populace.storage.catalog import Catalog
 from populace.storage.columns import Names, Rows, ragged
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
-from populace.storage.manifest import Attempt, Checkpoint, EventRef, canonical_json
+from populace.storage.manifest import canonical_json
+from populace.storage.records import Attempt, Checkpoint, EventRef
 
 logger = logging.getLogger(__name__)
 NUM_KEPT = 2

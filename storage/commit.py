@@ -15,7 +15,10 @@ from typing import Any
 from populace.storage.errors import AlreadyExists, Damaged, Fenced, OutcomeUnknown, StoreUnavailable
 from populace.storage.keys import Keyring, PublicKey
 from populace.storage.log import Log
-from populace.storage.manifest import (
+from populace.storage.manifest import attempt_of, digest_of, open_record, rotations_of, seal, signer_of
+from populace.storage.objects import ObjectStore
+from populace.storage.pack import build_pack
+from populace.storage.records import (
     NO_PREDECESSOR,
     Checkpoint,
     Claim,
@@ -28,15 +31,7 @@ from populace.storage.manifest import (
     Rotate,
     SettledEvent,
     WaveManifest,
-    attempt_of,
-    digest_of,
-    open_record,
-    rotations_of,
-    seal,
-    signer_of,
 )
-from populace.storage.objects import ObjectStore
-from populace.storage.pack import build_pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

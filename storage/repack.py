@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from populace.storage.catalog import FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
 from populace.storage.columns import Rows, ragged
 from populace.storage.commit import Owner
-from populace.storage.manifest import MovedBlob, Repack
 from populace.storage.pack import BlobPlace, build_pack, read_blob
+from populace.storage.records import MovedBlob, Repack
 
 MAX_PACK_BYTES = 256 << 20
 MIN_DEAD_SHARE = 0.25

@@ -13,17 +13,9 @@ from typing import Any
 from populace.storage.commit import RevisionLogReader
 from populace.storage.errors import Damaged, ObjectNotFound
 from populace.storage.keys import PublicKey
-from populace.storage.manifest import (
-    AdapterCreated,
-    Batch,
-    Repack,
-    RevisionEntry,
-    Tombstone,
-    Verdict,
-    WaveManifest,
-)
 from populace.storage.objects import ObjectStore
 from populace.storage.pack import BlobPlace, read_blob
+from populace.storage.records import AdapterCreated, Batch, Repack, RevisionEntry, Tombstone, Verdict, WaveManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from populace.population.client import Population
 from populace.population.experience import Command
 from populace.population.stream import ExperienceLog
 from populace.storage.commit import RevisionLogReader
-from populace.storage.manifest import Settled, WaveManifest
+from populace.storage.records import Settled, WaveManifest
 
 Name = tuple[str, str]
 """(user, event id)."""

@@ -12,8 +12,8 @@ from populace.storage.checkpoint import restore
 from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
 from populace.storage.keys import Keyring, PublicKey, UserKeys
 from populace.storage.loading import blob_context
-from populace.storage.manifest import AdapterCreated, EventRef, SettledEvent
 from populace.storage.objects import ObjectStore
+from populace.storage.records import AdapterCreated, EventRef, SettledEvent
 
 FIXED: dict[str, Any] = {
     "parameters": {"algorithm": "grpo"},

@@ -20,8 +20,9 @@ from populace.population.experience import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
 from populace.storage.errors import Forgotten, InvalidInput
 from populace.storage.keys import Keyring
-from populace.storage.manifest import Tombstone, seal
+from populace.storage.manifest import seal
 from populace.storage.objects import FileStore, MemoryStore, ObjectStore
+from populace.storage.records import Tombstone
 from populace.storage.repack import RetentionRule
 from populace.storage.verify import Findings, positions_from_json, verify_partition
 
@@ -291,8 +292,8 @@ def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings
 
 
 def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(settings: Settings, start: Start) -> None:
-    from populace.storage.manifest import AdapterCreated, RevisionEntry, Verdict, WaveManifest
     from populace.storage.pack import BlobPlace
+    from populace.storage.records import AdapterCreated, RevisionEntry, Verdict, WaveManifest
     from populace.storage.verify import _follow
 
     def wave(revision: int, parent: int, parent_sha256: str | None) -> WaveManifest:

@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from populace.population.stream import ExperienceLog
-from populace.storage.catalog import AdapterState, Catalog
+from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner
 from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, PopulaceError
 from populace.storage.keys import Keyring
 from populace.storage.loading import BlobRequest, load_wave
-from populace.storage.manifest import Tombstone, Verdict, WaveManifest
 from populace.storage.objects import MemoryStore
 from populace.storage.pack import read_blob
+from populace.storage.records import Tombstone, Verdict, WaveManifest
 from populace.storage.repack import RetentionRule, collect_garbage, repack
+from populace.storage.states import AdapterState
 from populace.storage.verify import Findings, verify_partition
 from tests.faults import Crash, FaultyStore
 from tests.history import FIXED, History, name_of

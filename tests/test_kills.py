@@ -17,8 +17,8 @@ import pytest
 from populace.population.stream import ExperienceLog
 from populace.storage.catalog import Catalog
 from populace.storage.loading import BlobRequest, load_wave
-from populace.storage.manifest import WaveManifest
 from populace.storage.objects import open_store
+from populace.storage.records import WaveManifest
 from populace.storage.s3 import Bucket
 from populace.storage.verify import Findings, verify_partition
 from tests.committer import USERS, commit_for_ever

@@ -20,8 +20,9 @@ from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.experience import Task, UserId, is_held_out
 from populace.population.scheduler import Budget, form_wave
 from populace.population.stream import LoggedEvent, UserQueue, partition_of
-from populace.storage.catalog import AdapterState, Catalog
-from populace.storage.manifest import EventRef
+from populace.storage.catalog import Catalog
+from populace.storage.records import EventRef
+from populace.storage.states import AdapterState
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
 from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
 

@@ -16,7 +16,10 @@ from populace.storage.checkpoint import dump, load, write_checkpoint
 from populace.storage.commit import Owner
 from populace.storage.errors import AlreadyExists, Damaged, Fenced, InvalidInput, OutcomeUnknown
 from populace.storage.loading import BlobRequest, load_wave
-from populace.storage.manifest import (
+from populace.storage.manifest import open_record, payload_of, seal
+from populace.storage.objects import MemoryStore, ObjectStore, open_store
+from populace.storage.pack import build_pack, read_blob
+from populace.storage.records import (
     AdapterCreated,
     Attempt,
     Batch,
@@ -31,12 +34,7 @@ from populace.storage.manifest import (
     Tombstone,
     Verdict,
     WaveManifest,
-    open_record,
-    payload_of,
-    seal,
 )
-from populace.storage.objects import MemoryStore, ObjectStore, open_store
-from populace.storage.pack import build_pack, read_blob
 from populace.storage.repack import RetentionRule, collect_garbage, repack
 from tests.history import FIXED, History, event, name_of
 

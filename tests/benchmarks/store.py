@@ -27,8 +27,8 @@ from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
 from populace.storage.keys import Keyring, PublicKey, UserKey, UserKeys, seal
 from populace.storage.loading import BlobRequest, blob_context, load_wave
-from populace.storage.manifest import AdapterCreated, Batch, EventRef
 from populace.storage.objects import ObjectStore, open_store
+from populace.storage.records import AdapterCreated, Batch, EventRef
 from tests.benchmarks.figures import Figure, figure, publish
 
 WAVE = 1024

@@ -1,0 +1,226 @@
+"""The records of the revision log: what each kind says. How they are sealed and signed: `manifest.py`; every field of
+every record as it is stored: docs/format.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from populace.storage.keys import PublicKey
+from populace.storage.pack import BlobPlace
+
+NO_PREDECESSOR = "0" * 64
+
+Position = tuple[int, int]
+"""Place of an event in its partition's experience log: (segment, row)."""
+
+BEFORE_ALL: Position = (-1, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordHeader:
+    """What every record binds."""
+
+    population: str
+    partition: int
+    seq: int
+    epoch: int
+    """Number of the claim under which this was written; a claim's own number."""
+    attempt_id: str
+    """Random per append, so that a writer recognises its own record after a lost answer."""
+    previous: str
+    """sha256 of the record before, as stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRef:
+    """One consumed event."""
+
+    tag: str
+    """Keyed hash of user and event id, hex: the same event has the same tag, and nobody else can tell whose."""
+    position: Position
+    digest: str
+    """sha256 of the event's bytes as stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettledEvent:
+    """An event consumed without training on it, and why."""
+
+    event: EventRef
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    KIND: ClassVar[str] = "claim"
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    KIND: ClassVar[str] = "release"
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCreated:
+    KIND: ClassVar[str] = "adapter"
+    pseudonym: str
+    spec: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The wave about to be trained. What an attempt without a later outcome named is tried alone next."""
+
+    KIND: ClassVar[str] = "attempt"
+    wave: str
+    adapters: dict[str, list[EventRef]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevisionEntry:
+    """One new revision inside a wave record."""
+
+    pseudonym: str
+    revision: int
+    parent: int
+    parent_sha256: str | None
+    """Digest of the parent's weights; None for revision 0, which has no bytes."""
+    blobs: dict[str, BlobPlace]
+    """`weights`, `moments`, `evidence`."""
+    experts: list[int]
+    """Experts whose tensors the blobs hold; the others are as initialised."""
+    trained: list[EventRef]
+    settled: list[SettledEvent]
+    consumed: Position
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveManifest:
+    """The commit: new revisions and what they consumed."""
+
+    KIND: ClassVar[str] = "wave"
+    wave: str
+    pack: str
+    """Key of the pack that holds every blob of this wave."""
+    revisions: list[RevisionEntry]
+    parameters: dict[str, Any]
+    """Algorithm and hyperparameters."""
+    materials: dict[str, str]
+    """Name -> digest of what went in besides parents and experience: base, tokenizer, code."""
+    numerics: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """One user's position moved without a revision."""
+
+    KIND: ClassVar[str] = "settled"
+    pseudonym: str
+    events: list[SettledEvent]
+    consumed: Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command (`rollback`, `pin`, `unpin`;
+    `refused` when it can't be obeyed)."""
+
+    KIND: ClassVar[str] = "verdict"
+    pseudonym: str
+    decision: str
+    judged: int
+    """The revision that the decision is about."""
+    tip: int
+    """Where tip and serving are afterwards."""
+    serving: int
+    reason: str
+    numbers: dict[str, float] = field(default_factory=dict)
+    command: str | None = None
+    """Tag of the command that asked for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tombstone:
+    """This user is forgotten: the key that reads everything of theirs is destroyed next."""
+
+    KIND: ClassVar[str] = "tombstone"
+    pseudonym: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovedBlob:
+    """A blob's place after a repack; its bytes are the same."""
+
+    pseudonym: str
+    revision: int
+    part: str
+    offset: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repack:
+    """Blobs that moved into one new pack, and blobs that are gone. Packs that nothing names any more are garbage."""
+
+    KIND: ClassVar[str] = "repack"
+    rule: dict[str, Any]
+    pack: str
+    moved: list[MovedBlob]
+    dropped: list[tuple[str, int, str]]
+    """(pseudonym, revision, part)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The catalog's state just before this record is in the Parquet file of this record's number."""
+
+    KIND: ClassVar[str] = "checkpoint"
+    sha256: str
+    size_bytes: int
+    rotations: list[str]
+    """The `rotate` records so far, as stored: they prove who signed this one to who has read nothing before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotate:
+    """Later records are signed by `key`; this one still by the old one."""
+
+    KIND: ClassVar[str] = "rotate"
+    key: dict[str, str]
+
+    @property
+    def public_key(self) -> PublicKey:
+        return PublicKey(**self.key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Several records at once: a wave's new adapters and its attempt, an evaluation's verdicts. All or none."""
+
+    KIND: ClassVar[str] = "batch"
+    records: list[Any]
+    """Of any kind but `wave`, `checkpoint`, `rotate` and `batch`."""
+
+
+Record = (
+    Claim
+    | Release
+    | AdapterCreated
+    | Attempt
+    | WaveManifest
+    | Settled
+    | Verdict
+    | Tombstone
+    | Repack
+    | Checkpoint
+    | Rotate
+    | Batch
+)
