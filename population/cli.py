@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neithe
     from populace.population.client import Population
     from populace.population.meta import PopulationMeta
     from populace.storage.objects import ObjectStore
+    from populace.storage.verify import Position
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -241,8 +242,10 @@ def export(
     from populace.population.export import export_peft, share_export
 
     population = _open(store, name)
+    if link_hours is not None and not population.store.url.startswith("s3:"):
+        raise InvalidInput(f"store is {population.store.url}; links need s3://, a folder can be copied as it is")
     number = export_peft(population, user, folder, revision)
-    console.print(f"{user}@{number} -> {folder}")
+    console.print(f"{user}@{number} -> {folder}", markup=False, highlight=False, soft_wrap=True)
     if link_hours is not None:
         link = share_export(population, user, number, folder, timedelta(hours=link_hours))
         print(link)
@@ -261,16 +264,20 @@ def verify(
     """Walk every chain of revisions from 0: signatures, parents, digests of all bytes, no gap, no unexplained fork."""
     from dataclasses import asdict
 
-    from populace.storage.verify import Findings, positions_from_json, verify_partition
+    from populace.storage.verify import Findings, verify_partition
 
     if (user is None) != everybody:
         raise InvalidInput("name one user, or everybody with --all")
+    if since is not None and not everybody:
+        raise InvalidInput("--since compares whole logs; use it with --all")
+    if root_key is not None and len(root_key) < 16:
+        raise InvalidInput(f"root key {root_key!r} is too short to pin anything; give at least 16 digits")
     if user is not None:
         population = _open(store, name)
         findings, meta = population.verify(user), population.meta
     else:
         opened, meta = _find(store, name)
-        known = positions_from_json(json.loads(since.read_text())) if since is not None else {}
+        known = _known_positions(since) if since is not None else {}
         findings = Findings()
         with console.status("verifying") as status:
             for partition in range(meta.partitions):
@@ -322,8 +329,18 @@ def export_catalog(folder: Path, store: Store = "build/store", name: Name = None
         console.print(f"{folder / table}.parquet  {count} rows", soft_wrap=True)
 
 
+def _known_positions(path: Path) -> dict[int, Position]:
+    from populace.storage.verify import positions_from_json
+
+    try:
+        return positions_from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"--since {path} can't be read: {error}") from None
+
+
 def _say_when(done: bool, now: str, later: str) -> None:
-    console.print(now if done else f"{later}; the running controller obeys before its next wave")
+    text = now if done else f"{later}; the running controller obeys before its next wave"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _key_folder() -> Path:
@@ -347,8 +364,10 @@ def _find(store: str, name: str | None) -> tuple[ObjectStore, PopulationMeta]:
 
     opened = open_store(store)
     if name is None:
-        names = [key.split("/")[0] for key in opened.list("") if key.endswith("/population.json")]
-        if len(names) != 1:
+        names = [folder for folder in opened.folders() if PopulationMeta.find(opened, folder) is not None]
+        if not names:
+            raise InvalidInput(f"{opened.url} holds no population; create one with `populace run CONFIG`")
+        if len(names) > 1:
             raise InvalidInput(f"{opened.url} holds {len(names)} populations {names}; choose one with --name")
         name = names[0]
     meta = PopulationMeta.find(opened, name)

@@ -36,7 +36,7 @@ from populace.storage.keys import Keyring, PublicKey
 from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store
 from populace.storage.probe import require_safe
-from populace.storage.records import Rotate
+from populace.storage.records import Rotate, Verdict
 from populace.storage.repack import RepackReport, RetentionRule
 from populace.storage.states import AdapterState, RevisionState
 from populace.storage.verify import Findings, verify_partition
@@ -203,7 +203,7 @@ class Population:
 
     def verify(self, user: str) -> Findings:
         """Walk the history that `user` is part of from its first record, and read every blob of the user's
-        revisions. `Findings.problems` is empty when all is well. `verify_population` walks everybody's."""
+        revisions. `Findings.problems` is empty when all is well. `populace verify --all` walks everybody's."""
         self.ledger.refresh()
         adapter, findings = self.ledger.adapter(user), Findings()
         verify_partition(
@@ -252,7 +252,7 @@ class Population:
         with self._claimed() as ledger:
             key = ledger.keyring.new_signing_key()
             for partition in range(self.meta.partitions):
-                ledger.append(partition, Rotate(key=asdict(key)))
+                ledger.append(partition, Rotate(key=key.as_json()))
         return key
 
     def rotate_master_key(self) -> str:
@@ -278,10 +278,14 @@ class Population:
         self.ledger.enqueue({user: [command]})
         try:
             with self._claimed() as ledger:
-                ledger.obey_commands()
+                done = ledger.obey_commands()
         except OwnerAlive:
             return False
-        return True
+        tag = self.ledger.seals.tag(self.ledger.pseudonym(user), command.event_id)
+        for record in done:
+            if isinstance(record, Verdict) and record.command == tag and record.decision == "refused":
+                raise InvalidInput(f"refused: {record.reason}")
+        return any(record.command == tag for record in done)
 
     def _info(self, adapter: AdapterState, state: RevisionState) -> RevisionInfo:
         return RevisionInfo(

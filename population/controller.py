@@ -149,7 +149,13 @@ class Controller:
         for pseudonym, (ref, num_deaths) in list(self.ledger.catalog.lone_attempts.items()):
             if num_deaths >= MAX_LONE_ATTEMPTS:
                 reason = f"parked: {num_deaths} attempts with this event alone did not survive"
-                settled = [SettledEvent(event=ref, reason=reason)]
+                queue = self.ledger.pending.queues[pseudonym]
+                settled = [
+                    SettledEvent(event=logged.ref, reason=why)
+                    for logged, why in queue.rejected
+                    if logged.ref.position < ref.position
+                ]
+                settled.append(SettledEvent(event=ref, reason=reason))
                 record = Settled(pseudonym=pseudonym, events=settled, consumed=ref.position)
                 self.ledger.append(self.ledger.catalog.require(pseudonym).partition, record)
         self.ledger.pending.trim(self.ledger.catalog)
@@ -167,12 +173,12 @@ class Controller:
                     learning_rate=settings.learning_rate,
                     b_learning_rate_ratio=settings.b_learning_rate_ratio,
                 )
-                seed = self.ledger.meta.adapter_seed(member.user)
+                seed = self.ledger.mask_seed(member.pseudonym, self.ledger.meta.adapter_seed(member.user))
                 created = AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed)
                 records.append((member.partition, created))
         for partition, members in _by_partition(wave).items():
             tried = {member.pseudonym: [event.ref for event in member.events] for member in members}
-            records.append((partition, Attempt(wave=wave.wave_id, adapters=tried)))
+            records.append((partition, Attempt(wave=wave.wave_id, num_adapters=len(wave.members), adapters=tried)))
         self.ledger.append_all(records)
         return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
 
@@ -180,6 +186,7 @@ class Controller:
         return prepare_member(
             member,
             adapter,
+            settle=self.ledger.seals.settled,
             chat=self.chat,
             dims=self.dims,
             train=self.settings.train,
@@ -223,7 +230,7 @@ class Controller:
             for logged in member.events:
                 name = (member.pseudonym, logged.event.event_id)
                 if name in scored.failed:
-                    out.append(SettledEvent(event=logged.ref, reason=scored.failed[name]))
+                    out.append(self.ledger.seals.settled(logged, scored.failed[name]))
                 elif (group := scored.groups.get(name) or item.groups.get(logged.event.event_id)) is not None:
                     groups.append(group)
             settled[member.pseudonym] = out

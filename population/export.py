@@ -22,7 +22,7 @@ from torch import Tensor
 from populace.population.client import Population, revision_number
 from populace.population.ledger import exports_folder
 from populace.population.trials import revision_ref
-from populace.storage.errors import InvalidInput
+from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.loading import load_wave
 from populace.workers.base import dims_of
 from populace.workers.layout import DENSE_MODULES, AdapterLayout, AdapterSpec, layout_of
@@ -38,7 +38,12 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
         raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
     ref, base = revision_ref(adapter, number), population.base()
     layout = layout_of(dims_of(Path(base.folder)), ref.spec.rank, ref.spec.expert_rank)
-    blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+    try:
+        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+    except ObjectNotFound:  # its pack was just rewritten
+        population.ledger.refresh()
+        ref = revision_ref(population.ledger.adapter(user), number)
+        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
     flat = unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(layout, flat), folder / "adapter_model.safetensors", {"format": "pt"})
@@ -57,6 +62,11 @@ def share_export(population: Population, user: str, number: int, folder: Path, v
         archive.add(folder, arcname=f"revision-{number}")
     key = f"{exports_folder(population.meta.name, population.ledger.pseudonym(user))}/{number}.tar"
     population.store.put(key, body.getvalue())
+    try:
+        population.ledger.keys.fetch(population.ledger.pseudonym(user))
+    except Forgotten:  # meanwhile
+        population.store.delete(key)
+        raise
     from populace.storage.s3 import Bucket  # the minio SDK is slow to import
 
     return Bucket(population.store.url).presigned_link(key, valid_for)

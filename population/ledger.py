@@ -6,6 +6,7 @@ claimed before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -25,7 +26,7 @@ from populace.population.stream import ExperienceLog, LoggedEvent, PendingIndex,
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionLogReader
-from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
+from populace.storage.errors import Fenced, Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.keys import Keyring, Secrets, UserKeys
 from populace.storage.objects import ObjectStore
 from populace.storage.records import Batch, Record, RecordHeader, RevisionEntry, Tombstone, Verdict, WaveManifest
@@ -46,7 +47,7 @@ class Ledger:
         self.secrets = Secrets.read(store, meta.name, self.keyring)
         self.keys = UserKeys(store, meta.name, self.keyring)
         self.seals = Seals(self.keys, bytes.fromhex(self.secrets.pseudonym_key))
-        self.catalog = Catalog()
+        self.catalog = Catalog(self.mask_seed)
         self.pending = PendingIndex(meta.heldout_key(), meta.heldout_share)
         self.experience = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
         self.readers = {p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)}
@@ -62,6 +63,13 @@ class Ledger:
         """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
         key = bytes.fromhex(self.secrets.pseudonym_key)
         return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def mask_seed(self, pseudonym: str, seed: int) -> int:
+        """Hides a seed in the log, and brings it back: seeds follow from user ids, and nobody without the secrets may
+        test a guess at who somebody is."""
+        key = bytes.fromhex(self.secrets.pseudonym_key)
+        digest = hmac.new(key, f"seed/{pseudonym}".encode(), hashlib.sha256).digest()
+        return seed ^ int.from_bytes(digest[:8], "big") >> 1
 
     def _master(self) -> str:
         """The master key that wraps new keys, as the store has it now: another process may have rotated it."""
@@ -139,9 +147,10 @@ class Ledger:
             self._heartbeat = None
         while self._owners:
             partition, owner = self._owners.popitem()
-            if not owner.is_lost:
-                owner.release()
             self.catalog.owned[partition] = False
+            if not owner.is_lost:
+                with contextlib.suppress(Fenced):  # then it isn't ours to release; the others are
+                    owner.release()
 
     def owner(self, partition: int) -> Owner:
         return self._owners[partition]
@@ -165,6 +174,10 @@ class Ledger:
         self.secrets = new
         for pseudonym in self.keys.pseudonyms():
             self.keys.rewrap(pseudonym, new.master)
+        # A takeover meanwhile may have forgotten somebody whose key was just written again.
+        for reader in self.readers.values():
+            for header, record in reader.read_new():
+                self._apply(header, record)
         self._finish_forgetting()
         return new.master
 
@@ -225,16 +238,20 @@ class Ledger:
         """A controller may have died between a tombstone and the end of the key."""
         for pseudonym in self.catalog.forgotten():
             if not self.keys.is_forgotten(pseudonym):
-                self.keys.forget(pseudonym)
+                self._erase(pseudonym)
 
     def _forget(self, logged: LoggedEvent) -> Tombstone:
         """The tombstone first, then the key: a crash in between is finished by the next claim."""
         tombstone = Tombstone(pseudonym=logged.pseudonym, command=logged.ref.tag)
         self.append(partition_of(logged.user, self.meta.partitions), tombstone)
-        self.keys.forget(logged.pseudonym)
-        for key in list(self.store.list(exports_folder(self.meta.name, logged.pseudonym))):
-            self.store.delete(key)
+        self._erase(logged.pseudonym)
         return tombstone
+
+    def _erase(self, pseudonym: str) -> None:
+        """Exports first: the marker over the key says that all of it is done."""
+        for key in list(self.store.list(exports_folder(self.meta.name, pseudonym))):
+            self.store.delete(key)
+        self.keys.forget(pseudonym)
 
     def users(self) -> dict[str, str]:
         """Pseudonym -> user id, for every user with experience."""

@@ -47,6 +47,7 @@ class PopulationMeta:
             store.create(Secrets.path(name), own_secrets.wrap(name, keyring))
         except AlreadyExists:
             keyring.discard(master=master)
+            Secrets.read(store, name, keyring)  # before anything rests on secrets that can't be read here
         root_key = keyring.new_signing_key()
         meta = PopulationMeta(
             format=FORMAT_VERSION,
@@ -59,7 +60,10 @@ class PopulationMeta:
             root_key=root_key,
         )
         try:
-            store.create(f"{name}/population.json", json.dumps(asdict(meta), indent=1).encode())
+            store.create(
+                f"{name}/population.json",
+                json.dumps({**asdict(meta), "root_key": root_key.as_json()}, indent=1).encode(),
+            )
         except AlreadyExists:
             keyring.discard(signing=root_key)
             return PopulationMeta.read(store, name)
@@ -72,7 +76,7 @@ class PopulationMeta:
             raise InvalidInput(
                 f"population {name!r} has format {body.get('format')}; this version reads {FORMAT_VERSION}"
             )
-        return PopulationMeta(**{**body, "root_key": PublicKey(**body["root_key"])})
+        return PopulationMeta(**{**body, "root_key": PublicKey(public=body["root_key"]["public"])})
 
     @staticmethod
     def find(store: ObjectStore, name: str) -> PopulationMeta | None:

@@ -11,6 +11,7 @@ from populace.configs.schema import TrainSettings
 from populace.population.chat import Chat
 from populace.population.experience import Demonstration, LogEvent, Task, Trajectory
 from populace.population.scheduler import WaveMember
+from populace.population.stream import LoggedEvent
 from populace.storage.records import SettledEvent
 from populace.storage.states import AdapterState
 from populace.workers.batch import (
@@ -39,6 +40,7 @@ def prepare_member(
     member: WaveMember,
     adapter: AdapterState,
     *,
+    settle: Callable[[LoggedEvent, str], SettledEvent],
     chat: Chat,
     dims: BaseDims,
     train: TrainSettings,
@@ -55,7 +57,7 @@ def prepare_member(
             case TrainGroup() as group:
                 groups[logged.event.event_id] = group
             case str() as reason:
-                settled.append(SettledEvent(event=logged.ref, reason=reason))
+                settled.append(settle(logged, reason))
     return Prepared(
         adapter=AdapterKey(adapter.pseudonym, adapter.tip),
         requests=tuple(requests),
@@ -69,7 +71,7 @@ def task_request(task: Task, request: Callable[[Task], RolloutRequest], train: T
     try:
         wanted = request(task)
     except Exception as error:  # the base's chat template refuses some conversations, each family its own
-        return f"the base's chat template refuses the prompt: {type(error).__name__}: {error}"
+        return f"the base's chat template refuses the prompt: {type(error).__name__}\n{error}"
     length = len(wanted.prompt_ids) + wanted.max_new_tokens
     if length > train.max_sequence_length:
         return f"prompt and answer need {length} tokens, more than {train.max_sequence_length}"
@@ -138,7 +140,7 @@ def _logged_group(
     try:
         prompt_ids = chat.prompt_ids(event.prompt)
     except Exception as error:  # see task_request
-        return f"the base's chat template refuses the prompt: {type(error).__name__}: {error}"
+        return f"the base's chat template refuses the prompt: {type(error).__name__}\n{error}"
     room = train.max_sequence_length - len(prompt_ids)
     if room < 1:
         return f"prompt has {len(prompt_ids)} tokens, more than {train.max_sequence_length}"

@@ -25,7 +25,9 @@ START_GRACE_S = 30.0
 """A worker that starts imports the user's module before its clock runs."""
 
 CREDENTIALS = (
+    "AWS_ACCESS_KEY",
     "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_KEY",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "MINIO_ACCESS_KEY",
@@ -84,7 +86,7 @@ def score_replies(request: RewardRequest, timeout_s: float | None = None) -> Rew
         with _alarm(timeout_s):
             rewards = tuple(float(reward(reply, **request.arguments)) for reply in request.replies)
     except Exception as error:  # user code: anything can come out of it
-        return f"reward {request.target} raised {type(error).__name__}: {error}"
+        return f"reward {request.target} raised {type(error).__name__}\n{error}"
     if not all(abs(value) <= MAX_REWARD for value in rewards):
         return f"reward {request.target} returned {rewards}; rewards must be finite, by convention 0 to 1"
     return rewards

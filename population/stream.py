@@ -6,11 +6,12 @@ one Arrow IPC stream of `SCHEMA`: whose event it is stands there as a pseudonym,
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import hashlib
 import hmac
 import itertools
 import json
+import logging
 import random
 import time
 import uuid
@@ -29,12 +30,14 @@ from populace.population.experience import (
     is_held_out,
 )
 from populace.storage.catalog import Catalog
-from populace.storage.errors import AlreadyExists, Damaged, Forgotten, OutcomeUnknown
+from populace.storage.errors import AlreadyExists, Damaged, Forgotten, OutcomeUnknown, StoreUnavailable
 from populace.storage.keys import UserKeys
 from populace.storage.log import Log
 from populace.storage.manifest import canonical_json
 from populace.storage.objects import ObjectStore
-from populace.storage.records import BEFORE_ALL, EventRef
+from populace.storage.records import EventRef, SettledEvent
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -84,6 +87,18 @@ class Seals:
             ref=EventRef(tag=tag, position=position, digest=digest),
         )
 
+    def settled(self, logged: LoggedEvent, reason: str) -> SettledEvent:
+        """Why an event ends without being trained on. What stands behind a line break came from the user's words or
+        code, and goes into the log sealed only."""
+        public, _, said = reason.partition("\n")
+        detail = b"" if not said else self.keys.seal(logged.pseudonym, said.encode(), f"detail/{logged.ref.tag}")
+        return SettledEvent(event=logged.ref, reason=public, detail=base64.b64encode(detail).decode())
+
+    def detail(self, pseudonym: str, settled: SettledEvent) -> str:
+        """What was sealed."""
+        sealed = base64.b64decode(settled.detail)
+        return self.keys.open(pseudonym, sealed, f"detail/{settled.event.tag}").decode() if sealed else ""
+
     def tag(self, pseudonym: str, event_id: str) -> str:
         """The name under which an event stands in the logs: 128 bits of a keyed hash, hex."""
         return hmac.new(self._key, f"{pseudonym}/{event_id}".encode(), hashlib.sha256).hexdigest()[:32]
@@ -101,23 +116,30 @@ class ExperienceLog:
         attempt_id = uuid.uuid4().hex
         table = pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({"attempt_id": attempt_id}))
         body = _encode(table)
-        unknown_tries = 0
+        unknown_seq: int | None = None
+        num_unknown = 0
         while True:
-            seq = self._hint = self.log.next_after(self._hint)
             try:
-                self.log.append_at(seq, body)
-                return seq
-            except AlreadyExists:
-                if unknown_tries and self._is_mine(seq, attempt_id):
+                seq = self._hint = self.log.next_after(self._hint) if unknown_seq is None else unknown_seq
+                try:
+                    self.log.append_at(seq, body)
                     return seq
-            except OutcomeUnknown:
-                # The same number again: only then is it certain who occupies it.
-                unknown_tries += 1
-                if unknown_tries > 8:
+                except AlreadyExists:
+                    if seq == unknown_seq and self._is_mine(seq, attempt_id):
+                        return seq
+                    unknown_seq = None
+                except (OutcomeUnknown, StoreUnavailable):
+                    # The same number again: only then is it certain who occupies it.
+                    unknown_seq = seq
                     raise
-                time.sleep(random.uniform(0.0, 0.1 * 2**unknown_tries))
-                if self._is_mine(seq, attempt_id):
-                    return seq
+            except (OutcomeUnknown, StoreUnavailable) as error:
+                num_unknown += 1
+                if num_unknown > 8:
+                    raise OutcomeUnknown(
+                        f"{self.log.prefix}: the store did not say whether these events were written ({error}); send "
+                        "them again with the same event ids when it is reachable"
+                    ) from error
+                time.sleep(random.uniform(0.0, 0.05 * 2**num_unknown))
 
     def read_from(self, segment: int) -> Iterator[tuple[int, list[Row]]]:
         """Segments from `segment` on, each with its rows in order; `Damaged` for one that isn't what was written."""
@@ -191,9 +213,15 @@ class PendingIndex:
         num_events = 0
         for seq, rows in log.read_from(self.next_segment.get(partition, 0)):
             for index, row in enumerate(rows):
-                with contextlib.suppress(Forgotten):
-                    self._add(seals.open(row, (seq, index)), partition, catalog)
-                    num_events += 1
+                try:
+                    logged = seals.open(row, (seq, index))
+                except Forgotten:
+                    continue
+                except Damaged as error:  # of one user; everybody else goes on
+                    logger.error("%s, row %d, is passed over: %s", log.log.key(seq), index, error)
+                    continue
+                self._add(logged, partition, catalog)
+                num_events += 1
             self.next_segment[partition] = seq + 1
         return num_events
 
@@ -204,13 +232,13 @@ class PendingIndex:
 
     def trim(self, catalog: Catalog) -> None:
         """Drop consumed events and obeyed commands."""
-        for queue in self.queues.values():
-            if (consumed := catalog.consumed(queue.pseudonym)) is not None:
-                before = len(queue.pending) + len(queue.rejected)
-                queue.pending = [item for item in queue.pending if item.ref.position > consumed]
-                queue.rejected = [item for item in queue.rejected if item[0].ref.position > consumed]
-                if len(queue.pending) + len(queue.rejected) < before:
-                    queue.waiting_since = next(self._turns)
+        waiting = [queue for queue in self.queues.values() if queue.is_waiting]
+        for queue, consumed in zip(waiting, catalog.consumed_of([q.pseudonym for q in waiting]), strict=True):
+            before = len(queue.pending) + len(queue.rejected)
+            queue.pending = [item for item in queue.pending if item.ref.position > consumed]
+            queue.rejected = [item for item in queue.rejected if item[0].ref.position > consumed]
+            if len(queue.pending) + len(queue.rejected) < before:
+                queue.waiting_since = next(self._turns)
         self.commands = [logged for logged in self.commands if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed]
 
     def num_pending(self) -> int:
@@ -225,7 +253,7 @@ class PendingIndex:
             queue = self.queues[pseudonym] = UserQueue(user=logged.user, pseudonym=pseudonym, partition=partition)
         if not queue.is_waiting:
             queue.waiting_since = next(self._turns)
-        consumed = logged.ref.position <= (catalog.consumed(pseudonym) or BEFORE_ALL)
+        consumed = logged.ref.position <= catalog.consumed_of([pseudonym])[0]
         identity = (pseudonym, logged.ref.tag)
         if (first_digest := self._seen.get(identity)) is not None:
             if first_digest != logged.ref.digest and not consumed:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from populace.storage.columns import Index, Names, Rows, Table
 from populace.storage.errors import InvalidInput
 from populace.storage.pack import BlobPlace
 from populace.storage.records import (
+    BEFORE_ALL,
     AdapterCreated,
     Attempt,
     Batch,
@@ -46,14 +48,16 @@ DECISIONS = ("settled", "promote", "keep", "reject", "rollback", "refused", "pin
 
 FORGOTTEN, BARE = 1, 2
 """Flags of an adapter: its user is forgotten; only a tombstone, there never was an adapter."""
-PROMOTED, PINNED, DROPPED = 1, 2, 4
-"""Flags of a revision."""
+PROMOTED, PINNED, DROPPED, FADED = 1, 2, 4, 8
+"""Flags of a revision. FADED: it stopped being the tip while it wasn't pinned, so its moments are gone for good, also
+while their bytes are still in a pack: what an update starts from must depend on the log alone."""
 
 
 class Catalog:
     """All adapters of a population. `apply` is the only way it changes; `checkpoint.py` saves and restores it."""
 
-    def __init__(self) -> None:
+    def __init__(self, unmask_seed: Callable[[str, int], int] = lambda pseudonym, seed: seed) -> None:
+        self._unmask_seed = unmask_seed
         self.adapters = Table(
             high="u8", low="u8", partition="u2", spec="u4", seed="u8", tip="u4", serving="u4", next_revision="u4",
             consumed_segment="i4", consumed_row="i4", flags="u1", last_revision="i4", last_note="i4", changed="u4",
@@ -144,22 +148,22 @@ class Catalog:
         """Everyone with a tombstone."""
         return self.pseudonyms(np.flatnonzero(self.adapters["flags"] & FORGOTTEN))
 
-    def consumed(self, pseudonym: str) -> Position | None:
-        """An adapter's consumed position; None without an adapter."""
-        row = int(self.rows_of([pseudonym])[0])
-        if row < 0:
-            return None
-        return int(self.adapters["consumed_segment"][row]), int(self.adapters["consumed_row"][row])
+    def consumed_of(self, pseudonyms: Sequence[str]) -> list[Position]:
+        """Consumed positions; `BEFORE_ALL` for those without an adapter."""
+        rows, table = self.rows_of(pseudonyms), self.adapters
+        segments, places = table["consumed_segment"], table["consumed_row"]
+        return [BEFORE_ALL if row < 0 else (int(segments[row]), int(places[row])) for row in rows.tolist()]
 
     def state(self, row: int) -> AdapterState:
         table = self.adapters
+        pseudonym = f"{int(table['high'][row]):016x}{int(table['low'][row]):016x}"
         return AdapterState(
             catalog=self,
             row=row,
-            pseudonym=f"{int(table['high'][row]):016x}{int(table['low'][row]):016x}",
+            pseudonym=pseudonym,
             partition=int(table["partition"][row]),
             spec=json.loads(self.specs.values[table["spec"][row]]),
-            seed=int(table["seed"][row]),
+            seed=self._unmask_seed(pseudonym, int(table["seed"][row])),
             tip=int(table["tip"][row]),
             serving=int(table["serving"][row]),
             next_revision=int(table["next_revision"][row]),
@@ -241,13 +245,9 @@ class Catalog:
         table, blobs = self.revisions, {}
         first = int(table["first_blob"][row])
         for blob in range(first, first + int(table["num_blobs"][row])):
-            if self.blobs["size"][blob]:
-                blobs[PARTS[self.blobs["part"][blob]]] = BlobPlace(
-                    pack=self.packs.values[self.blobs["pack"][blob]],
-                    offset=int(self.blobs["offset"][blob]),
-                    size_bytes=int(self.blobs["size"][blob]),
-                    sha256=self.blobs["sha256"][blob].tobytes().hex(),
-                )
+            has_faded = self.blobs["part"][blob] == PARTS.index("moments") and table["flags"][row] & FADED
+            if self.blobs["size"][blob] and not has_faded:
+                blobs[PARTS[self.blobs["part"][blob]]] = self.place_of(blob)
         flags = int(table["flags"][row])
         return RevisionState(
             revision=int(table["revision"][row]),
@@ -258,6 +258,14 @@ class Catalog:
             num_trained=int(table["num_trained"][row]),
             is_promoted=bool(flags & PROMOTED),
             is_pinned=bool(flags & PINNED),
+        )
+
+    def place_of(self, blob: int) -> BlobPlace:
+        return BlobPlace(
+            pack=self.packs.values[self.blobs["pack"][blob]],
+            offset=int(self.blobs["offset"][blob]),
+            size_bytes=int(self.blobs["size"][blob]),
+            sha256=self.blobs["sha256"][blob].tobytes().hex(),
         )
 
     def parents_of(self, adapter: int) -> dict[int, int]:
@@ -329,6 +337,9 @@ class Catalog:
             first_use=first_use + np.cumsum(num_uses) - num_uses,
             num_uses=num_uses,
         )
+        for row, tip in zip(rows.tolist(), self.adapters["tip"][rows].tolist(), strict=True):
+            if tip:
+                self._fade(self.revision_row(row, tip))
         self.adapters["last_revision"][rows] = np.arange(first, first + len(entries))
         self.adapters["tip"][rows] = revision
         self.adapters["next_revision"][rows] = revision + 1
@@ -340,6 +351,8 @@ class Catalog:
 
     def _judge(self, header: RecordHeader, record: Verdict) -> None:
         row = self._row(record.pseudonym)
+        if record.tip != self.adapters["tip"][row] != 0:
+            self._fade(self.revision_row(row, int(self.adapters["tip"][row])))
         self.adapters["tip"][row], self.adapters["serving"][row] = record.tip, record.serving
         self.adapters["changed"][row] = header.seq
         if record.judged and record.decision in ("promote", "pin", "unpin"):
@@ -355,6 +368,10 @@ class Catalog:
         self._note(row, header.seq, record.decision, record.judged)
         if record.command is not None:
             self.obeyed.add((record.pseudonym, record.command))
+
+    def _fade(self, revision_row: int) -> None:
+        if not self.revisions["flags"][revision_row] & PINNED:
+            self.revisions["flags"][revision_row] |= FADED
 
     def _bury(self, header: RecordHeader, record: Tombstone) -> None:
         if record.pseudonym not in self:
@@ -394,7 +411,7 @@ class Catalog:
         )  # fmt: skip
 
     def _count_lone(self, attempt: Attempt) -> None:
-        if len(attempt.adapters) == 1:
+        if attempt.num_adapters == 1:
             ((pseudonym, refs),) = attempt.adapters.items()
             if len(refs) == 1:
                 ref, count = self.lone_attempts.get(pseudonym, (refs[0], 0))
@@ -408,7 +425,7 @@ class Catalog:
             return
         left = {user: events for user, events in attempt.adapters.items() if user not in pseudonyms}
         if left:
-            self.unfinished[partition] = Attempt(wave=attempt.wave, adapters=left)
+            self.unfinished[partition] = replace(attempt, adapters=left)
         else:
             del self.unfinished[partition]
 

@@ -152,7 +152,7 @@ def load(catalog: Catalog, partition: int, body: bytes) -> None:
         catalog.lone_attempts[name] = (_event(ref), count)
     if (attempt := state["unfinished"]) is not None:
         adapters = {name: [_event(ref) for ref in refs] for name, refs in attempt["adapters"].items()}
-        catalog.unfinished[partition] = Attempt(wave=attempt["wave"], adapters=adapters)
+        catalog.unfinished[partition] = Attempt(**{**attempt, "adapters": adapters})
 
 
 def _load_revisions(catalog: Catalog, revisions: Any, adapter: Rows, state: dict[str, Any]) -> None:

@@ -221,19 +221,21 @@ def _append_until_known(log: Log, header: RecordHeader, sealed: bytes, tries: in
     is certainly taken, by us or by somebody else."""
     for attempt in range(tries):
         try:
-            log.append_at(header.seq, sealed)
-            return
-        except AlreadyExists:
-            there = log.read(header.seq)
-            if there is not None:  # else a server's way to say "conflict, try again"
-                if attempt_of(there) == header.attempt_id:
-                    return
-                raise Fenced(
-                    f"partition {header.partition} of {header.population!r}: record {header.seq} was written by "
-                    "another controller, which owns the partition now; this one stops"
-                ) from None
+            try:
+                log.append_at(header.seq, sealed)
+                return
+            except AlreadyExists:
+                there = log.read(header.seq)
         except (OutcomeUnknown, StoreUnavailable):
-            pass
+            there = None
+        # Nothing there behind "already exists" is a server's way to say "conflict, try again".
+        if there is not None:
+            if attempt_of(there) == header.attempt_id:
+                return
+            raise Fenced(
+                f"partition {header.partition} of {header.population!r}: record {header.seq} was written by "
+                "another controller, which owns the partition now; this one stops"
+            )
         time.sleep(min(2.0, 0.05 * 2**attempt))
     raise OutcomeUnknown(
         f"the store did not say whether {log.key(header.seq)} was written; start again when it is reachable"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -38,9 +39,16 @@ _MAX_CACHED = 1 << 16
 class PublicKey:
     """The public half of an Ed25519 signing key."""
 
-    keyid: str
     public: str
     """Hex."""
+
+    @property
+    def keyid(self) -> str:
+        """sha256 of the key itself: whoever pins the id has pinned the key."""
+        return hashlib.sha256(bytes.fromhex(self.public)).hexdigest()
+
+    def as_json(self) -> dict[str, str]:
+        return {"keyid": self.keyid, "public": self.public}
 
     def as_key(self) -> SSlibKey:
         return SSlibKey(self.keyid, "ed25519", "ed25519", {"public": self.public})
@@ -56,7 +64,7 @@ class Keyring:
 
     def new_signing_key(self) -> PublicKey:
         signer = CryptoSigner.generate_ed25519()
-        key = _public_of(signer)
+        key = public_of(signer)
         self._write(f"signing-{key.keyid[:16]}.pem", signer.private_bytes)
         return key
 
@@ -64,10 +72,14 @@ class Keyring:
         """The private half of `key`; `InvalidInput` says where it was looked for."""
         path = self.folder / f"signing-{key.keyid[:16]}.pem"
         for pem in (os.environ.get("POPULACE_SIGNING_KEY", "").encode(), _read(path)):
-            if pem:
-                signer = CryptoSigner(load_pem_private_key(pem, None))
-                if _public_of(signer) == key:
-                    return signer
+            if not pem:
+                continue
+            try:
+                private = load_pem_private_key(pem, None)
+                if public_of(CryptoSigner(private)) == key:
+                    return CryptoSigner(private, key.as_key())
+            except (ValueError, TypeError) as error:
+                raise InvalidInput(f"$POPULACE_SIGNING_KEY or {path} holds no PEM private key: {error}") from None
         raise InvalidInput(
             f"the signing key {key.keyid[:16]} of this population is neither in $POPULACE_SIGNING_KEY nor in {path}; "
             "copy it there from where the population was created"
@@ -88,7 +100,13 @@ class Keyring:
                 f"the master key {name!r} of this population is neither in $POPULACE_MASTER_KEY nor in {path}; copy it "
                 "there from where the population was created: without it no user's data can be read"
             )
-        return bytes.fromhex(text)
+        try:
+            key = bytes.fromhex(text.strip())
+        except ValueError:
+            key = b""
+        if len(key) != 32:
+            raise InvalidInput(f"master key {name!r} is not 64 hexadecimal digits; restore it from a copy")
+        return key
 
     def discard(self, *, signing: PublicKey | None = None, master: str | None = None) -> None:
         """Remove keys that protect nothing."""
@@ -103,6 +121,11 @@ class Keyring:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +175,11 @@ class UserKeys:
                 return self.fetch(pseudonym)
             made = UserKey(user=user, key=AESGCM.generate_key(256))
             # Whatever became of ours, the key that is there then is the user's.
+            used = master()
             with contextlib.suppress(AlreadyExists, OutcomeUnknown):
-                self.store.create(self._path(pseudonym), self._wrap(made, pseudonym, master()))
+                self.store.create(self._path(pseudonym), self._wrap(made, pseudonym, used))
+            if (now := master()) != used:  # a rotation went by; it may have missed this key
+                self.rewrap(pseudonym, now)
         return self.fetch(pseudonym)
 
     def forget(self, pseudonym: str) -> None:
@@ -257,8 +283,8 @@ def unseal(key: bytes, sealed: bytes, context: str) -> bytes:
         raise Damaged(f"{context} does not decrypt: its bytes or its key were changed") from None
 
 
-def _public_of(signer: CryptoSigner) -> PublicKey:
-    return PublicKey(keyid=signer.public_key.keyid, public=signer.public_key.keyval["public"])
+def public_of(signer: CryptoSigner) -> PublicKey:
+    return PublicKey(public=signer.public_key.keyval["public"])
 
 
 def _parse(body: bytes, path: str) -> dict[str, str]:
@@ -276,3 +302,5 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
+    except OSError as error:
+        raise InvalidInput(f"{path} can't be read: {error}; $POPULACE_KEYS must name a folder") from None

@@ -245,7 +245,7 @@ def _event(body: Mapping[str, Any]) -> EventRef:
 
 
 def _settled(body: Mapping[str, Any]) -> SettledEvent:
-    return SettledEvent(event=_event(body["event"]), reason=body["reason"])
+    return SettledEvent(event=_event(body["event"]), reason=body["reason"], detail=body["detail"])
 
 
 def _position(value: Any) -> Position:

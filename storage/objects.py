@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote, urlparse
 
 import obstore
 from obstore.exceptions import (
@@ -54,6 +54,9 @@ class ObjectStore(Protocol):
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
         """Keys below the folder `prefix`, in order, those greater than `after`."""
 
+    def folders(self) -> Sequence[str]:
+        """The first parts of all keys that have more than one."""
+
     def delete(self, key: str) -> None:
         """Remove; a missing key is fine."""
 
@@ -71,10 +74,15 @@ class FileStore:
 
     @property
     def url(self) -> str:
-        return f"file://{self.root}"
+        return f"file://{quote(str(self.root))}"
 
     def put(self, key: str, body: bytes) -> None:
+        path = self.root / key
+        was_there = path.exists()
         self._write(key, body, os.replace)
+        if was_there:  # what writers that died left of earlier bodies must not outlive them
+            for left in path.parent.glob(f"{_TEMPORARY}{path.name}-*"):
+                left.unlink(missing_ok=True)
 
     def create(self, key: str, body: bytes) -> None:
         self._write(key, body, os.link)
@@ -100,6 +108,9 @@ class FileStore:
             found += [f"{relative}/{name}" for name in names if not name.startswith(_TEMPORARY)]
         return iter(sorted(key for key in found if key > after))
 
+    def folders(self) -> Sequence[str]:
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+
     def delete(self, key: str) -> None:
         path = self.root / key
         path.unlink(missing_ok=True)
@@ -123,7 +134,7 @@ class FileStore:
         path = self.root / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+            descriptor, temporary = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent)
         except OSError as error:
             raise StoreUnavailable(f"object {key!r} can't be written to {self.url}: {error}") from error
         try:
@@ -191,6 +202,10 @@ class ObstoreStore:
             found = [entry["path"] for page in pages for entry in page]
         return iter(sorted(key for key in found if key > after))
 
+    def folders(self) -> Sequence[str]:
+        with self._reading(""):
+            return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+
     def delete(self, key: str) -> None:
         try:
             with self._writing(key):
@@ -211,6 +226,8 @@ class ObstoreStore:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise InvalidInput(_refused(self.url, key)) from error
         except BaseError as error:
+            if any(word in str(error) for word in ("AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId")):
+                raise InvalidInput(_refused(self.url, key)) from error  # listings have no error of their own for it
             raise StoreUnavailable(f"object {key!r} in {self.url} can't be read: {_short(error)}") from error
 
     @contextlib.contextmanager

@@ -41,7 +41,7 @@ class EventRef:
     """Keyed hash of user and event id, hex: the same event has the same tag, and nobody else can tell whose."""
     position: Position
     digest: str
-    """sha256 of the event's bytes as stored."""
+    """Keyed hash of the event's content: equal for a repetition, no help for a guess."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,9 @@ class SettledEvent:
 
     event: EventRef
     reason: str
+    """Never anything that the user or the user's code said: the log stays when they are forgotten."""
+    detail: str = ""
+    """What was said, sealed with the user's key, in base64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,8 @@ class Attempt:
 
     KIND: ClassVar[str] = "attempt"
     wave: str
+    num_adapters: int
+    """Of the whole wave, in all partitions."""
     adapters: dict[str, list[EventRef]]
 
 
@@ -198,7 +203,7 @@ class Rotate:
 
     @property
     def public_key(self) -> PublicKey:
-        return PublicKey(**self.key)
+        return PublicKey(public=self.key["public"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

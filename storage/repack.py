@@ -6,18 +6,22 @@ owner's claim, so what an older epoch left without a record will never get one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.catalog import FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
+from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
 from populace.storage.columns import Rows, ragged
 from populace.storage.commit import Owner
-from populace.storage.pack import BlobPlace, build_pack, read_blob
+from populace.storage.errors import ObjectNotFound
+from populace.storage.objects import get_range
+from populace.storage.pack import build_pack
 from populace.storage.records import MovedBlob, Repack
 
+logger = logging.getLogger(__name__)
 MAX_PACK_BYTES = 256 << 20
 MIN_DEAD_SHARE = 0.25
 """A pack is rewritten once this share of its bytes is droppable; with bytes of a forgotten user, at once."""
@@ -26,7 +30,7 @@ MIN_DEAD_SHARE = 0.25
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionRule:
     """Which revisions stay: an adapter's last ones, its tip, what serves or ever was promoted, what is pinned.
-    Moments stay for tips and pinned revisions only."""
+    Moments stay for tips and for what was pinned while it was the tip."""
 
     last: int
 
@@ -58,7 +62,10 @@ def repack(owner: Owner, catalog: Catalog, rule: RetentionRule) -> RepackReport:
     report = RepackReport()
     blobs = _blobs(catalog, owner.reader.partition, rule)
     for batch in _batches(catalog, blobs, _packs_to_rewrite(catalog, blobs)):
-        report += _rewrite(owner, catalog, blobs, batch, rule)
+        try:
+            report += _rewrite(owner, catalog, blobs, batch, rule)
+        except ObjectNotFound as error:
+            logger.error("packs stay as they are, one of them is gone: %s; restore it from a copy", error)
     return report + RepackReport(num_packs_deleted=collect_garbage(owner, catalog))
 
 
@@ -80,7 +87,7 @@ def _blobs(catalog: Catalog, partition: int, rule: RetentionRule) -> _Blobs:
     mine = np.flatnonzero(adapters["partition"][revisions["adapter"]] == partition)
     adapter, number, flags = (revisions[name][mine] for name in ("adapter", "revision", "flags"))
     is_forgotten = (adapters["flags"][adapter] & FORGOTTEN) > 0
-    is_tip, is_pinned = number == adapters["tip"][adapter], (flags & PINNED) > 0
+    is_tip = number == adapters["tip"][adapter]
     newest = adapters["next_revision"][adapter].astype(np.int64) - 1
     stays = (number > newest - rule.last) | is_tip | (number == adapters["serving"][adapter])
     stays |= (flags & (PROMOTED | PINNED)) > 0
@@ -89,7 +96,7 @@ def _blobs(catalog: Catalog, partition: int, rule: RetentionRule) -> _Blobs:
     there = catalog.blobs["size"][row] > 0
     row, of = row[there], of[there]
     is_moments = catalog.blobs["part"][row] == PARTS.index("moments")
-    lives = (stays & ~is_forgotten)[of] & (~is_moments | (is_tip | is_pinned)[of])
+    lives = (stays & ~is_forgotten)[of] & (~is_moments | (flags & FADED == 0)[of])
     return _Blobs(row=row, revision=mine[of], is_dead=~lives, is_forgotten=is_forgotten[of])
 
 
@@ -132,30 +139,23 @@ def _rewrite(owner: Owner, catalog: Catalog, blobs: _Blobs, batch: Rows, rule: R
         if blobs.is_dead[index]:
             dropped.append((name, number, part))
         else:
-            bodies[f"{part}/{name}@{number}"] = read_blob(store, _place(catalog, int(blobs.row[index])))
-            kept.append((name, number, part))
+            place = catalog.place_of(int(blobs.row[index]))
+            # As they are: a damaged blob keeps its digest, and is found by who loads or verifies it.
+            bodies[f"{part}/{name}@{number}"] = get_range(store, place.pack, place.offset, place.size_bytes)
+            kept.append((name, number, part, place))
     moved = []
     if bodies:
         body, places = build_pack(key, bodies)
         store.put(key, body)
-        for name, number, part in kept:
+        for name, number, part, old in kept:
             place = places[f"{part}/{name}@{number}"]
             moved.append(
                 MovedBlob(
                     pseudonym=name, revision=number, part=part, offset=place.offset, size_bytes=place.size_bytes,
-                    sha256=place.sha256,
+                    sha256=old.sha256,
                 )
             )  # fmt: skip
     record = Repack(rule=asdict(rule), pack=key, moved=moved, dropped=dropped)
     catalog.apply(owner.append(record), record)
     owner.own_packs.add(key)
     return RepackReport(num_moved=len(moved), num_dropped=len(dropped))
-
-
-def _place(catalog: Catalog, blob: int) -> BlobPlace:
-    return BlobPlace(
-        pack=catalog.packs.values[catalog.blobs["pack"][blob]],
-        offset=int(catalog.blobs["offset"][blob]),
-        size_bytes=int(catalog.blobs["size"][blob]),
-        sha256=catalog.blobs["sha256"][blob].tobytes().hex(),
-    )

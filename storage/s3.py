@@ -34,6 +34,7 @@ from populace.storage.objects import ObjectStore, ObstoreStore
 
 logger = logging.getLogger(__name__)
 AWS = "https://s3.amazonaws.com"
+SUSPENDED = "Suspended"
 ABORT_UPLOADS_AFTER_DAYS = 7
 _CREDENTIALS_HELP = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them into ~/.aws/credentials (profile: AWS_PROFILE)"
@@ -64,6 +65,8 @@ class S3Location:
         endpoint = query.get(
             "endpoint", [environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")]
         )[0]
+        if endpoint is not None and "@" in urlparse(endpoint).netloc:
+            raise InvalidInput(f"store {parsed.netloc}: an endpoint must not hold credentials; {_CREDENTIALS_HELP}")
         if endpoint is not None and urlparse(endpoint).scheme not in ("http", "https"):
             raise InvalidInput(f"store {parsed.netloc}: endpoint is {endpoint!r}; give http://HOST:PORT or https://…")
         return S3Location(
@@ -150,7 +153,7 @@ class Bucket:
             raise InvalidInput(f"bucket {name!r} can't be opened: {error.code}: {error.message}") from error
         except (MinioException, urllib3.exceptions.HTTPError) as error:
             raise StoreUnavailable(f"{self.location.endpoint or AWS} does not answer: {error}") from error
-        if versioning == ENABLED:
+        if versioning in (ENABLED, SUSPENDED):  # suspended: what was there before keeps its versions
             raise UnsafeStore(
                 f"versioning: bucket {name!r} keeps old versions of what is deleted, so a forgotten user would stay; "
                 "use a bucket without versioning"

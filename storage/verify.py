@@ -6,16 +6,27 @@ is seen by who pins the root key, a log that was cut off by who keeps the last k
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from populace.storage.commit import RevisionLogReader
-from populace.storage.errors import Damaged, ObjectNotFound
+from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.keys import PublicKey
 from populace.storage.objects import ObjectStore
 from populace.storage.pack import BlobPlace, read_blob
-from populace.storage.records import AdapterCreated, Batch, Repack, RevisionEntry, Tombstone, Verdict, WaveManifest
+from populace.storage.records import (
+    AdapterCreated,
+    Batch,
+    Checkpoint,
+    Repack,
+    RevisionEntry,
+    Tombstone,
+    Verdict,
+    WaveManifest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,27 +74,88 @@ def verify_partition(
     progress: Callable[[int], None] = lambda num_blobs: None,
 ) -> None:
     """Walk one partition from its first record; of one adapter only, if `pseudonym` says so. Adds to `findings`."""
-    reader = RevisionLogReader(store, population, partition, root_key)
-    chains: dict[str, _Chain] = {}
-    seen: dict[int, str] = {}
-    try:
-        for header, record in reader.read_new():
-            findings.num_records += 1
-            if known is not None and header.seq == known.seq:
-                seen[header.seq] = reader.previous
-            where = reader.log.key(header.seq)
-            findings.problems += [f"{where}: {problem}" for problem in _follow(chains, record)]
-    except Damaged as error:
-        findings.problems.append(f"{error}; records from here on can't be trusted")
-    findings.positions[partition] = Position(seq=reader.next_seq - 1, sha256=reader.previous)
-    if known is not None and known.seq >= 0 and seen.get(known.seq) != known.sha256:
-        findings.problems.append(
-            f"{reader.log.key(known.seq)} is not the record that was there when the position was noted: the log was "
-            "cut off or replaced"
-        )
-    for name, chain in chains.items():
+    walk = _Walk(RevisionLogReader(store, population, partition, root_key), findings, known)
+    walk.follow()
+    walk.check_end()
+    findings.positions[partition] = Position(seq=walk.reader.next_seq - 1, sha256=walk.reader.previous)
+    walk.check_checkpoints()
+    for name in list(walk.chains):
         if pseudonym in (None, name):
-            _read_blobs(store, name, chain, findings, progress)
+            walk.read_blobs(name, progress)
+
+
+@dataclass(slots=True)
+class _Walk:
+    """One partition's log, as far as it was followed."""
+
+    reader: RevisionLogReader
+    findings: Findings
+    known: Position | None
+    chains: dict[str, _Chain] = field(default_factory=dict)
+    checkpoints: dict[int, str] = field(default_factory=dict)
+    known_sha256: str | None = None
+
+    def follow(self) -> None:
+        """Take in the records that are new."""
+        reader = self.reader
+        try:
+            for header, record in reader.read_new():
+                self.findings.num_records += 1
+                if self.known is not None and header.seq == self.known.seq:
+                    self.known_sha256 = reader.previous
+                if isinstance(record, Checkpoint):
+                    self.checkpoints[header.seq] = record.sha256
+                where = reader.log.key(header.seq)
+                self.findings.problems += [f"{where}: {problem}" for problem in _follow(self.chains, record)]
+        except Damaged as error:
+            if not any(str(error) in problem for problem in self.findings.problems):
+                self.findings.problems.append(f"{error}; records from here on can't be trusted")
+
+    def check_end(self) -> None:
+        """A hole looks like the end to a reader, and a cut-off log like a shorter one."""
+        reader, known, log = self.reader, self.known, self.reader.log
+        end = log.key(reader.next_seq)
+        if next(log.store.list(log.prefix, after=end), None) is not None and log.read(reader.next_seq) is None:
+            self.findings.problems.append(f"{end} is missing, but later records are there; restore it from a copy")
+        if known is not None and known.seq >= 0 and self.known_sha256 != known.sha256:
+            self.findings.problems.append(
+                f"{log.key(known.seq)} is not the record that was there when the position was noted: the log was cut "
+                "off or replaced"
+            )
+
+    def check_checkpoints(self) -> None:
+        """Those that are still there and that a record vouches for."""
+        reader = self.reader
+        for key in reader.log.store.list(f"{reader.population}/checkpoints/{reader.partition}"):
+            digest = self.checkpoints.get(int(key.rpartition("/")[2].partition(".")[0]))
+            with contextlib.suppress(ObjectNotFound):  # replaced by a newer one meanwhile
+                if digest is not None and hashlib.sha256(reader.log.store.get(key)).hexdigest() != digest:
+                    self.findings.problems.append(f"{key} is not what its record says; delete it")
+
+    def read_blobs(self, pseudonym: str, progress: Callable[[int], None]) -> None:
+        chain, findings = self.chains[pseudonym], self.findings
+        findings.num_revisions += len(chain.entries)
+        for name in list(chain.places):
+            if (place := chain.places.get(name)) is None:
+                continue
+            problem = self._problem(place)
+            if problem:
+                self.follow()  # a repack may have moved or dropped it meanwhile
+                moved = chain.places.get(name)
+                problem = "" if moved is None else problem if moved == place else self._problem(moved)
+                if problem and not chain.is_forgotten:
+                    findings.problems.append(f"{name[1]} of {pseudonym}@{name[0]}: {problem}")
+                continue
+            findings.num_blobs += 1
+            findings.num_bytes += place.size_bytes
+            progress(findings.num_blobs)
+
+    def _problem(self, place: BlobPlace) -> str:
+        try:
+            read_blob(self.reader.log.store, place)
+        except (Damaged, ObjectNotFound) as error:
+            return str(error)
+        return ""
 
 
 def _follow(chains: dict[str, _Chain], record: Any) -> list[str]:
@@ -139,22 +211,9 @@ def _extend(chains: dict[str, _Chain], entry: RevisionEntry) -> list[str]:
     return problems
 
 
-def _read_blobs(
-    store: ObjectStore, pseudonym: str, chain: _Chain, findings: Findings, progress: Callable[[int], None]
-) -> None:
-    findings.num_revisions += len(chain.entries)
-    for (revision, part), place in chain.places.items():
-        try:
-            read_blob(store, place)
-        except (Damaged, ObjectNotFound) as error:
-            if not chain.is_forgotten:
-                findings.problems.append(f"{part} of {pseudonym}@{revision}: {error}")
-            continue
-        findings.num_blobs += 1
-        findings.num_bytes += place.size_bytes
-        progress(findings.num_blobs)
-
-
 def positions_from_json(body: Mapping[str, Any]) -> dict[int, Position]:
-    """The `positions` of an earlier verification's JSON."""
-    return {int(partition): Position(**position) for partition, position in body["positions"].items()}
+    """The `positions` of an earlier verification's JSON; `InvalidInput` if it is something else."""
+    try:
+        return {int(partition): Position(**position) for partition, position in body["positions"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"not the JSON of an earlier `populace verify --all --json`: {error!r}") from None

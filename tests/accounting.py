@@ -64,7 +64,7 @@ def account(population: Population) -> Outcome:
                         clashes[name] = item.reason
                         continue
                     settled[name] += 1
-                    reasons[name] = item.reason
+                    reasons[name] = item.reason + seals.detail(pseudonym, item)
     population.ledger.refresh()
     heldout = {
         (queue.user, logged.event.event_id)

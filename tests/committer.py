@@ -29,9 +29,9 @@ def open_history(url: str, folder: Path) -> History:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.signer import CryptoSigner
 
-    from populace.storage.keys import _public_of
+    from populace.storage.keys import public_of
 
-    history.root_key = _public_of(CryptoSigner(load_pem_private_key(signing.read_bytes(), None)))
+    history.root_key = public_of(CryptoSigner(load_pem_private_key(signing.read_bytes(), None)))
     return history
 
 

@@ -25,6 +25,7 @@ from populace.storage.objects import FileStore, MemoryStore, ObjectStore
 from populace.storage.records import Tombstone
 from populace.storage.repack import RetentionRule
 from populace.storage.verify import Findings, positions_from_json, verify_partition
+from tests.accounting import account
 
 Start = Callable[..., Controller]
 USER = "ada.lovelace@example.org"
@@ -241,6 +242,70 @@ def test_keys_can_come_from_the_environment_alone(
     population.ledger.release()
 
 
+def test_who_reads_the_store_cannot_test_a_guess_at_a_user(settings: Settings, start: Start) -> None:
+    """Seeds follow from user ids and the configuration, which is public: the log holds them masked."""
+    population = trained(settings, start, MemoryStore())
+    adapter = population.ledger.adapter(USER)
+    assert adapter.seed == population.meta.adapter_seed(USER), "the seed itself is the one that the configuration gives"
+    guesses = [str(adapter.seed).encode(), adapter.seed.to_bytes(8, "little"), adapter.seed.to_bytes(8, "big")]
+    population.ledger.claim(0.05)
+    population.ledger.checkpoint(1)
+    population.ledger.release()
+    from securesystemslib.dsse import Envelope
+
+    for key, body in bytes_of(population.store).items():
+        if "/revisions/" in key:
+            body += Envelope.from_dict(json.loads(body)).payload
+        assert not any(guess in body for guess in guesses), key
+
+
+def test_what_a_failing_reward_says_of_a_user_goes_with_the_user(settings: Settings, start: Start) -> None:
+    population = Population.create(MemoryStore(), settings)
+    population.enqueue(USER, [Task(prompt="rain", reward="raising", event_id=f"t{n}") for n in range(4)])
+    controller = start(population)
+    controller.run_once()
+    population.ledger.release()
+    assert "this reward is broken" in "".join(account(population).reasons.values())
+    for body in bytes_of(population.store).values():
+        assert not any(form in body for form in forms("this reward is broken"))
+
+
+def test_a_forgetting_that_was_interrupted_also_removes_exports(settings: Settings, start: Start) -> None:
+    store = MemoryStore()
+    population = trained(settings, start, store)
+    pseudonym = population.ledger.pseudonym(USER)
+    store.put(f"test/exports/{pseudonym}/1.tar", b"weights in the clear")
+    ledger = Ledger(store, population.meta)
+    ledger.claim(0.05)
+    ledger.append(ledger.adapter(USER).partition, Tombstone(pseudonym=pseudonym, command="c"))
+    ledger.release()
+    again = Ledger(store, population.meta)
+    again.claim(0.05)
+    again.release()
+    assert list(store.list("test/exports")) == []
+
+
+def test_a_key_that_a_rotation_missed_is_wrapped_anew(settings: Settings, tmp_path: Path) -> None:
+    """A producer read the old master's name; the rotation went by before its key landed."""
+    population = Population.create(MemoryStore(), settings)
+    ledger = population.ledger
+    old, pseudonym = ledger.secrets.master, ledger.pseudonym("late")
+    new = population.rotate_master_key()
+    answers = iter([old, new])
+    ledger.keys.ensure(pseudonym, "late", lambda: next(answers))
+    body = json.loads(population.store.get(f"test/keys/{pseudonym[:2]}/{pseudonym}"))
+    assert body["master"] == new
+
+
+def test_a_killed_writer_leaves_no_copy_of_a_key_behind(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.create("keys/aa/user", b"wrapped key")
+    left = tmp_path / "keys" / "aa" / ".tmp-user-died"
+    left.write_bytes(b"wrapped key")
+    store.put("keys/aa/user", b"marker")
+    assert not left.exists() and list(store.list("keys")) == ["keys/aa/user"]
+
+
 # Verification from outside.
 
 
@@ -272,8 +337,27 @@ def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings
     assert any("no object" in problem for problem in verify_everything(store, population).problems)
     store.put(place.pack, pack)
 
-    # A log that was cut off is seen by who kept the position.
+    # A hole in the log, which to a reader looks like its end.
     log = population.ledger.readers[adapter.partition].log
+    gone = store.get(log.key(1))
+    store.delete(log.key(1))
+    assert any("is missing" in problem for problem in verify_everything(store, population).problems)
+    store.put(log.key(1), gone)
+
+    # A pack that moved while it was being verified is no problem.
+    population.ledger.claim(0.05)
+    population.ledger.checkpoint(1)
+    population.ledger.release()
+    findings = verify_everything(store, population)
+    assert not findings.problems
+    key = next(store.list("test/checkpoints"))
+    checkpoint = store.get(key)
+    store.put(key, checkpoint[:-9] + b"?" + checkpoint[-8:])
+    assert any(key in problem for problem in verify_everything(store, population).problems)
+    store.put(key, checkpoint)
+
+    # A log that was cut off is seen by who kept the position.
+    positions = findings.positions
     last = findings.positions[adapter.partition].seq
     sealed = store.get(log.key(last))
     store.delete(log.key(last))
@@ -289,6 +373,38 @@ def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings
     assert any("not signed by" in problem for problem in verify_everything(store, population).problems)
     store.put(log.key(1), original)
     assert not verify_everything(store, population).problems
+
+
+def test_a_swapped_key_cannot_borrow_the_id_of_the_pinned_one(settings: Settings, tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    population = Population.create(store, settings)
+    stranger = Keyring(tmp_path / "stranger").new_signing_key()
+    body = json.loads(store.get("test/population.json"))
+    body["root_key"]["public"] = stranger.public
+    store.put("test/population.json", json.dumps(body).encode())
+    words = ["verify", "--all", "--root-key", population.meta.root_key.keyid, "--store", store.url]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1 and "names the root key" in result.output
+
+
+def test_blobs_that_a_repack_moves_meanwhile_are_no_problem(tmp_path: Path) -> None:
+    from populace.storage.commit import RevisionLogReader
+    from populace.storage.repack import repack
+    from populace.storage.verify import _Walk
+    from tests.history import History
+
+    history = History(MemoryStore(), tmp_path / "keys")
+    owner, catalog = history.claim()
+    history.create(owner, catalog, "ada")
+    for turn in range(6):
+        history.commit(owner, catalog, "ada", body=b"turn %d" % turn)
+    findings = Findings()
+    walk = _Walk(RevisionLogReader(history.store, "pop", 0, history.root_key), findings, None)
+    walk.follow()
+    assert repack(owner, catalog, RetentionRule(last=2)).num_packs_deleted > 0
+    (name,) = walk.chains
+    walk.read_blobs(name, lambda count: None)
+    assert findings.problems == [] and findings.num_revisions == 6
 
 
 def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(settings: Settings, start: Start) -> None:
@@ -333,7 +449,9 @@ def test_the_command_line_forgets_verifies_and_rotates(settings: Settings, start
     assert whole["problems"] == [] and whole["root_key"] == population.meta.root_key.keyid
     (tmp_path / "before.json").write_text(json.dumps(whole))
     assert "match their manifests" in run("verify", USER)
-    assert "names the root key" in run("verify", "--all", "--root-key", "abcd", code=1)
+    assert "names the root key" in run("verify", "--all", "--root-key", "abcd" * 16, code=1)
+    for words in (["--all", "--root-key", ""], [USER, "--since", "x"], ["--all", "--since", str(tmp_path)], []):
+        assert isinstance(CliRunner().invoke(app, ["verify", *words, *where]).exception, InvalidInput), words
     assert "pinned" in run("pin", USER, "1")
     assert "signed by" in run("keys", "rotate-signing")
     assert "wrapped by master key" in run("keys", "rotate-master")

@@ -22,7 +22,7 @@ from populace.population.stream import ExperienceLog
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner
-from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, PopulaceError
+from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, OutcomeUnknown, PopulaceError
 from populace.storage.keys import Keyring
 from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.objects import MemoryStore
@@ -378,6 +378,36 @@ def test_every_flipped_byte_of_an_experience_segment_is_detected(tmp_path: Path)
         except (Damaged, Forgotten, PopulaceError):
             continue
         assert opened == [original], position
+
+
+def test_moments_depend_on_the_log_alone(tmp_path: Path) -> None:
+    """Whether a pack was rewritten depends on the neighbours in it; what an update starts from must not."""
+    found = []
+    for neighbours in ((), ("n1", "n2", "n3", "n4", "n5")):
+        history = History(MemoryStore(), tmp_path / str(len(neighbours)))
+        owner, catalog = history.claim()
+        for name in ("ada", *neighbours):
+            history.create(owner, catalog, name)
+        history.commit(owner, catalog, "ada", *neighbours)
+        history.commit(owner, catalog, "ada")
+        repack(owner, catalog, RetentionRule(last=1))
+        back = Verdict(pseudonym=name_of("ada"), decision="rollback", judged=1, tip=1, serving=1, reason="r")
+        catalog.apply(owner.append(back), back)
+        states = [c.require(name_of("ada")).revision(2) for c in (catalog, history.open()[1])]
+        found += [sorted(state.blobs) for state in states]
+    assert all(parts == found[0] for parts in found) and "moments" not in found[0]
+
+
+def test_an_unknown_append_is_never_called_a_definite_failure(history: History) -> None:
+    """The answer to the create gets lost, and then the store does not answer at all for a while."""
+    history.store.put("pop/other", b"")
+    store = FaultyStore(history.store)
+    log = ExperienceLog(store, "pop", 0)  # type: ignore[arg-type]
+    row = {"pseudonym": name_of("ada"), "tag": "t", "sealed": b"s"}
+    faults = mock.patch.object(FaultyStore, "_due", side_effect=[None, "lost", *["dropped"] * 99])
+    with mock.patch("time.sleep"), faults, pytest.raises(OutcomeUnknown, match="send them again with the same"):
+        log.append([row])
+    assert len(list(ExperienceLog(history.store, "pop", 0).read_from(0))) == 1
 
 
 def test_of_racing_producers_of_one_user_all_use_one_key(history: History) -> None:

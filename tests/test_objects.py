@@ -164,6 +164,19 @@ def test_a_store_that_is_away_is_named_as_such(location: str) -> None:
         store.create("a", b"")
 
 
+def test_the_first_parts_of_keys_are_listed(store: ObjectStore) -> None:
+    assert list(store.folders()) == []
+    for name in ("two/population.json", "one/a/b", "one/c"):
+        store.put(name, b"x")
+    assert list(store.folders()) == ["one", "two"]
+
+
+def test_a_folder_with_odd_characters_is_found_again(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "run#1 50%41?")
+    store.put("a", b"1")
+    assert open_store(store.url).get("a") == b"1"
+
+
 def test_a_failed_create_leaves_nothing_behind(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     store.create("a/b", b"1")
@@ -239,13 +252,13 @@ def test_an_unsafe_store_is_refused_by_the_name_of_what_failed(make: Callable[[]
 
 def test_a_bucket_that_keeps_what_is_deleted_is_refused() -> None:
     with moto() as endpoint:
-        for name, lock in (("versioned", False), ("locked", True)):
+        for name, status in (("versioned", "Enabled"), ("suspended", "Suspended"), ("locked", None)):
             bucket = Bucket(f"s3://{name}?endpoint={endpoint}")
-            bucket._client.make_bucket(name, object_lock=lock)
-            if not lock:
+            bucket._client.make_bucket(name, object_lock=status is None)
+            if status is not None:
                 from minio.versioningconfig import VersioningConfig
 
-                bucket._client.set_bucket_versioning(name, VersioningConfig("Enabled"))
+                bucket._client.set_bucket_versioning(name, VersioningConfig(status))
             with pytest.raises(UnsafeStore, match=r"versioning|object lock"):
                 require_safe(open_store(f"s3://{name}?endpoint={endpoint}"), "population")
 
@@ -269,6 +282,7 @@ def test_a_bucket_is_made_with_a_rule_against_unfinished_uploads() -> None:
     [
         ("s3://key:secret@bucket", "must not hold credentials"),
         ("s3://", "s3://BUCKET"),
+        ("s3://bucket?endpoint=http://key:secret@host:9000", "endpoint must not hold credentials"),
         ("s3://bucket?endpoint=localhost:9000", "endpoint is 'localhost:9000'"),
         ("s3://bucket?secret=1", "unknown"),
     ],

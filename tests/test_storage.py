@@ -68,13 +68,13 @@ def test_every_record_comes_back_as_it_was_sealed(history: History) -> None:
     records = [
         Claim(owner="me"),
         AdapterCreated(pseudonym=P1, spec={"rank": 4}, seed=7),
-        Attempt(wave="w", adapters={P1: [event(1), event(2)]}),
-        Settled(pseudonym=P1, events=[SettledEvent(event=event(1), reason="no signal")], consumed=(1, 0)),
+        Attempt(wave="w", num_adapters=1, adapters={P1: [event(1), event(2)]}),
+        Settled(pseudonym=P1, events=[SettledEvent(event=event(1), reason="r", detail="ZA==")], consumed=(1, 0)),
         Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r", numbers={"x": 1.0}),
         Tombstone(pseudonym=P1, command="c"),
         Repack(rule={"last": 2}, pack="k", moved=[moved], dropped=[(P1, 1, "moments")]),
         Checkpoint(sha256="c" * 64, size_bytes=9, rotations=["{}"]),
-        Rotate(key=dataclasses.asdict(history.root_key)),
+        Rotate(key=history.root_key.as_json()),
     ]
     records.append(Batch(records=records[1:7]))
     for record in records:
@@ -192,7 +192,7 @@ def test_a_rotated_key_signs_what_follows_and_the_old_one_no_longer_counts(histo
     owner, catalog = history.claim()
     history.create(owner, catalog, "p1")
     new = history.keyring.new_signing_key()
-    owner.append(Rotate(key=dataclasses.asdict(new)))
+    owner.append(Rotate(key=new.as_json()))
     history.commit(owner, catalog, "p1")
     reader, again = history.open()
     assert reader.key == new and again.require(P1).tip == 1
@@ -223,7 +223,7 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
     def add(record: Attempt | Verdict | Settled) -> None:
         catalog.apply(owner.append(record), record)
 
-    add(Attempt(wave="w1", adapters={P1: [event(1)], name_of("p2"): [event(2)]}))
+    add(Attempt(wave="w1", num_adapters=2, adapters={P1: [event(1)], name_of("p2"): [event(2)]}))
     history.commit(owner, catalog, "p1")
     assert list(catalog.unfinished[0].adapters) == [name_of("p2")]
     add(Settled(pseudonym=name_of("p2"), events=[SettledEvent(event=event(2), reason="no signal")], consumed=(2, 0)))
@@ -231,7 +231,7 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
     add(Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r"))
     catalog.apply(*owner.commit_wave("w2", [history.draft(catalog, "p1", at=60)], **FIXED))
     add(Verdict(pseudonym=P1, decision="rollback", judged=1, tip=1, serving=1, reason="r", command="c1"))
-    add(Attempt(wave="w3", adapters={P1: [event(3)]}))
+    add(Attempt(wave="w3", num_adapters=1, adapters={P1: [event(3)]}))
     for found in (catalog, history.open()[1]):
         adapter = found.require(P1)
         assert (adapter.tip, adapter.serving, adapter.next_revision) == (1, 1, 3)
@@ -317,7 +317,7 @@ def build(history: History) -> tuple[Owner, Catalog]:
         Settled(pseudonym=P1, events=[SettledEvent(event=event(7), reason="no signal")], consumed=(7, 0)),
         Tombstone(pseudonym=name_of("p2"), command="c2"),
         Tombstone(pseudonym=name_of("never an adapter"), command="c3"),
-        Attempt(wave="w", adapters={P1: [event(8)]}),
+        Attempt(wave="w", num_adapters=1, adapters={P1: [event(8)]}),
     ):
         catalog.apply(owner.append(record), record)
     return owner, catalog
@@ -370,7 +370,7 @@ def test_a_checkpoint_after_rotations_is_trusted_through_the_root_key(history: H
     owner, catalog = build(history)
     for _ in range(2):
         key = history.keyring.new_signing_key()
-        owner.append(Rotate(key=dataclasses.asdict(key)))
+        owner.append(Rotate(key=key.as_json()))
     write_checkpoint(owner, catalog)
     history.commit(owner, catalog, "p1")
     reader, restored = history.open()
@@ -409,12 +409,11 @@ def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(histo
         history.create(owner, catalog, user)
     for turn in range(6):
         history.commit(owner, catalog, "p1", "p2", body=b"turn %d" % turn)
-        if turn == 1:
-            for record in (
-                Verdict(pseudonym=P1, decision="promote", judged=2, tip=2, serving=2, reason="r"),
-                Verdict(pseudonym=P1, decision="pin", judged=1, tip=2, serving=2, reason="r"),
-            ):
-                catalog.apply(owner.append(record), record)
+        decision = {0: ("pin", 1, 0), 1: ("promote", 2, 2)}.get(turn)
+        if decision is not None:
+            name, judged, serving = decision
+            record = Verdict(pseudonym=P1, decision=name, judged=judged, tip=judged, serving=serving, reason="r")
+            catalog.apply(owner.append(record), record)
     packs = set(history.store.list("pop/packs/0"))
     report = repack(owner, catalog, RetentionRule(last=2))
     # p1 keeps 1 (pinned), 2 (promoted and serving), 5, 6; p2 keeps 5, 6 (serving 0 has no bytes).

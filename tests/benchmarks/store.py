@@ -233,14 +233,14 @@ def ratio_of(above: list[float], below: list[float]) -> list[float]:
 
 def open_in_fresh_process(folder: Path, root_key: PublicKey, num_adapters: int) -> dict[str, float]:
     """Time and memory of opening: newest checkpoints plus tails of all partitions."""
-    command = [sys.executable, "-m", "tests.benchmarks.store", "--open", str(folder), root_key.keyid, root_key.public]
+    command = [sys.executable, "-m", "tests.benchmarks.store", "--open", str(folder), root_key.public]
     answer: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert answer["adapters"] == num_adapters
     return answer
 
 
-def open_here(folder: str, keyid: str, public: str) -> None:
-    store, key = open_store(f"file://{folder}/store"), PublicKey(keyid=keyid, public=public)
+def open_here(folder: str, public: str) -> None:
+    store, key = open_store(f"file://{folder}/store"), PublicKey(public=public)
     import pyarrow.parquet as pq
 
     assert pq  # its import is not opening
@@ -397,7 +397,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--open", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--open", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--adapters", type=int, default=1_000_000, help="the largest population")
     parser.add_argument("--folder", type=Path, help="where there is room; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, default=Path("build/bench/store.json"))
