@@ -1,0 +1,62 @@
+"""Stores that earlier versions wrote must open."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from populace.population.ledger import Ledger
+from populace.population.meta import PopulationMeta
+from populace.storage.errors import Forgotten
+from populace.storage.keys import Keyring
+from populace.storage.loading import BlobRequest, load_wave
+from populace.storage.manifest import open_record
+from populace.storage.objects import FileStore
+from populace.storage.records import Batch, Record
+from populace.storage.verify import Findings, verify_partition
+from tests.golden import make
+
+GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
+
+
+@pytest.mark.parametrize("source", GOLDEN, ids=lambda path: path.name)
+def test_a_store_of_an_earlier_version_opens(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "golden"
+    shutil.copytree(source, folder)
+    check(folder)
+
+
+def test_a_store_of_this_version_opens_the_same(tmp_path: Path) -> None:
+    make(tmp_path)
+    check(tmp_path)
+
+
+def check(folder: Path) -> None:
+    store = FileStore(folder / "store")
+    meta = PopulationMeta.read(store, "golden")
+    ledger = Ledger(store, meta, Keyring(folder / "keys"))
+    ada, bob = ledger.adapter("ada"), ledger.adapter("bob")
+    assert (ada.tip, ada.serving, ada.next_revision, ada.seed) == (0, 0, 6, 7)
+    assert (bob.tip, bob.serving, bob.next_revision) == (1, 1, 2)
+    assert ada.spec["rank"] == 4 and ada.revision(5).experts == (0, 3)
+    assert [state.revision for state in ada.revisions() if "weights" in state.blobs] == [4, 5]
+    assert [note.decision for note in bob.notes()] == ["settled", "promote"]
+    request = BlobRequest(pseudonym=ada.pseudonym, revision=5, part="weights", place=ada.revision(5).blobs["weights"])
+    assert bytes(load_wave(store, ledger.keys, [request])[0]) == b"weights ada 5"
+    assert sorted(ledger.users().values()) == ["ada", "bob"]
+    with pytest.raises(Forgotten):
+        ledger.adapter("cleo")
+    findings = Findings()
+    verify_partition(store, "golden", 0, meta.root_key, findings)
+    assert findings.problems == []
+    _, note = ledger.readers[0].read_at(bob.notes()[0].seq)
+    assert ledger.seals.detail(bob.pseudonym, note.events[0]) == "something that bob said"  # type: ignore[union-attr]
+    kinds = set()
+    reader = ledger.readers[0]
+    for seq in range(reader.next_seq):
+        _, record = reader.read_at(seq)
+        kinds |= {part.KIND for part in (record.records if isinstance(record, Batch) else [record])} | {record.KIND}
+    assert kinds == {kind.KIND for kind in Record.__args__}, "a record of every kind is in it"
+    assert open_record(reader.log.read(0) or b"", meta.root_key)
