@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from dataclasses import asdict, dataclass
 
@@ -11,6 +12,7 @@ from populace.storage.errors import AlreadyExists, Damaged, InvalidInput, Object
 from populace.storage.keys import Keyring, PublicKey, Secrets
 from populace.storage.objects import ObjectStore
 
+logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 
 
@@ -67,6 +69,9 @@ class PopulationMeta:
         except AlreadyExists:
             keyring.discard(signing=root_key)
             return PopulationMeta.read(store, name)
+        logger.warning(
+            "the keys of population %r are in %s; back them up: nothing can be read without", name, keyring.folder
+        )
         return meta
 
     @staticmethod

@@ -22,8 +22,8 @@ from populace.storage.catalog import Catalog
 from populace.storage.columns import Names, Rows, ragged
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
-from populace.storage.manifest import canonical_json
-from populace.storage.records import Attempt, Checkpoint, EventRef
+from populace.storage.manifest import canonical_json, event_from_json
+from populace.storage.records import Attempt, Checkpoint
 
 logger = logging.getLogger(__name__)
 NUM_KEPT = 2
@@ -149,9 +149,9 @@ def load(catalog: Catalog, partition: int, body: bytes) -> None:
     catalog.num_settled[partition] = state["num_settled"]
     catalog.owned[partition] = state["owned"]
     for name, (ref, count) in state["lone_attempts"].items():
-        catalog.lone_attempts[name] = (_event(ref), count)
+        catalog.lone_attempts[name] = (event_from_json(ref), count)
     if (attempt := state["unfinished"]) is not None:
-        adapters = {name: [_event(ref) for ref in refs] for name, refs in attempt["adapters"].items()}
+        adapters = {name: [event_from_json(ref) for ref in refs] for name, refs in attempt["adapters"].items()}
         catalog.unfinished[partition] = Attempt(**{**attempt, "adapters": adapters})
 
 
@@ -243,8 +243,3 @@ def _interleave(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np
 def _bytes_of(array: Any, width: int) -> NDArray[np.uint8]:
     raw = np.frombuffer(array.buffers()[1], np.uint8)
     return raw[array.offset * width : (array.offset + len(array)) * width].reshape(-1, width)
-
-
-def _event(body: dict[str, Any]) -> EventRef:
-    segment, row = body["position"]
-    return EventRef(tag=body["tag"], position=(segment, row), digest=body["digest"])

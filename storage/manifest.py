@@ -208,7 +208,7 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
                 parent_sha256=parents[name][1],
                 blobs=blobs,
                 experts=notes["experts"],
-                trained=[_event(event) for event in experience[name]["trained"]],
+                trained=[event_from_json(event) for event in experience[name]["trained"]],
                 settled=[_settled(event) for event in experience[name]["settled"]],
                 consumed=_position(experience[name]["consumed"]),
                 metrics=notes["metrics"],
@@ -227,7 +227,7 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
 
 def _record(kind: str, body: dict[str, Any]) -> Record:
     if kind == Attempt.KIND:
-        body["adapters"] = {user: [_event(e) for e in events] for user, events in body["adapters"].items()}
+        body["adapters"] = {user: [event_from_json(e) for e in events] for user, events in body["adapters"].items()}
     if kind == Settled.KIND:
         body["events"] = [_settled(event) for event in body["events"]]
         body["consumed"] = _position(body["consumed"])
@@ -240,12 +240,12 @@ def _record(kind: str, body: dict[str, Any]) -> Record:
     return record
 
 
-def _event(body: Mapping[str, Any]) -> EventRef:
+def event_from_json(body: Mapping[str, Any]) -> EventRef:
     return EventRef(**{**body, "position": _position(body["position"])})
 
 
 def _settled(body: Mapping[str, Any]) -> SettledEvent:
-    return SettledEvent(event=_event(body["event"]), reason=body["reason"], detail=body["detail"])
+    return SettledEvent(event=event_from_json(body["event"]), reason=body["reason"], detail=body["detail"])
 
 
 def _position(value: Any) -> Position:
