@@ -69,7 +69,7 @@ class Ledger:
         test a guess at who somebody is."""
         key = bytes.fromhex(self.secrets.pseudonym_key)
         digest = hmac.new(key, f"seed/{pseudonym}".encode(), hashlib.sha256).digest()
-        return seed ^ int.from_bytes(digest[:8], "big") >> 1
+        return seed ^ (int.from_bytes(digest[:8], "big") >> 1)
 
     def _master(self) -> str:
         """The master key that wraps new keys, as the store has it now: another process may have rotated it."""
