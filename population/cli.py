@@ -134,7 +134,8 @@ def revisions(user: str, store: Store = "build/store", name: Name = None) -> Non
     """A user's chain of revisions."""
     table = Table("revision", "parent", "events", "reward", "KL to base", "verdict", "")
     for info in _open(store, name).revisions(user):
-        marks = [word for word, holds in (("serving", info.is_serving), ("tip", info.is_tip)) if holds]
+        states = (("serving", info.is_serving), ("tip", info.is_tip), ("dropped", not info.is_kept))
+        marks = [word for word, holds in states if holds]
         reward, kl = info.metrics.get("reward"), info.metrics.get("kl_to_base")
         table.add_row(
             str(info.revision),
