@@ -14,6 +14,7 @@ test: .venv/dev lint types
 	$(BIN)/python -m pytest
 
 test-slow: .venv/dev
+	POPULACE_TEST_EXAMPLES=1000 $(BIN)/python -m pytest -s --timeout 3600 tests/test_faults.py -k no_fault
 	$(BIN)/python -m pytest -m slow
 
 bench-store: .venv/dev

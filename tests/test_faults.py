@@ -242,7 +242,7 @@ class StoreMachine(RuleBasedStateMachine):
 def test_no_fault_loses_repeats_or_tears_a_commit() -> None:
     number = int(os.environ.get("POPULACE_TEST_SEED", time.time_ns() % 10**6))
     print(f"state machine seed {number} (set POPULACE_TEST_SEED to repeat)")
-    examples = int(os.environ.get("POPULACE_TEST_EXAMPLES", 100))
+    examples = int(os.environ.get("POPULACE_TEST_EXAMPLES", 60))
     run_state_machine_as_test(
         hypothesis.seed(number)(StoreMachine),
         settings=hypothesis.settings(
