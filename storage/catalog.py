@@ -354,7 +354,6 @@ class Catalog:
         if record.tip != self.adapters["tip"][row] != 0:
             self._fade(self.revision_row(row, int(self.adapters["tip"][row])))
         self.adapters["tip"][row], self.adapters["serving"][row] = record.tip, record.serving
-        self.adapters["changed"][row] = header.seq
         if record.judged and record.decision in ("promote", "pin", "unpin"):
             flags = self.revisions["flags"]
             at = self.revision_row(row, record.judged)

@@ -27,12 +27,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OutcomeUnknown
-from populace.storage.objects import ObjectStore
+from populace.storage.objects import ObjectStore, sync_folder
 
 NONCE_BYTES = 12
 OVERHEAD_BYTES = NONCE_BYTES + 16
 """What sealing adds: nonce in front, authentication tag behind (NIST SP 800-38D)."""
 _MAX_CACHED = 1 << 16
+_UNOPENED = "{} does not decrypt: its bytes or its key were changed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +122,7 @@ class Keyring:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,10 +215,21 @@ class UserKeys:
 
     def seal(self, pseudonym: str, plain: bytes, context: str) -> bytes:
         """Encrypt for a user. `context` says what it is; only the same context opens it."""
-        return seal(self.get(pseudonym).key, plain, f"{self.population}/{pseudonym}/{context}")
+        return seal(self.get(pseudonym).key, plain, self._context(pseudonym, context))
 
     def open(self, pseudonym: str, sealed: bytes, context: str) -> bytes:
-        return unseal(self.get(pseudonym).key, sealed, f"{self.population}/{pseudonym}/{context}")
+        return unseal(self.get(pseudonym).key, sealed, self._context(pseudonym, context))
+
+    def open_into(self, pseudonym: str, sealed: memoryview, context: str, into: memoryview) -> None:
+        """`open`, straight into memory that is there: `OVERHEAD_BYTES` less than `sealed`."""
+        whole, nonce = self._context(pseudonym, context), bytes(sealed[:NONCE_BYTES])
+        try:
+            AESGCM(self.get(pseudonym).key).decrypt_into(nonce, sealed[NONCE_BYTES:], whole.encode(), into)
+        except InvalidTag:
+            raise Damaged(_UNOPENED.format(whole)) from None
+
+    def _context(self, pseudonym: str, context: str) -> str:
+        return f"{self.population}/{pseudonym}/{context}"
 
     def _path(self, pseudonym: str) -> str:
         return f"{self.population}/keys/{pseudonym[:2]}/{pseudonym}"
@@ -280,7 +288,7 @@ def unseal(key: bytes, sealed: bytes, context: str) -> bytes:
     try:
         return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context.encode())
     except (InvalidTag, ValueError):
-        raise Damaged(f"{context} does not decrypt: its bytes or its key were changed") from None
+        raise Damaged(_UNOPENED.format(context)) from None
 
 
 def public_of(signer: CryptoSigner) -> PublicKey:

@@ -8,11 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-from populace.storage.errors import Damaged
-from populace.storage.keys import NONCE_BYTES, OVERHEAD_BYTES, UserKeys
+from populace.storage.keys import OVERHEAD_BYTES, UserKeys
 from populace.storage.objects import ObjectStore
 from populace.storage.pack import BlobPlace, check_blob
 
@@ -87,11 +83,4 @@ def _load_run(
         start = place.offset - first.offset
         sealed = buffer[start : min(start + place.size_bytes, num_read)]
         check_blob(place, sealed, hashlib.sha256(sealed).hexdigest())
-        context = f"{keys.population}/{request.pseudonym}/{request.context}".encode()
-        cipher = AESGCM(keys.get(request.pseudonym).key)
-        try:
-            cipher.decrypt_into(bytes(sealed[:NONCE_BYTES]), sealed[NONCE_BYTES:], context, views[index])
-        except InvalidTag:
-            raise Damaged(
-                f"{request.part} of {request.pseudonym}@{request.revision} does not decrypt with its user's key"
-            ) from None
+        keys.open_into(request.pseudonym, sealed, request.context, views[index])

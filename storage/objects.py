@@ -115,7 +115,7 @@ class FileStore:
         path = self.root / key
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def head(self, key: str) -> int:
         with self._reading(key):
@@ -156,12 +156,12 @@ class FileStore:
 
     def _sync(self, folder: Path) -> None:
         """A new folder's own entry is only durable once the folder above it is synced, up to the root."""
-        _sync_folder(folder)
+        sync_folder(folder)
         if folder not in self._durable_folders:
             for above in folder.parents:
                 if above == self.root.parent:
                     break
-                _sync_folder(above)
+                sync_folder(above)
             self._durable_folders.add(folder)
 
 
@@ -277,7 +277,8 @@ def open_store(url: str) -> ObjectStore:
     return FileStore(Path(url))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make new entries of a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
