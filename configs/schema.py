@@ -34,18 +34,17 @@ class AdapterSettings:
 @dataclass(frozen=True)
 class TrainSettings:
     backend: str = "grouped"
-    """`grouped` (torch's grouped products) or `reference` (plain loops, the truth for tests)."""
+    """`grouped` (torch's batched products), `triton` (needs a CUDA device) or `reference` (plain loops, the truth for
+    tests)."""
+    numerics: str = "invariant"
+    """`invariant`: a user's bits don't depend on who shares the batch, so that revisions can be replayed; `fast`: rows
+    are not filled up to what that needs."""
     max_rows_per_pass: int = 4096
     """Rows that one forward and backward pass holds at most; a wave runs in as many passes as it needs."""
     max_sequence_length: int = 1024
     """Prompt and completion, in tokens."""
     over_long: str = "cut"
     """What becomes of a logged event that is longer: `cut` its completion, or `reject` it."""
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     kl_coefficient: float = 0.05
     kl_in: str = "loss"
     """`loss`: the k2 term per token; `reward`: subtracted from a rollout's reward before groups compare."""
@@ -55,6 +54,20 @@ class TrainSettings:
     """Of a user's running mean reward, the baseline for logged trajectories."""
     max_staleness: int = 8
     """A logged trajectory of a revision that is more than this many behind the tip is settled as stale."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, each adapter by its own step and gradient norm."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Of a whole adapter; longer gradients are scaled down to it."""
+    offload: bool = False
+    """Moments stay in host memory and are updated there by DeepSpeed's CPUAdam (`pip install populace[offload]`)."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,7 @@ class Settings:
     user_ranks: dict[str, int] = field(default_factory=dict)
     """Users whose rank differs from `adapter.rank`."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -147,7 +161,8 @@ class Settings:
 
 _CHOICES = {
     "base.dtype": ("auto", "bfloat16", "float32"),
-    "train.backend": ("grouped", "reference"),
+    "train.backend": ("grouped", "triton", "reference"),
+    "train.numerics": ("invariant", "fast"),
     "train.over_long": ("cut", "reject"),
     "train.kl_in": ("loss", "reward"),
     "evaluation.too_few": ("promote", "keep"),
@@ -160,9 +175,9 @@ _POSITIVE = [
     "adapter.learning_rate",
     "train.max_rows_per_pass",
     "train.max_sequence_length",
-    "train.max_grad_norm",
+    "optimizer.max_grad_norm",
     "train.importance_cap",
-    "train.epsilon",
+    "optimizer.epsilon",
     "rollout.samples_per_task",
     "rollout.max_new_tokens",
     "rollout.temperature",
@@ -179,8 +194,8 @@ _POSITIVE = [
     "run.checkpoint_every_records",
 ]
 _FRACTIONS = [
-    "train.beta1",
-    "train.beta2",
+    "optimizer.beta1",
+    "optimizer.beta2",
     "train.baseline_decay",
     "evaluation.heldout_share",
     "evaluation.confidence",
@@ -188,7 +203,7 @@ _FRACTIONS = [
 
 
 def setting(settings: Settings, path: str) -> object:
-    """The value at a dotted path such as `train.beta1`."""
+    """The value at a dotted path such as `optimizer.beta1`."""
     value: object = settings
     for part in path.split("."):
         value = getattr(value, part)
@@ -207,7 +222,7 @@ def problems(settings: Settings) -> list[str]:
     for path in _FRACTIONS:
         if not 0 <= setting(settings, path) < 1:  # type: ignore[operator]
             found.append(f"{path} is {setting(settings, path)}; use a number in [0, 1)")
-    for path in ("train.kl_coefficient", "train.weight_decay", "run.threads", "evaluation.tolerance"):
+    for path in ("train.kl_coefficient", "optimizer.weight_decay", "run.threads", "evaluation.tolerance"):
         if not setting(settings, path) >= 0:  # type: ignore[operator]
             found.append(f"{path} is {setting(settings, path)}; use zero or more")
     if settings.scheduler.slots < 2 * settings.scheduler.max_adapters_per_wave:

@@ -1,9 +1,9 @@
-"""The LoRA delta of many adapters at once, forward and backward. The only public entry of this folder.
+"""A frozen product plus many adapters' LoRA deltas, forward and backward. The only public entry of this folder.
 
     S = X Aᵀ        Y += s · S Bᵀ                               (Hu et al., https://arxiv.org/abs/2106.09685)
     dS = s · dY B   dB = s · dYᵀ S    dA = dSᵀ X    dX += dS A
 
-Suffixes: T rows, G segments, S slots of an arena, E experts, D in, F out, R rank as stored.
+Suffixes: T rows, S slots of an arena, E experts, D in, F out, R rank as stored.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm, linear
 
-from populace.kernels import grouped, reference
-from populace.kernels.tiles import ArenaSegments, SegmentPlan
+from populace.kernels import grouped, reference, triton_lora
+from populace.kernels.tiles import SegmentPlan
 
-BACKENDS: dict[str, ModuleType] = {"grouped": grouped, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"grouped": grouped, "reference": reference, "triton": triton_lora}
+"""Three of one kind: `add_delta` and `add_gradients`, as `reference` describes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,87 +37,68 @@ class LoraWeights:
     """alpha / rank of each slot, fp32."""
 
 
-def add_lora(y_TF: Tensor, x_TD: Tensor, weights: Sequence[LoraWeights], plan: SegmentPlan, backend: str) -> Tensor:
-    """`y_TF` plus every row's own adapter delta; `weights[i]` belongs to arena i of the plan.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenProduct:
+    """Y = X Wᵀ (+ bias): one [F, D] matrix for all rows, or one of [E, F, D] for the rows of each expert."""
 
-    Backward adds the adapters' gradients into `grad_a` and `grad_b` (fp32) instead of returning them: a slab
-    is far larger than what one wave touches. Rows of slots outside the plan are neither read nor written.
+    w: Tensor
+    bias_F: Tensor | None = None
+    ends_E: Tensor | None = None
+    """int32; where each expert's rows end. None: one matrix for all rows."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if self.ends_E is None:
+            return linear(x_TD, self.w, self.bias_F)
+        return grouped_mm(x_TD, self.w.transpose(1, 2), offs=self.ends_E)
+
+    def backward(self, dy_TF: Tensor) -> Tensor:
+        return dy_TF @ self.w if self.ends_E is None else grouped_mm(dy_TF, self.w, offs=self.ends_E)
+
+
+def lora_product(
+    x_TD: Tensor, base: FrozenProduct, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan, backend: str
+) -> Tensor:
+    """The frozen product of every row plus its own adapter's delta, [T, F].
+
+    `modules` share the product's columns evenly (a fused gate-and-up has two); `modules[m][i]` belongs to arena i of
+    the slab. Backward leaves the adapters' gradients in `grad_a` and `grad_b` (fp32) instead of returning them: a
+    slab is far larger than what one wave touches. Slots outside the plan are neither read nor written. Kept for
+    backward: X and S.
     """
-    if not plan.arenas:
-        return y_TF
-    delta: Tensor = _AddLora.apply(y_TF, x_TD, tuple(weights), plan, BACKENDS[backend])  # type: ignore[no-untyped-call]
-    return delta
+    if not plan.arenas and not (torch.is_grad_enabled() and x_TD.requires_grad):
+        return base.forward(x_TD)
+    product: Tensor = _LoraProduct.apply(x_TD, base, modules, plan, BACKENDS[backend])  # type: ignore[no-untyped-call]
+    return product
 
 
-class _AddLora(torch.autograd.Function):
+class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        y_TF: Tensor,
         x_TD: Tensor,
-        weights: tuple[LoraWeights, ...],
+        base: FrozenProduct,
+        modules: Sequence[Sequence[LoraWeights]],
         plan: SegmentPlan,
         backend: ModuleType,
     ) -> Tensor:
-        shrunk = []
-        out_TF = y_TF.clone()
-        for segments in plan.arenas:
-            a_GRD, b_GFR = _gather(weights[segments.arena], segments, x_TD.dtype)
-            s_TR = backend.grouped_rows(_rows(x_TD, segments), a_GRD.transpose(1, 2), segments)
-            delta_TF = backend.grouped_rows(
-                s_TR * _scale(weights[segments.arena], segments, s_TR), b_GFR.transpose(1, 2), segments
-            )
-            _add_rows(out_TF, delta_TF, segments)
-            shrunk.append(s_TR)
-        ctx.save_for_backward(x_TD, *shrunk)
-        ctx.weights, ctx.plan, ctx.backend = weights, plan, backend
-        return out_TF
+        y_TF = base.forward(x_TD)
+        ctx.shrunk = [
+            backend.add_delta(columns_TF, x_TD, weights[segments.arena], segments)
+            for columns_TF, weights in zip(y_TF.chunk(len(modules), 1), modules, strict=True)
+            for segments in plan.arenas
+        ]
+        ctx.save_for_backward(x_TD)
+        ctx.base, ctx.modules, ctx.plan, ctx.backend = base, modules, plan, backend
+        return y_TF
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_TF,) = grads
-        x_TD, *shrunk = ctx.saved_tensors
-        backend = ctx.backend
-        dx_TD = torch.zeros_like(x_TD)
-        for segments, s_TR in zip(ctx.plan.arenas, shrunk, strict=True):
-            weights = ctx.weights[segments.arena]
-            a_GRD, b_GFR = _gather(weights, segments, x_TD.dtype)
-            arena_dy_TF = _rows(dy_TF, segments)
-            scale_T1 = _scale(weights, segments, s_TR)
-            ds_TR = backend.grouped_rows(arena_dy_TF, b_GFR, segments) * scale_T1
-            db_GFR = backend.grouped_outer(arena_dy_TF, s_TR * scale_T1, segments)
-            da_GRD = backend.grouped_outer(ds_TR, _rows(x_TD, segments), segments)
-            _accumulate(weights.grad_a, da_GRD, segments)
-            _accumulate(weights.grad_b, db_GFR, segments)
-            _add_rows(dx_TD, backend.grouped_rows(ds_TR, a_GRD, segments), segments)
-        return dy_TF, dx_TD, None, None, None
-
-
-def _index(segments: ArenaSegments) -> tuple[Tensor, ...]:
-    return (segments.slot_G,) if segments.expert_G is None else (segments.slot_G, segments.expert_G)
-
-
-def _gather(weights: LoraWeights, segments: ArenaSegments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    index = _index(segments)
-    return weights.a[index].to(dtype), weights.b[index].to(dtype)
-
-
-def _accumulate(grad: Tensor, value_G: Tensor, segments: ArenaSegments) -> None:
-    # A (slot, expert) pair has one segment, so nothing is added twice and the order is fixed.
-    index = _index(segments)
-    grad[index] = grad[index] + value_G.to(grad.dtype)
-
-
-def _scale(weights: LoraWeights, segments: ArenaSegments, like: Tensor) -> Tensor:
-    return weights.scale_S[segments.slot_T].unsqueeze(1).to(like.dtype)
-
-
-def _rows(x_TD: Tensor, segments: ArenaSegments) -> Tensor:
-    return x_TD if segments.rows_T is None else x_TD[segments.rows_T]
-
-
-def _add_rows(out_TF: Tensor, value_TF: Tensor, segments: ArenaSegments) -> None:
-    if segments.rows_T is None:
-        out_TF += value_TF
-    else:
-        out_TF.index_add_(0, segments.rows_T, value_TF)  # each row once
+        (x_TD,) = ctx.saved_tensors
+        dy_TF = grads[0].contiguous()
+        dx_TD = ctx.base.backward(dy_TF)
+        shrunk = iter(ctx.shrunk)
+        for columns_TF, weights in zip(dy_TF.chunk(len(ctx.modules), 1), ctx.modules, strict=True):
+            for segments in ctx.plan.arenas:
+                mine = weights[segments.arena]
+                ctx.backend.add_gradients(dx_TD, columns_TF, x_TD, next(shrunk), mine, segments, ctx.plan.accumulates)
+        return dx_TD, None, None, None, None

@@ -1,76 +1,143 @@
-"""Rows → (slot, expert) segments, planned once per layer and used by every product of it, backward included.
+"""Rows → (slot, expert) segments → tiles, planned once per layer and used by every product of it, backward included.
 
-Slots live in arenas, one per rank bucket, because one grouped product needs one rank. A row without an
-adapter has slot -1 and is in no segment.
+Slots live in arenas, one per rank bucket, so nothing is padded to the largest rank of a batch. A row without an
+adapter has slot -1 and is in no segment. The plan is made on the host: it is a few thousand integers.
+
+Suffixes: T rows, G segments, I tiles.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Neighbouring segments of equally many rows under one expert: one batched product, without moving a row."""
+
+    start: int
+    """First row of the first segment."""
+    num_rows: int
+    """Of each segment."""
+    slots: tuple[int, ...]
+    """Arena row of each segment."""
+    expert: int | None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_rows * len(self.slots)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaSegments:
-    """The segments of one arena: `rows_T` (None: all rows, in order) split into G groups."""
+    """The segments of one arena, in the order of their rows. No (slot, expert) pair has two."""
 
     arena: int
-    rows_T: Tensor | None
-    slot_G: Tensor
-    """Row of the arena that each group belongs to."""
-    expert_G: Tensor | None
-    ends_G: Tensor
-    """int32; where each group's rows end."""
-    slot_T: Tensor
-    """Arena row of each of `rows_T`."""
+    start_G: Ints
+    count_G: Ints
+    slot_G: Ints
+    expert_G: Ints | None
+    """None for dense modules."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.count_G.sum())
 
     @functools.cached_property
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """(rows_GM, place_T): the rows of each group padded with row 0 to a common length, and where each row
-        then lies in the flattened result."""
-        ends_G = self.ends_G.long()
-        starts_G = torch.cat([ends_G.new_zeros(1), ends_G[:-1]])
-        counts_G = ends_G - starts_G
-        # A multiple of 8: a product's bits then don't depend on how many rows it has.
-        longest = -(-int(counts_G.max()) // 8) * 8
-        offset_M = torch.arange(longest, device=ends_G.device)
-        valid_GM = offset_M < counts_G[:, None]
-        rows_GM = torch.where(valid_GM, starts_G[:, None] + offset_M, 0)
-        return rows_GM, valid_GM.flatten().nonzero().squeeze(1)
+    def offset_G(self) -> Ints:
+        """Where each segment's rows begin when the arena's rows are put side by side."""
+        return np.cumsum(self.count_G) - self.count_G
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        ends_G = self.start_G + self.count_G
+        joins = (self.start_G[1:] == ends_G[:-1]) & (self.count_G[1:] == self.count_G[:-1])
+        if self.expert_G is not None:
+            joins &= self.expert_G[1:] == self.expert_G[:-1]
+        bounds = [0, *(np.flatnonzero(~joins) + 1).tolist(), len(self.start_G)]
+        starts, counts, slots = self.start_G.tolist(), self.count_G.tolist(), self.slot_G.tolist()
+        experts = None if self.expert_G is None else self.expert_G.tolist()
+        return tuple(
+            Run(
+                start=starts[first],
+                num_rows=counts[first],
+                slots=tuple(slots[first:last]),
+                expert=None if experts is None else experts[first],
+            )
+            for first, last in itertools.pairwise(bounds)
+        )
+
+    def tiles(self, height: int) -> tuple[Ints, Ints]:
+        """(segment_I, offset_I): tiles of at most `height` rows. Each starts `offset_I` rows into its segment and
+        never leaves it."""
+        per_G = -(-self.count_G // height)
+        segment_I = np.repeat(np.arange(len(per_G)), per_G)
+        return segment_I, (np.arange(len(segment_I)) - np.repeat(np.cumsum(per_G) - per_G, per_G)) * height
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentPlan:
-    num_rows: int
+    """Whose rows are whose."""
+
     arenas: tuple[ArenaSegments, ...]
+    accumulates: bool = False
+    """Backward adds to the gradients that are there instead of replacing them."""
 
 
-def plan_segments(arena_T: Tensor, slot_T: Tensor, expert_T: Tensor | None = None, num_experts: int = 0) -> SegmentPlan:
-    """Segments of rows that are sorted by (arena, slot), or by (expert, arena, slot) where `expert_T` is given.
-
-    `arena_T` is -1 for rows without an adapter. All tensors are int64 [T] on one device.
-    """
-    num_rows = len(arena_T)
+def plan_segments(
+    arena_T: Tensor, slot_T: Tensor, expert_T: Tensor | None = None, *, accumulates: bool = False
+) -> SegmentPlan:
+    """Segments of rows of which those of one (arena, slot, expert) lie together; int64 [T]. `arena_T` is -1 for rows
+    without an adapter."""
+    keys = [arena_T, slot_T] if expert_T is None else [arena_T, slot_T, expert_T]
+    key_3T = torch.stack(keys).cpu().numpy()
+    if key_3T.shape[1] == 0:
+        return SegmentPlan(arenas=(), accumulates=accumulates)
+    start_G = np.flatnonzero(np.concatenate([[True], (key_3T[:, 1:] != key_3T[:, :-1]).any(0)]))
+    count_G = np.diff(np.append(start_G, key_3T.shape[1]))
+    arena_G = key_3T[0, start_G]
     arenas = []
-    for arena in torch.unique(arena_T).tolist():
-        if arena < 0:
-            continue
-        rows_T = (arena_T == arena).nonzero().squeeze(1)
-        slots = slot_T[rows_T]
-        keys = slots if expert_T is None else expert_T[rows_T] * (int(slot_T.max()) + 1) + slots
-        unique_G, counts_G = torch.unique_consecutive(keys, return_counts=True)
-        stride = int(slot_T.max()) + 1
+    for arena in np.unique(arena_G[arena_G >= 0]).tolist():
+        mine = arena_G == arena
+        first = start_G[mine]
         arenas.append(
             ArenaSegments(
                 arena=arena,
-                rows_T=None if len(rows_T) == num_rows else rows_T,
-                slot_G=unique_G if expert_T is None else unique_G % stride,
-                expert_G=None if expert_T is None else unique_G // stride,
-                ends_G=counts_G.cumsum(0).to(torch.int32),
-                slot_T=slots,
+                start_G=first,
+                count_G=count_G[mine],
+                slot_G=key_3T[1, first],
+                expert_G=None if expert_T is None else key_3T[2, first],
             )
         )
-    return SegmentPlan(num_rows=num_rows, arenas=tuple(arenas))
+    return SegmentPlan(arenas=tuple(arenas), accumulates=accumulates)
+
+
+def order_by_expert(
+    arena_T: Tensor, slot_T: Tensor, expert_T: Tensor, num_experts: int, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """(order_R, ends_E): row numbers by (expert, arena, length of the segment, slot), each expert's part filled up with
+    -1 to a multiple of `multiple` rows; int32 ends of the experts' parts.
+
+    Segments of one length come together because a run of them is one product.
+    """
+    arena, slot, expert = (column.cpu().numpy() for column in (arena_T, slot_T, expert_T))
+    num_slots = int(slot.max(initial=0)) + 2
+    key = ((arena + 1) * num_slots + slot + 1) * num_experts + expert
+    _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
+    order = np.lexsort((slot, counts[inverse], arena, expert))
+    rows_E = np.bincount(expert, minlength=num_experts)
+    padded_E = -(-rows_E // multiple) * multiple
+    ends_E = np.cumsum(padded_E)
+    padded = np.full(int(ends_E[-1]), -1)
+    shift_E = (ends_E - padded_E) - (np.cumsum(rows_E) - rows_E)
+    padded[np.arange(len(order)) + np.repeat(shift_E, rows_E)] = order
+    return torch.from_numpy(padded).to(expert_T.device), torch.from_numpy(ends_E.astype(np.int32)).to(expert_T.device)

@@ -43,7 +43,6 @@ from populace.storage.verify import Findings, verify_partition
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec
-from populace.workers.losses import LossSettings
 from populace.workers.prepare import PreparedBase, find_base, find_prepared
 from populace.workers.train_step import TrainerSettings
 
@@ -348,7 +347,6 @@ class Population:
 
     def shard_settings(self, base: PreparedBase, chat: Chat) -> ShardSettings:
         """How the workers of this population start."""
-        train = self.settings.train
         return ShardSettings(
             base_folder=base.folder,
             dtype=self.settings.base.dtype,
@@ -357,21 +355,7 @@ class Population:
             slots=self.settings.scheduler.slots,
             threads=self.settings.run.threads,
             eos_ids=chat.eos_ids,
-            trainer=TrainerSettings(
-                backend=train.backend,
-                max_rows_per_pass=train.max_rows_per_pass,
-                beta1=train.beta1,
-                beta2=train.beta2,
-                epsilon=train.epsilon,
-                weight_decay=train.weight_decay,
-                max_grad_norm=train.max_grad_norm,
-                loss=LossSettings(
-                    kl_coefficient=train.kl_coefficient,
-                    kl_in_reward=train.kl_in == "reward",
-                    importance_cap=train.importance_cap,
-                    baseline_decay=train.baseline_decay,
-                ),
-            ),
+            trainer=TrainerSettings.of(self.settings.train, self.settings.optimizer),
         )
 
     def _local_engine(self) -> tuple[ShardEngine, Chat]:

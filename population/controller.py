@@ -275,8 +275,7 @@ class Controller:
             drafts,
             parameters={
                 "algorithm": "grpo+reinforce+sft",
-                "train": settings_as_dict(self.settings)["train"],
-                "rollout": settings_as_dict(self.settings)["rollout"],
+                **{part: settings_as_dict(self.settings)[part] for part in ("train", "optimizer", "rollout")},
                 "seed": self.ledger.meta.seed,
             },
             materials={

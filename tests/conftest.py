@@ -18,11 +18,13 @@ from populace.configs.schema import (
     AdapterSettings,
     BaseSettings,
     EvaluationSettings,
+    OptimizerSettings,
     RewardSettings,
     RolloutSettings,
     RunSettings,
     SchedulerSettings,
     Settings,
+    TrainSettings,
 )
 from populace.population.chat import Chat
 from populace.population.client import Population
@@ -30,7 +32,6 @@ from populace.population.controller import Controller
 from populace.population.rewards import RewardOutcome, RewardRequest, score_replies
 from populace.storage.objects import MemoryStore
 from populace.workers.engine import ShardEngine, ShardSettings
-from populace.workers.losses import LossSettings
 from populace.workers.train_step import TrainerSettings
 from tests import tiny
 
@@ -62,24 +63,19 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
         dtype: str = "float32",
         slots: int = 32,
         max_rows: int = 4096,
+        numerics: str = "invariant",
+        offload: bool = False,
+        threads: int = 1,
     ) -> ShardEngine:
-        trainer = TrainerSettings(
-            backend=backend,
-            max_rows_per_pass=max_rows,
-            beta1=0.9,
-            beta2=0.99,
-            epsilon=1e-8,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            loss=LossSettings(kl_coefficient=0.05, kl_in_reward=False, importance_cap=2.0, baseline_decay=0.9),
-        )
+        train = TrainSettings(backend=backend, max_rows_per_pass=max_rows, numerics=numerics, kl_coefficient=0.05)
+        trainer = TrainerSettings.of(train, OptimizerSettings(offload=offload))
         settings = ShardSettings(
             base_folder=str(bases[family]),
             dtype=dtype,
             store_url="memory://",
             population="test",
             slots=slots,
-            threads=1,
+            threads=threads,
             eos_ids=frozenset({1}),
             trainer=trainer,
         )

@@ -31,7 +31,7 @@ def logits_of(controller: Controller, key: AdapterKey, ids: np.ndarray) -> torch
     engine = controller.workers
     slot = engine.slab.slots[key]  # type: ignore[attr-defined]
     rows = pack_rows([SequenceGroup(slot=(slot.arena, slot.row), prompt_ids=ids, branches=())])
-    step = Step.of(rows, PackedAttention(rows), engine.slab, "grouped")  # type: ignore[attr-defined]
+    step = Step.of(rows, PackedAttention(rows), engine.slab, engine.kernels)  # type: ignore[attr-defined]
     return engine.base.logits(engine.base.hidden(step))  # type: ignore[attr-defined]
 
 

@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.chat import Chat
 from populace.storage.objects import MemoryStore
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec
-from populace.workers.losses import LossSettings
 from populace.workers.prepare import digest_folder, prepare_base
 from populace.workers.train_step import TrainerSettings
 from tests.test_rollout import sampler_logprobs, trainer_logprobs
 
 pytestmark = pytest.mark.slow
-
-LOSS = LossSettings(kl_coefficient=0.0, kl_in_reward=False, importance_cap=2.0, baseline_decay=0.9)
 
 
 @pytest.mark.parametrize(("dtype", "mean", "maximum"), [("float32", 1e-4, 1e-3), ("bfloat16", 0.08, 0.6)])
@@ -29,10 +27,7 @@ def test_trainer_and_sampler_agree_on_smollm2_moe(dtype: str, mean: float, maxim
     assert digest_folder(Path(base.folder)) == base.digest
     torch.set_num_threads(2)
     chat = Chat(base.folder)
-    trainer = TrainerSettings(
-        backend="grouped", max_rows_per_pass=1024, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0,
-        max_grad_norm=1.0, loss=LOSS,
-    )  # fmt: skip
+    trainer = TrainerSettings.of(TrainSettings(), OptimizerSettings())
     settings = ShardSettings(
         base_folder=base.folder, dtype=dtype, store_url="memory://", population="test", slots=4, threads=2,
         eos_ids=chat.eos_ids, trainer=trainer,

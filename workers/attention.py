@@ -8,6 +8,7 @@ Suffixes: T rows, H heads, W key/value heads, B sequences, M padded length, X he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,40 +24,6 @@ LENGTH_STEP = 16
 class Attention(Protocol):
     def attend(self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float) -> Tensor:
         """[T, H, X]."""
-
-
-class KvCache:
-    """Keys and values of B sequences, [layers][B, W, M, X]."""
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length_B: Tensor) -> None:
-        self.keys, self.values, self.length_B = keys, values, length_B
-
-    @staticmethod
-    def from_prefill(prefill: PackedAttention, repeats_G: Tensor, max_new_tokens: int) -> KvCache:
-        """Caches of the prefilled prompts, each repeated for its samples, with room for the completions."""
-        lengths_G = torch.tensor(prefill.lengths)
-        owner_B = torch.repeat_interleave(torch.arange(len(lengths_G)), repeats_G)
-        ends_G = lengths_G.cumsum(0)
-        offset_M = torch.arange(int(lengths_G.max()))
-        rows_BM = ((ends_G - lengths_G)[owner_B, None] + offset_M).clamp(max=int(ends_G[-1]) - 1)
-
-        def spread(kept_WTX: Tensor) -> Tensor:
-            num_kv, _, width = kept_WTX.shape
-            num_sequences, longest = rows_BM.shape
-            spread_BWMX = kept_WTX.new_zeros(num_sequences, num_kv, longest + max_new_tokens, width)
-            spread_BWMX[:, :, :longest] = kept_WTX[:, rows_BM].transpose(0, 1)
-            return spread_BWMX
-
-        return KvCache(
-            [spread(keys) for keys, _ in prefill.kept],
-            [spread(values) for _, values in prefill.kept],
-            lengths_G[owner_B],
-        )
-
-    def select(self, keep_B: Tensor) -> None:
-        self.keys = [keys[keep_B] for keys in self.keys]
-        self.values = [values[keep_B] for values in self.values]
-        self.length_B = self.length_B[keep_B]
 
 
 class PackedAttention:
@@ -115,28 +82,82 @@ class _Bucket:
         self.mask_B1MM = visible_BMM[:, None]
 
 
-class CachedAttention:
-    """One new token per sequence; appends its key and value and attends to all before it."""
+class KvCache:
+    """Keys and values of sequences that grow. A sequence's room follows from its own prompt and limit, so what it
+    attends over has the same shape whoever is decoded beside it."""
 
-    def __init__(self, cache: KvCache) -> None:
-        self.cache = cache
-        length_B = cache.length_B
-        self.index_B = torch.arange(len(length_B))
-        self.longest = int(length_B.max()) + 1
-        self.mask_B11M = (torch.arange(self.longest) <= length_B[:, None])[:, None, None, :]
+    def __init__(self, prefill: PackedAttention, repeats_G: Tensor, new_tokens_G: Tensor) -> None:
+        """Caches of the prefilled prompts, each repeated for its samples."""
+        lengths_G = torch.tensor(prefill.lengths[: len(repeats_G)])
+        starts_G = lengths_G.cumsum(0) - lengths_G
+        owner_N = torch.repeat_interleave(torch.arange(len(lengths_G)), repeats_G)
+        room_N = -(-(lengths_G + new_tokens_G)[owner_N] // LENGTH_STEP) * LENGTH_STEP
+        self.length_N = lengths_G[owner_N]
+        """Tokens of each sequence that have keys; N sequences in all, finished ones included."""
+        self.buckets = [
+            _CacheBucket(prefill, int(room), numbers, starts_G[owner_N[numbers]], self.length_N[numbers])
+            for room in room_N.unique()
+            for numbers in [(room_N == room).nonzero().squeeze(1)]
+        ]
+
+
+class _CacheBucket:
+    """Sequences of one room: [layers] of [B, W, M, X]."""
+
+    def __init__(
+        self, prefill: PackedAttention, room: int, number_B: Tensor, start_B: Tensor, length_B: Tensor
+    ) -> None:
+        self.number_B = number_B
+        """Which sequence each row of the cache belongs to."""
+        offset_M = torch.arange(int(length_B.max()))
+        rows_BM = torch.where(offset_M < length_B[:, None], start_B[:, None] + offset_M, start_B[:, None])
+
+        def spread(kept_WTX: Tensor) -> Tensor:
+            num_kv, _, width = kept_WTX.shape
+            spread_BWMX = kept_WTX.new_zeros(len(number_B), num_kv, room, width)
+            spread_BWMX[:, :, : len(offset_M)] = kept_WTX[:, rows_BM].transpose(0, 1)
+            return spread_BWMX
+
+        self.keys = [spread(keys) for keys, _ in prefill.kept]
+        self.values = [spread(values) for _, values in prefill.kept]
+        self.offset_M = torch.arange(room)
+
+    def drop_finished(self, is_live_B: Tensor) -> Tensor:
+        """Make room once half of the sequences are done: copying less often costs more than attending for them."""
+        if int(is_live_B.sum()) * 2 > len(is_live_B):
+            return is_live_B
+        self.number_B = self.number_B[is_live_B]
+        self.keys = [keys[is_live_B] for keys in self.keys]
+        self.values = [values[is_live_B] for values in self.values]
+        return is_live_B[is_live_B]
+
+
+class CachedAttention:
+    """One new token per running sequence; appends its key and value and attends to all before it."""
+
+    def __init__(self, cache: KvCache, running: Sequence[int]) -> None:
+        """`running`: the sequence of each row; rows beyond are filling and attend to nothing."""
+        row_N = torch.full_like(cache.length_N, -1)
+        row_N[torch.tensor(running)] = torch.arange(len(running))
+        self.views = []
+        for bucket in cache.buckets:
+            is_live_B = bucket.drop_finished(row_N[bucket.number_B] >= 0)
+            length_B, place_L = cache.length_N[bucket.number_B], is_live_B.nonzero().squeeze(1)
+            mask_B11M = (bucket.offset_M <= length_B[:, None])[:, None, None]
+            if len(place_L):
+                self.views.append((bucket, place_L, row_N[bucket.number_B[place_L]], length_B[place_L], mask_B11M))
 
     def attend(self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float) -> Tensor:
-        cache, length_B = self.cache, self.cache.length_B
-        cache.keys[layer][self.index_B, :, length_B] = k_WTX.transpose(0, 1)
-        cache.values[layer][self.index_B, :, length_B] = v_WTX.transpose(0, 1)
         num_kv, num_rows, width = k_WTX.shape
         # Heads that share a key/value head become its queries: no key is repeated in memory.
-        q_BWGX = q_HTX.transpose(0, 1).reshape(num_rows, num_kv, -1, width)
-        out_BWGX = scaled_dot_product_attention(
-            q_BWGX,
-            cache.keys[layer][:, :, : self.longest],
-            cache.values[layer][:, :, : self.longest],
-            attn_mask=self.mask_B11M,
-            scale=scaling,
-        )
-        return out_BWGX.reshape(num_rows, -1, width)
+        q_TWGX = q_HTX.transpose(0, 1).reshape(num_rows, num_kv, -1, width)
+        out_TWGX = torch.zeros_like(q_TWGX)
+        for bucket, place_L, row_L, length_L, mask_B11M in self.views:
+            keys, values = bucket.keys[layer], bucket.values[layer]
+            keys[place_L, :, length_L] = k_WTX[:, row_L].transpose(0, 1)
+            values[place_L, :, length_L] = v_WTX[:, row_L].transpose(0, 1)
+            q_BWGX = q_TWGX.new_zeros(len(keys), *q_TWGX.shape[1:])
+            q_BWGX[place_L] = q_TWGX[row_L]
+            out_BWGX = scaled_dot_product_attention(q_BWGX, keys, values, attn_mask=mask_B11M, scale=scaling)
+            out_TWGX[row_L] = out_BWGX[place_L]
+        return out_TWGX.reshape(num_rows, -1, width)

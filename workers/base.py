@@ -19,10 +19,11 @@ from torch.nn.functional import linear
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from populace.kernels.lora import add_lora
+from populace.kernels.lora import FrozenProduct, lora_product
 from populace.storage.errors import InvalidInput
 from populace.workers.layout import DENSE_MODULES, BaseDims
 from populace.workers.moe import MoeBlock
+from populace.workers.rows import PackedRows
 from populace.workers.step import Step, StepHolder
 
 _INTERFACE = "populace"
@@ -100,15 +101,13 @@ class LoraLinear(nn.Module):
 
     def __init__(self, inner: nn.Linear, module: str, layer: int, holder: StepHolder) -> None:
         super().__init__()
-        self.weight_FD = inner.weight.data
-        self.bias_F = None if inner.bias is None else inner.bias.data
+        self.base = FrozenProduct(w=inner.weight.data, bias_F=None if inner.bias is None else inner.bias.data)
         self.module, self.layer, self.holder = module, layer, holder
 
     def forward(self, x_1TD: Tensor) -> Tensor:
         step = self.holder.step
-        x_TD = x_1TD[0]
-        y_TF = linear(x_TD, self.weight_FD, self.bias_F)
-        return add_lora(y_TF, x_TD, step.lora(self.module, self.layer), step.plan, step.backend).unsqueeze(0)
+        weights = [step.lora(self.module, self.layer)]
+        return lora_product(x_1TD[0], self.base, weights, step.plan, step.kernels.backend).unsqueeze(0)
 
 
 class BaseModel:
@@ -190,41 +189,49 @@ def _attend(
 class _TokenLogprobs(torch.autograd.Function):
     """log-softmax of the head at the target tokens, in row chunks: the [N, V] logits never exist at once.
 
-    d logprob / d hidden = (onehot - softmax) · head does not depend on the loss: forward computes it while the
+    d logprob / d hidden = head[token] - softmax · head does not depend on the loss: forward computes it while the
     chunk's logits are there, and backward only scales it.
     """
 
-    CHUNK = 512
+    CHUNK = 256
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, token_N: Tensor) -> Tensor:
-        wants_grad = ctx.needs_input_grad[0]
-        pieces, slopes = (
-            [hidden_ND.new_zeros(0, dtype=torch.float32)],
-            [hidden_ND.new_zeros(0, hidden_ND.shape[1])],
-        )
-        for start in range(0, len(token_N), _TokenLogprobs.CHUNK):
-            part = slice(start, start + _TokenLogprobs.CHUNK)
-            logits = linear(hidden_ND[part], head_VD).float()
-            total_N1 = logits.logsumexp(1, keepdim=True)
-            pieces.append((logits.gather(1, token_N[part, None]) - total_N1).squeeze(1))
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, rows: PackedRows, row_multiple: int) -> Tensor:
+        num_targets, wants_grad = len(rows.target_row_N), ctx.needs_input_grad[0]
+        # Dividing the hidden state is dividing the logits by the temperature.
+        inverse_N1 = (1 / rows.temperature_N)[:, None].to(hidden_TD.dtype)
+        logprob_N = torch.empty(num_targets)
+        slope_ND = hidden_TD.new_empty(num_targets if wants_grad else 0, hidden_TD.shape[1])
+        logits_CV = head_VD.new_empty(_TokenLogprobs.CHUNK, len(head_VD))
+        logsoft_CV = torch.empty_like(logits_CV, dtype=torch.float32)
+        for start in range(0, num_targets, _TokenLogprobs.CHUNK):
+            part = slice(start, min(start + _TokenLogprobs.CHUNK, num_targets))
+            size = part.stop - start
+            padded = -(-size // row_multiple) * row_multiple
+            hidden_CD = hidden_TD.new_zeros(padded, hidden_TD.shape[1])
+            hidden_CD[:size] = hidden_TD.index_select(0, rows.target_row_N[part]).mul_(inverse_N1[part])
+            logits, logsoft = logits_CV[:padded], logsoft_CV[:padded]
+            torch.mm(hidden_CD, head_VD.T, out=logits)
+            torch.log_softmax(logits, 1, dtype=torch.float32, out=logsoft)
+            logprob_N[part] = logsoft[:size].gather(1, rows.target_token_N[part, None]).squeeze(1)
             if wants_grad:
-                minus_prob = logits.sub_(total_N1).exp_().neg_()
-                minus_prob.scatter_add_(1, token_N[part, None], torch.ones_like(total_N1))
-                slopes.append(minus_prob.to(head_VD.dtype) @ head_VD)
-        ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(pieces)
+                mean_CD = logsoft.exp_().to(head_VD.dtype) @ head_VD
+                slope = head_VD.index_select(0, rows.target_token_N[part]).sub_(mean_CD[:size])
+                torch.mul(slope, inverse_N1[part], out=slope_ND[part])
+        ctx.save_for_backward(slope_ND)
+        ctx.num_rows, ctx.row_N = len(hidden_TD), rows.target_row_N
+        return logprob_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope_ND,) = ctx.saved_tensors
-        return (grads[0].unsqueeze(1) * slope_ND).to(slope_ND.dtype), None, None
+        grad_ND = (slope_ND * grads[0].unsqueeze(1)).to(slope_ND.dtype)
+        # A prompt's last row predicts the first token of every branch: index_add_ adds them in order.
+        grad_TD = slope_ND.new_zeros(ctx.num_rows, slope_ND.shape[1]).index_add_(0, ctx.row_N, grad_ND)
+        return grad_TD, None, None, None
 
 
 def token_logprobs(base: BaseModel, hidden_TD: Tensor, step: Step) -> Tensor:
     """Log-probability of every target token of the step's rows, [N] fp32; differentiable."""
-    rows = step.rows
-    # Dividing the hidden state is dividing the logits by the temperature.
-    hidden_ND = hidden_TD[rows.target_row_N] / rows.temperature_N[:, None].to(hidden_TD.dtype)
-    logprob_N: Tensor = _TokenLogprobs.apply(hidden_ND, base.head_VD, rows.target_token_N)  # type: ignore[no-untyped-call]
+    logprob_N: Tensor = _TokenLogprobs.apply(hidden_TD, base.head_VD, step.rows, step.kernels.row_multiple)  # type: ignore[no-untyped-call]
     return logprob_N

@@ -54,6 +54,7 @@ class ShardEngine:
         self.settings = settings
         self.base = BaseModel(Path(settings.base_folder), resolve_dtype(settings.dtype))
         self.slab = Slab(self.base.dims, settings.slots, self.base.dtype)
+        self.kernels = settings.trainer.kernels
         store = store or open_store(settings.store_url)
         self.residency = Residency(self.slab, store, UserKeys(store, settings.population, Keyring()))
 
@@ -63,8 +64,8 @@ class ShardEngine:
             "device": "cpu",
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "torch": torch.__version__,
-            "backend": self.settings.trainer.backend,
-            "optimizer": "slab-adamw",
+            "backend": self.kernels.backend,
+            "optimizer": self.settings.trainer.adam.name,
             "threads": str(torch.get_num_threads()),
             "numerics": "fast",
         }
@@ -86,7 +87,7 @@ class ShardEngine:
         return self.residency.num_hot
 
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
-        return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.settings.trainer.backend)
+        return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.kernels)
 
     @torch.no_grad()
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]:
@@ -94,8 +95,8 @@ class ShardEngine:
         group. Runs in passes of `max_rows_per_pass`."""
         scores: list[tuple[Floats, ...]] = []
         for part in _parts(groups, self.settings.trainer.max_rows_per_pass):
-            rows = pack_rows(part)
-            step = Step.of(rows, PackedAttention(rows), None, self.settings.trainer.backend)
+            rows = pack_rows(part, row_multiple=self.kernels.row_multiple)
+            step = Step.of(rows, PackedAttention(rows), None, self.kernels)
             logprob_N = token_logprobs(self.base, self.base.hidden(step), step)
             pieces = iter(torch.split(logprob_N, list(rows.target_counts)))
             scores += [tuple(next(pieces).numpy() for _ in group.branches) for group in part]

@@ -3,20 +3,52 @@
 Routing can be replayed (R3, https://arxiv.org/abs/2510.11370): the selection comes from the rollout, the scores
 are computed anew by the family's own gate, so gradients still flow through them.
 
-Suffixes: T rows, E experts, K experts per token, R = T·K routed rows, D hidden, I intermediate.
+Suffixes: T rows, E experts, K experts per token, R routed rows (T·K and some filling), D hidden, I intermediate.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, linear, softmax
+from torch.nn.functional import linear, softmax
 
-from populace.kernels.lora import add_lora
-from populace.kernels.tiles import plan_segments
+from populace.kernels.lora import FrozenProduct, lora_product
+from populace.kernels.tiles import SegmentPlan, order_by_expert, plan_segments
 from populace.workers.step import Step, StepHolder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """Where one layer's rows go. Planned once, used by gate, up and down, forward and backward."""
+
+    row_R: Tensor
+    """The row that each routed row is a copy of; filling copies row 0, and nobody reads what becomes of it."""
+    place_TK: Tensor
+    """Where the copy of each row for its k-th expert lies."""
+    ends_E: Tensor
+    plan: SegmentPlan
+
+    @staticmethod
+    def of(ids_TK: Tensor, num_experts: int, step: Step) -> Routes:
+        num_rows, top_k = ids_TK.shape
+        expert_N = ids_TK.reshape(-1)
+        arena_N = step.rows.arena_T.repeat_interleave(top_k)
+        slot_N = step.rows.slot_T.repeat_interleave(top_k)
+        order_R, ends_E = order_by_expert(arena_N, slot_N, expert_N, num_experts, step.kernels.row_multiple)
+        is_filling_R = order_R < 0
+        order_R = order_R.clamp(min=0)
+        place_N = torch.empty_like(expert_N)
+        place_N[order_R[~is_filling_R]] = (~is_filling_R).nonzero().squeeze(1)
+        arena_R = torch.where(is_filling_R, -1, arena_N[order_R])
+        return Routes(
+            row_R=order_R // top_k,
+            place_TK=place_N.view(num_rows, top_k),
+            ends_E=ends_E,
+            plan=plan_segments(arena_R, slot_N[order_R], expert_N[order_R], accumulates=step.plan.accumulates),
+        )
 
 
 class MoeBlock(nn.Module):
@@ -36,26 +68,17 @@ class MoeBlock(nn.Module):
         step = self.holder.step
         x_TD = hidden_states[0]
         ids_TK, score_TK = self._route(x_TD, step)
-        expert_R = ids_TK.reshape(-1)
-        # Rows come sorted by slot and a stable sort keeps that order inside each expert.
-        order_R = torch.argsort(expert_R, stable=True)
-        row_R = order_R // self.top_k
-        ends_E = torch.bincount(expert_R, minlength=self.num_experts).cumsum(0).to(torch.int32)
-        plan = plan_segments(step.rows.arena_T[row_R], step.rows.slot_T[row_R], expert_R[order_R])
+        routes = Routes.of(ids_TK, self.num_experts, step)
+        x_RD: Tensor = _Dispatch.apply(x_TD, routes)  # type: ignore[no-untyped-call]
+        gate_RI, up_RI = self._product(x_RD, self.gate_up_EOD, ("gate_proj", "up_proj"), routes, step).chunk(2, 1)
+        out_RD = self._product(self.act_fn(gate_RI) * up_RI, self.down_EDI, ("down_proj",), routes, step)
+        out_TD: Tensor = _Combine.apply(out_RD, score_TK.to(out_RD.dtype), routes)  # type: ignore[no-untyped-call]
+        return out_TD.unsqueeze(0)
 
-        x_RD = x_TD[row_R]
-        gate_RI, up_RI = grouped_mm(x_RD, self.gate_up_EOD.transpose(1, 2), offs=ends_E).chunk(2, dim=1)
-        gate_RI = add_lora(gate_RI, x_RD, step.lora("gate_proj", self.layer), plan, step.backend)
-        up_RI = add_lora(up_RI, x_RD, step.lora("up_proj", self.layer), plan, step.backend)
-        inner_RI = self.act_fn(gate_RI) * up_RI
-        out_RD = grouped_mm(inner_RI, self.down_EDI.transpose(1, 2), offs=ends_E)
-        out_RD = add_lora(out_RD, inner_RI, step.lora("down_proj", self.layer), plan, step.backend)
-
-        # Un-sort is a gather over the fixed K, added in order of expert id: no atomics, no order to lose.
-        back_R = torch.empty_like(order_R)
-        back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-        out_TKD = out_RD[back_R].view(len(x_TD), self.top_k, -1)
-        return (out_TKD * score_TK.unsqueeze(-1).to(out_TKD.dtype)).sum(1).unsqueeze(0)
+    def _product(self, x_RD: Tensor, w_EFD: Tensor, modules: tuple[str, ...], routes: Routes, step: Step) -> Tensor:
+        weights = [step.lora(module, self.layer) for module in modules]
+        base = FrozenProduct(w=w_EFD, ends_E=routes.ends_E)
+        return lora_product(x_RD, base, weights, routes.plan, step.kernels.backend)
 
     def _route(self, x_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         prob_TE = softmax(linear(x_TD, self.gate_ED), dim=-1, dtype=torch.float32)
@@ -70,3 +93,46 @@ class MoeBlock(nn.Module):
         if step.routing is not None:
             step.routing.append(ids_TK.to(torch.int16))
         return ids_TK, score_TK
+
+
+class _Dispatch(torch.autograd.Function):
+    """[T, D] -> [R, D]: a copy of each row for each of its experts. Backward adds a row's K gradients in order of
+    expert id: a gather, no atomics, no order to lose."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, routes: Routes) -> Tensor:
+        ctx.routes = routes
+        return x_TD.index_select(0, routes.row_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_T, *others = ctx.routes.place_TK.unbind(1)
+        dx_TD = grads[0].index_select(0, first_T)
+        for place_T in others:
+            dx_TD += grads[0].index_select(0, place_T)
+        return dx_TD, None
+
+
+class _Combine(torch.autograd.Function):
+    """([R, D], [T, K]) -> [T, D]: the sum of a row's expert outputs, weighted by its scores, in order of expert id."""
+
+    @staticmethod
+    def forward(ctx: Any, out_RD: Tensor, score_TK: Tensor, routes: Routes) -> Tensor:
+        ctx.save_for_backward(out_RD, score_TK)
+        ctx.routes = routes
+        sum_TD: Tensor | None = None
+        for place_T, score_T in zip(routes.place_TK.unbind(1), score_TK.unbind(1), strict=True):
+            part_TD = out_RD.index_select(0, place_T).mul_(score_T.unsqueeze(1))
+            sum_TD = part_TD if sum_TD is None else sum_TD.add_(part_TD)
+        assert sum_TD is not None
+        return sum_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out_RD, score_TK = ctx.saved_tensors
+        dy_TD, routes = grads[0], ctx.routes
+        score_R = score_TK.new_zeros(len(out_RD))
+        score_R[routes.place_TK.reshape(-1)] = score_TK.reshape(-1)
+        dout_RD = dy_TD.index_select(0, routes.row_R).mul_(score_R.unsqueeze(1))
+        dscore = [out_RD.index_select(0, place_T).mul_(dy_TD).sum(1) for place_T in routes.place_TK.unbind(1)]
+        return dout_RD, torch.stack(dscore, 1), None

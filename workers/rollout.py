@@ -21,7 +21,7 @@ from populace.workers.base import BaseModel
 from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
 from populace.workers.rows import PackedRows, SequenceGroup, pack_rows
 from populace.workers.slab import Slab
-from populace.workers.step import Step
+from populace.workers.step import Kernels, Step
 
 _BLOCK = 256
 
@@ -29,8 +29,10 @@ _BLOCK = 256
 class _Sequence:
     """One sample while it grows."""
 
-    def __init__(self, request: int, slot: tuple[int, int], uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]):
-        self.request, self.slot, self.uniforms = request, slot, uniforms
+    def __init__(
+        self, number: int, request: int, slot: tuple[int, int], uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]
+    ):
+        self.number, self.request, self.slot, self.uniforms = number, request, slot, uniforms
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.expert_ids: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]] = []
@@ -39,47 +41,56 @@ class _Sequence:
 
 @torch.no_grad()
 def roll_out(
-    base: BaseModel, slab: Slab, requests: Sequence[RolloutRequest], eos_ids: frozenset[int], backend: str
+    base: BaseModel, slab: Slab, requests: Sequence[RolloutRequest], eos_ids: frozenset[int], kernels: Kernels
 ) -> list[RolloutGroup]:
     """Answer every request with its adapter; the adapters must be in the slab. Groups come in the order of the
     requests."""
     ordered = sorted(range(len(requests)), key=lambda index: _slot(slab, requests[index]))
     rows = pack_rows(
-        [SequenceGroup(slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()) for i in ordered]
+        [SequenceGroup(slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()) for i in ordered],
+        row_multiple=kernels.row_multiple,
     )
     attention = PackedAttention(rows, keep=True)
-    step = Step.of(rows, attention, slab, backend, record_routing=True)
+    step = Step.of(rows, attention, slab, kernels, record_routing=True)
     hidden_TD = base.hidden(step)
-    last_T = torch.tensor(rows.group_lengths).cumsum(0) - 1
-    prompt_ids = torch.split(step.recorded_TLK(), list(rows.group_lengths))
+    prompt_ids = torch.split(step.recorded_TLK(), list(rows.group_lengths))[: len(ordered)]
     prompt_expert_ids = dict(zip(ordered, (ids.numpy() for ids in prompt_ids), strict=True))
 
-    samples_G = torch.tensor([requests[i].num_samples for i in ordered])
-    sequences = [
-        _Sequence(i, _slot(slab, requests[i]), _uniforms(slab, requests[i], sample))
-        for i in ordered
-        for sample in range(requests[i].num_samples)
+    running = [
+        _Sequence(number, i, _slot(slab, requests[i]), _uniforms(slab, requests[i], sample))
+        for number, (i, sample) in enumerate((i, k) for i in ordered for k in range(requests[i].num_samples))
     ]
-    max_new = max(request.max_new_tokens for request in requests)
-    cache = KvCache.from_prefill(attention, samples_G, max_new)
-    running = list(sequences)
-    logits_BV = base.logits(
-        torch.repeat_interleave(hidden_TD[last_T], samples_G, dim=0) / _temperatures(running, requests, base.dtype)
-    )
+    sequences = list(running)
+    samples_G = torch.tensor([requests[i].num_samples for i in ordered])
+    cache = KvCache(attention, samples_G, torch.tensor([requests[i].max_new_tokens for i in ordered]))
+    last_G = torch.tensor(rows.group_lengths[: len(ordered)]).cumsum(0) - 1
+    hidden_BD = torch.repeat_interleave(hidden_TD[last_G], samples_G, dim=0)
     while True:
-        _choose(logits_BV, running, requests, eos_ids)
-        keep_B = torch.tensor([place for place, item in enumerate(running) if not item.finished])
-        if len(keep_B) == 0:
+        _choose(_logits(base, hidden_BD, running, requests, kernels), running, requests, eos_ids)
+        running = [item for item in running if not item.finished]
+        if not running:
             break
-        if len(keep_B) < len(running):
-            running = [running[place] for place in keep_B.tolist()]
-            cache.select(keep_B)
-        step = Step.of(_decode_rows(running, cache), CachedAttention(cache), slab, backend, record_routing=True)
-        logits_BV = base.logits(base.hidden(step) / _temperatures(running, requests, base.dtype))
-        for item, ids in zip(running, step.recorded_TLK().numpy(), strict=True):
+        attention_now = CachedAttention(cache, [item.number for item in running])
+        step = Step.of(_decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True)
+        hidden_BD = base.hidden(step)[: len(running)]
+        for item, ids in zip(running, step.recorded_TLK()[: len(running)].numpy(), strict=True):
             item.expert_ids.append(ids)
-        cache.length_B = cache.length_B + 1
+        cache.length_N[[item.number for item in running]] += 1
     return _groups(requests, sequences, prompt_expert_ids, eos_ids, base.routing_shape)
+
+
+def _logits(
+    base: BaseModel,
+    hidden_BD: Tensor,
+    running: Sequence[_Sequence],
+    requests: Sequence[RolloutRequest],
+    kernels: Kernels,
+) -> Tensor:
+    """[B, V] fp32, divided by each sequence's temperature; greedy counts as 1."""
+    temperature_B = torch.tensor([requests[item.request].temperature or 1.0 for item in running], dtype=base.dtype)
+    # Dividing the hidden state is dividing the logits, at a hundredth of the cost.
+    scaled_BD = hidden_BD / temperature_B[:, None]
+    return base.logits(pad(scaled_BD, (0, 0, 0, -len(scaled_BD) % kernels.row_multiple)))[: len(running)]
 
 
 def _choose(
@@ -118,16 +129,20 @@ def _inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return (block_B1 * _BLOCK + place_B1).squeeze(1).clamp(max=num_tokens - 1)
 
 
-def _decode_rows(running: Sequence[_Sequence], cache: KvCache) -> PackedRows:
+def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels) -> PackedRows:
     """One row per sequence: its newest token at its next position."""
-    slot_T2 = torch.tensor([item.slot for item in running])
+    filling = -len(running) % kernels.row_multiple
+    num_rows = len(running) + filling
+    slots = [item.slot for item in running] + [(-1, -1)] * filling
+    slot_T2 = torch.tensor(slots)
+    positions = cache.length_N[[item.number for item in running]]
     return PackedRows(
-        token_T=torch.tensor([item.tokens[-1] for item in running]),
-        position_T=cache.length_B,
+        token_T=torch.tensor([item.tokens[-1] for item in running] + [0] * filling),
+        position_T=pad(positions, (0, filling)),
         arena_T=slot_T2[:, 0].contiguous(),
         slot_T=slot_T2[:, 1].contiguous(),
-        branch_T=torch.full((len(running),), -1),
-        group_lengths=(1,) * len(running),
+        branch_T=torch.full((num_rows,), -1),
+        group_lengths=(1,) * num_rows,
         expert_ids_TLK=None,
         target_row_N=torch.zeros(0, dtype=torch.int64),
         target_token_N=torch.zeros(0, dtype=torch.int64),
@@ -165,11 +180,6 @@ def _groups(
         )
         for index, request in enumerate(requests)
     ]
-
-
-def _temperatures(running: Sequence[_Sequence], requests: Sequence[RolloutRequest], dtype: torch.dtype) -> Tensor:
-    """[B, 1]; dividing the hidden state is dividing the logits, at a hundredth of the cost. Greedy counts as 1."""
-    return torch.tensor([[requests[item.request].temperature or 1.0] for item in running], dtype=dtype)
 
 
 def _slot(slab: Slab, request: RolloutRequest) -> tuple[int, int]:

@@ -35,10 +35,21 @@ class SequenceGroup:
     def num_rows(self) -> int:
         return len(self.prompt_ids) + sum(max(len(branch) - 1, 0) for branch in self.branches)
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that count: those whose predicting row has routing that could be mapped."""
+        ids_of = self.branch_expert_ids or (None,) * len(self.branches)
+        num_masked = int(_gaps(self.prompt_expert_ids, len(self.prompt_ids))[-1]) * len(self.branches)
+        for branch, ids in zip(self.branches, ids_of, strict=True):
+            num_fed = len(branch) - 1
+            num_masked += int(_gaps(None if ids is None else ids[:num_fed], num_fed).sum())
+        return sum(map(len, self.branches)) - num_masked
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
-    """Rows sorted by (slot, group, branch, position)."""
+    """Rows sorted by (slot, group, branch, position); what fills them up to a multiple comes last, as one more group
+    without an adapter."""
 
     token_T: Tensor
     position_T: Tensor
@@ -62,8 +73,13 @@ class PackedRows:
         return len(self.token_T)
 
 
-def pack_rows(groups: Sequence[SequenceGroup], routing_shape: tuple[int, int] | None = None) -> PackedRows:
+def pack_rows(
+    groups: Sequence[SequenceGroup], routing_shape: tuple[int, int] | None = None, row_multiple: int = 1
+) -> PackedRows:
     """`groups` must be sorted by slot. `routing_shape` is (L, K) where any group brings expert ids."""
+    if missing := -sum(group.num_rows for group in groups) % row_multiple:
+        filling = SequenceGroup(slot=(-1, -1), prompt_ids=np.zeros(missing, np.int32), branches=())
+        groups = [*groups, filling]
     tokens, positions, branches, slots, lengths = [], [], [], [], []
     expert_ids, masked_rows, target_rows, target_tokens, target_counts, temperatures = [], [], [], [], [], []
     start = 0

@@ -35,7 +35,7 @@ class SlotState:
     """What an adapter carries besides tensors. All but `experts` travels in the moments blob."""
 
     experts: frozenset[int] = frozenset()
-    """Experts whose tensors are no longer as initialised; they stand in the manifest."""
+    """Experts that ever got a gradient: their tensors are no longer as initialised; they stand in the manifest."""
     step: int = 0
     baseline: float = 0.0
     num_rewards: int = 0
@@ -137,14 +137,6 @@ class Slab:
             flat = torch.zeros(exact.size)
             _scatter_parts(flat, exact, experts, part)
             self._fill(target[slot.row], arena, slot.spec, flat)
-
-    def reached_experts(self, key: AdapterKey) -> tuple[int, ...]:
-        """Experts that ever got a gradient, the one now in the slab included. Remembered by number: moments fade
-        to zero long after the weights that they moved."""
-        slot = self.slots[key]
-        arena = self.arenas[slot.arena]
-        grad_EN = arena.grads[slot.row, arena.layout.dense_size :].view(self.dims.num_experts, -1)
-        return tuple(sorted(slot.state.experts | set(grad_EN.any(dim=1).nonzero().squeeze(1).tolist())))
 
     def dump(self, key: AdapterKey, experts: tuple[int, ...]) -> tuple[bytes, bytes]:
         """(weights, moments) blobs: fp32 little-endian in exact layout, dense part then the given experts; the

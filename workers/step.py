@@ -16,26 +16,41 @@ from populace.workers.slab import Slab
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """How products are computed."""
+
+    backend: str
+    row_multiple: int
+    """Row counts of the base's products are multiples of this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     rows: PackedRows
     attention: Attention
     slab: Slab | None
     """None runs the base alone."""
-    backend: str
+    kernels: Kernels
     plan: SegmentPlan
     routing: list[Tensor] | None = field(default=None)
     """Where given, every MoE block appends its selection, [T, K] int16, in layer order."""
 
     @staticmethod
     def of(
-        rows: PackedRows, attention: Attention, slab: Slab | None, backend: str, record_routing: bool = False
+        rows: PackedRows,
+        attention: Attention,
+        slab: Slab | None,
+        kernels: Kernels,
+        *,
+        record_routing: bool = False,
+        accumulates: bool = False,
     ) -> Step:
         return Step(
             rows=rows,
             attention=attention,
             slab=slab,
-            backend=backend,
-            plan=plan_segments(rows.arena_T, rows.slot_T),
+            kernels=kernels,
+            plan=plan_segments(rows.arena_T, rows.slot_T, accumulates=accumulates),
             routing=[] if record_routing else None,
         )
 

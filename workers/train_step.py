@@ -4,54 +4,100 @@ What depends on one adapter alone stays so: its loss denominator, clipping, step
 moments. A wave that is too large for memory runs in passes; a pass holds whole adapters, or the i-th share of an
 adapter that is larger than a pass, so that how an adapter is split never depends on who else is there.
 
-Suffixes: A adapters, N target tokens or elements of an adapter, T rows.
+Suffixes: A adapters of a pass, N target tokens, T rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, token_logprobs
 from populace.workers.batch import AdapterBatch, AdapterKey, AdapterUpdate, StepResult, WaveBatch
 from populace.workers.losses import Baseline, LossSettings, WeightedGroup, token_losses, weigh_groups
+from populace.workers.numerics import ROW_MULTIPLE
+from populace.workers.optimizer import AdamSettings, update_adapters
 from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.slab import Slab, Slot
-from populace.workers.step import Step
+from populace.workers.slab import Slab
+from populace.workers.step import Kernels, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSettings:
-    """See configs/schema.py, TrainSettings."""
+    """See configs/schema.py, TrainSettings and OptimizerSettings."""
 
-    backend: str
+    kernels: Kernels
     max_rows_per_pass: int
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    max_grad_norm: float
+    adam: AdamSettings
     loss: LossSettings
+
+    @staticmethod
+    def of(train: TrainSettings, optimizer: OptimizerSettings) -> TrainerSettings:
+        return TrainerSettings(
+            kernels=Kernels(backend=train.backend, row_multiple=ROW_MULTIPLE[train.numerics]),
+            max_rows_per_pass=train.max_rows_per_pass,
+            adam=AdamSettings(**asdict(optimizer)),
+            loss=LossSettings(
+                kl_coefficient=train.kl_coefficient,
+                kl_in_reward=train.kl_in == "reward",
+                importance_cap=train.importance_cap,
+                baseline_decay=train.baseline_decay,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """A group that has something to teach, ready to be packed."""
+
+    weighted: WeightedGroup
+    sequence: SequenceGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lesson:
+    """What one adapter learns in this wave."""
+
+    key: AdapterKey
+    slot: tuple[int, int]
+    items: tuple[_Item, ...]
+    denominator: int
+    """Loss tokens of the whole adapter, over all passes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
     """One adapter's part of one pass."""
 
-    slot: Slot
-    key: AdapterKey
-    groups: tuple[WeightedGroup, ...]
-    denominator: int
-    """Loss tokens of the whole adapter, over all passes."""
+    lesson: _Lesson
+    items: tuple[_Item, ...]
 
     @property
     def num_rows(self) -> int:
-        return sum(_sequence(item, self.slot).num_rows for item in self.groups)
+        return sum(item.sequence.num_rows for item in self.items)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the passes said about one adapter."""
+
+    loss: float = 0.0
+    largest_gap: float = -np.inf
+    """Of log-probabilities between rollout and trainer."""
+
+
+@dataclass(slots=True)
+class _Passes:
+    """Sums over all passes of a wave."""
+
+    tallies: dict[AdapterKey, _Tally] = field(default_factory=dict)
+    num_rows: int = 0
 
 
 def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerSettings) -> StepResult:
@@ -60,98 +106,40 @@ def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerS
     An adapter without signal, or with a gradient that is not finite, keeps its weights and moments bit for bit
     and says so in its status; the others go on.
     """
-    weighted: dict[AdapterKey, list[WeightedGroup]] = {}
-    baselines: dict[AdapterKey, Baseline] = {}
+    lessons, baselines = [], {}
     for item in batch.adapters:
-        state = slab.slots[item.adapter].state
-        before = Baseline(value=state.baseline, num_rewards=state.num_rewards)
-        groups, baselines[item.adapter] = weigh_groups(item.groups, before, settings.loss)
-        slot = slab.slots[item.adapter]
-        slab.arenas[slot.arena].grads[slot.row].zero_()
-        # Where every target is masked there is nothing to learn from, momentum or not.
-        weighted[item.adapter] = [group for group in groups if _num_targets(base, group, slot)]
-
-    active = [item for item in batch.adapters if weighted[item.adapter]]
-    losses: dict[AdapterKey, float] = {item.adapter: 0.0 for item in active}
-    mismatches: dict[AdapterKey, list[float]] = {item.adapter: [] for item in active}
-    num_rows = 0
-    for shares in _passes(base, slab, active, weighted, settings.max_rows_per_pass):
-        num_rows += _forward_backward(base, slab, shares, settings, losses, mismatches)
-
-    norms = {key: _grad_norm(slab, key) for key in losses}
-    finite = [key for key in losses if np.isfinite(norms[key])]
-    _adamw(slab, {key: norms[key] for key in finite}, settings)
-    updates = []
-    for item in batch.adapters:
-        key = item.adapter
-        metrics = _metrics(item, key, losses, norms, mismatches)
-        state, baseline = slab.slots[key].state, baselines[key]
-        if key in losses and key not in finite:
-            updates.append(_unchanged(key, "non_finite", metrics))
-        elif key not in losses and baseline.num_rewards == state.num_rewards:
-            updates.append(_unchanged(key, "no_signal", metrics))
-        else:
-            # A first logged reward moves no weight, but the baseline that it sets is learnt state too.
-            state.baseline, state.num_rewards = baseline.value, baseline.num_rewards
-            experts = slab.reached_experts(key)
-            state.experts = frozenset(experts)
-            weights, moments = slab.dump(key, experts)
-            updates.append(
-                AdapterUpdate(
-                    adapter=key,
-                    status="updated",
-                    weights=weights,
-                    moments=moments,
-                    experts=experts,
-                    metrics=metrics,
-                )
-            )
-    return StepResult(updates=tuple(updates), num_rows=num_rows)
+        lesson, baselines[item.adapter] = _prepare(slab, item, settings.loss)
+        if lesson.items:
+            lessons.append(lesson)
+    done = _Passes()
+    for turn, shares in _shares(lessons, settings.max_rows_per_pass):
+        _forward_backward(base, slab, shares, settings, done, accumulates=turn > 0)
+    norms = update_adapters(slab, list(done.tallies), settings.adam)
+    updates = tuple(
+        _update(slab, item, baselines[item.adapter], done.tallies.get(item.adapter), norms.get(item.adapter))
+        for item in batch.adapters
+    )
+    return StepResult(updates=updates, num_rows=done.num_rows)
 
 
-def _passes(
-    base: BaseModel,
-    slab: Slab,
-    active: Sequence[AdapterBatch],
-    weighted: dict[AdapterKey, list[WeightedGroup]],
-    max_rows: int,
-) -> Iterator[list[_Share]]:
-    """Shares of adapters by pass: the i-th shares of all adapters come before any (i+1)-th."""
-    by_turn: dict[int, list[_Share]] = {}
-    for item in active:
-        slot, groups = slab.slots[item.adapter], weighted[item.adapter]
-        denominator = sum(_num_targets(base, group, slot) for group in groups)
-        for turn, part in enumerate(_split(groups, slot, max_rows)):
-            share = _Share(slot=slot, key=item.adapter, groups=part, denominator=denominator)
-            by_turn.setdefault(turn, []).append(share)
-    for turn in sorted(by_turn):
-        current: list[_Share] = []
-        for share in sorted(by_turn[turn], key=lambda share: (share.slot.arena, share.slot.row)):
-            if current and sum(other.num_rows for other in current) + share.num_rows > max_rows:
-                yield current
-                current = []
-            current.append(share)
-        yield current
+def _prepare(slab: Slab, batch: AdapterBatch, settings: LossSettings) -> tuple[_Lesson, Baseline]:
+    """The groups with signal and the baseline afterwards. Clears the adapter's gradient."""
+    slot = slab.slots[batch.adapter]
+    slab.arenas[slot.arena].grads[slot.row].zero_()
+    before = Baseline(value=slot.state.baseline, num_rewards=slot.state.num_rewards)
+    weighted, baseline = weigh_groups(batch.groups, before, settings)
+    place = (slot.arena, slot.row)
+    items = [_Item(weighted=group, sequence=_sequence(group, place)) for group in weighted]
+    # Where every target is masked there is nothing to learn from, momentum or not.
+    items = [item for item in items if item.sequence.num_targets]
+    denominator = sum(item.sequence.num_targets for item in items)
+    return _Lesson(key=batch.adapter, slot=place, items=tuple(items), denominator=denominator), baseline
 
 
-def _split(groups: Sequence[WeightedGroup], slot: Slot, max_rows: int) -> list[tuple[WeightedGroup, ...]]:
-    """An adapter's groups in shares of at most `max_rows` (a single larger group is a share of its own)."""
-    parts: list[list[WeightedGroup]] = [[]]
-    rows = 0
-    for group in groups:
-        size = _sequence(group, slot).num_rows
-        if parts[-1] and rows + size > max_rows:
-            parts.append([])
-            rows = 0
-        parts[-1].append(group)
-        rows += size
-    return [tuple(part) for part in parts]
-
-
-def _sequence(item: WeightedGroup, slot: Slot) -> SequenceGroup:
-    group = item.group
+def _sequence(weighted: WeightedGroup, slot: tuple[int, int]) -> SequenceGroup:
+    group = weighted.group
     return SequenceGroup(
-        slot=(slot.arena, slot.row),
+        slot=slot,
         prompt_ids=group.prompt_ids,
         branches=tuple(scored.sample.completion_ids for scored in group.samples),
         prompt_expert_ids=group.prompt_expert_ids,
@@ -160,9 +148,35 @@ def _sequence(item: WeightedGroup, slot: Slot) -> SequenceGroup:
     )
 
 
-def _num_targets(base: BaseModel, item: WeightedGroup, slot: Slot) -> int:
-    rows = pack_rows([_sequence(item, slot)], base.routing_shape)
-    return int((~rows.target_masked_N).sum())
+def _shares(lessons: Sequence[_Lesson], max_rows: int) -> Iterator[tuple[int, list[_Share]]]:
+    """(turn, shares) of each pass: the i-th shares of all adapters come before any (i+1)-th."""
+    by_turn: dict[int, list[_Share]] = {}
+    for lesson in sorted(lessons, key=lambda lesson: lesson.slot):
+        for turn, share in enumerate(_split(lesson, max_rows)):
+            by_turn.setdefault(turn, []).append(share)
+    for turn, shares in sorted(by_turn.items()):
+        current: list[_Share] = []
+        num_rows = 0
+        for share in shares:
+            if current and num_rows + share.num_rows > max_rows:
+                yield turn, current
+                current, num_rows = [], 0
+            current.append(share)
+            num_rows += share.num_rows
+        yield turn, current
+
+
+def _split(lesson: _Lesson, max_rows: int) -> Iterator[_Share]:
+    """An adapter's groups in shares of at most `max_rows` (a single larger group is a share of its own)."""
+    part: list[_Item] = []
+    num_rows = 0
+    for item in lesson.items:
+        if part and num_rows + item.sequence.num_rows > max_rows:
+            yield _Share(lesson=lesson, items=tuple(part))
+            part, num_rows = [], 0
+        part.append(item)
+        num_rows += item.sequence.num_rows
+    yield _Share(lesson=lesson, items=tuple(part))
 
 
 def _forward_backward(
@@ -170,127 +184,81 @@ def _forward_backward(
     slab: Slab,
     shares: Sequence[_Share],
     settings: TrainerSettings,
-    losses: dict[AdapterKey, float],
-    mismatches: dict[AdapterKey, list[float]],
-) -> int:
-    """One pass; adds gradients into the slab and returns the number of rows."""
-    items = [(share, item) for share in shares for item in share.groups]
-    rows = pack_rows([_sequence(item, share.slot) for share, item in items], base.routing_shape)
-    step = Step.of(rows, PackedAttention(rows), slab, settings.backend)
+    done: _Passes,
+    *,
+    accumulates: bool,
+) -> None:
+    """One pass; leaves gradients in the slab and its sums in `done`."""
+    items = [item for share in shares for item in share.items]
+    rows = pack_rows([item.sequence for item in items], base.routing_shape, settings.kernels.row_multiple)
+    step = Step.of(rows, PackedAttention(rows), slab, settings.kernels, accumulates=accumulates)
     logprob_N = token_logprobs(base, base.hidden(step), step)
 
-    columns = [
-        _token_columns(item, advantage, index)
-        for share, item in items
-        for index, advantage in enumerate(item.advantages)
-    ]
     advantage_N, behaviour_N, base_N, policy_N = (
-        torch.cat([column[place] for column in columns]) for place in range(4)
+        torch.from_numpy(np.concatenate(column)) for column in zip(*map(_token_columns, items), strict=True)
     )
-    # repeat_interleave over samples: which share each token belongs to.
-    share_of_sample = [place for place, share in enumerate(shares) for item in share.groups for _ in item.advantages]
-    share_N = torch.repeat_interleave(torch.tensor(share_of_sample), torch.tensor(rows.target_counts))
-    denominator_N = torch.tensor([share.denominator for share in shares])[share_N]
-    loss_N = token_losses(logprob_N, advantage_N, behaviour_N, base_N, policy_N.bool(), settings.loss)
-    loss_N = torch.where(rows.target_masked_N, 0.0, loss_N / denominator_N)
+    counts_A = [sum(sum(map(len, item.sequence.branches)) for item in share.items) for share in shares]
+    denominators_A = torch.tensor([share.lesson.denominator for share in shares])
+    loss_N = token_losses(logprob_N, advantage_N, behaviour_N, base_N, policy_N, settings.loss)
+    loss_N = loss_N / torch.repeat_interleave(denominators_A, torch.tensor(counts_A))
+    loss_N = torch.where(rows.target_masked_N, 0.0, loss_N)
     loss_N.sum().backward()  # type: ignore[no-untyped-call]
 
+    starts_A = np.cumsum([0, *counts_A[:-1]])
     gap_N = (logprob_N.detach() - behaviour_N).abs()
-    for place, share in enumerate(shares):
-        mine_N = share_N == place
-        losses[share.key] += float(loss_N.detach()[mine_N].sum())
-        mismatches[share.key] += gap_N[mine_N & ~gap_N.isnan() & ~rows.target_masked_N].tolist()
-    return rows.num_rows
+    gap_N = torch.where(gap_N.isnan() | rows.target_masked_N, -torch.inf, gap_N)
+    loss_A = np.add.reduceat(loss_N.detach().double().numpy(), starts_A)
+    gap_A = np.maximum.reduceat(gap_N.numpy(), starts_A)
+    for share, loss, gap in zip(shares, loss_A.tolist(), gap_A.tolist(), strict=True):
+        tally = done.tallies.setdefault(share.lesson.key, _Tally())
+        tally.loss += loss
+        tally.largest_gap = max(tally.largest_gap, gap)
+    done.num_rows += rows.num_rows
 
 
-def _token_columns(item: WeightedGroup, advantage: float, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Advantage, behaviour log-probability, base log-probability, is-policy-gradient of one sample's tokens."""
-    scored = item.group.samples[index]
-    num_tokens = len(scored.sample.completion_ids)
+Column = NDArray[np.float32] | NDArray[np.bool_]
 
-    def known(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None) -> Tensor:
-        return torch.full((num_tokens,), torch.nan) if values is None else torch.from_numpy(values.copy())
+
+def _token_columns(item: _Item) -> tuple[Column, Column, Column, Column]:
+    """Of one group's tokens: advantage, behaviour log-probability, base log-probability, is-policy-gradient."""
+    group, advantages = item.weighted.group, item.weighted.advantages
+    counts = [len(scored.sample.completion_ids) for scored in group.samples]
+
+    def known(values: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
+        pairs = zip(values, counts, strict=True)
+        return np.concatenate([np.full(n, np.nan, np.float32) if own is None else own for own, n in pairs])
 
     return (
-        torch.full((num_tokens,), advantage),
-        known(scored.sample.logprobs),
-        known(scored.base_logprobs),
-        torch.full((num_tokens,), float(item.group.kind != "demonstration")),
+        np.repeat(np.asarray(advantages, np.float32), counts),
+        known([scored.sample.logprobs for scored in group.samples]),
+        known([scored.base_logprobs for scored in group.samples]),
+        np.full(sum(counts), group.kind != "demonstration"),
     )
 
 
-def _grad_norm(slab: Slab, key: AdapterKey) -> float:
-    """Norm over the whole adapter: one sum of squares per part, added in layout order in fp64. Not finite when
-    any element isn't."""
-    slot = slab.slots[key]
-    arena = slab.arenas[slot.arena]
-    grad_N, dense = arena.grads[slot.row], arena.layout.dense_size
-    parts = [grad_N[:dense], *grad_N[dense:].view(slab.dims.num_experts, -1)]
-    return float(np.sqrt(sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts)))
+def _update(
+    slab: Slab, batch: AdapterBatch, baseline: Baseline, tally: _Tally | None, norm: float | None
+) -> AdapterUpdate:
+    """What became of one adapter. Takes over the new baseline where there is an update."""
+    key, state = batch.adapter, slab.slots[batch.adapter].state
+    metrics = _metrics(batch, tally, norm)
+    status = "updated"
+    if norm is not None and not np.isfinite(norm):
+        status = "non_finite"
+    elif norm is None and baseline.num_rewards == state.num_rewards:
+        # A first logged reward moves no weight, but the baseline that it sets is learnt state too.
+        status = "no_signal"
+    if status != "updated":
+        return AdapterUpdate(adapter=key, status=status, weights=b"", moments=b"", experts=(), metrics=metrics)
+    state.baseline, state.num_rewards = baseline.value, baseline.num_rewards
+    experts = tuple(sorted(state.experts))
+    weights, moments = slab.dump(key, experts)
+    return AdapterUpdate(adapter=key, status=status, weights=weights, moments=moments, experts=experts, metrics=metrics)
 
 
-def _adamw(slab: Slab, norms: dict[AdapterKey, float], settings: TrainerSettings) -> None:
-    """AdamW (https://arxiv.org/abs/1711.05101) on each adapter's row in place, bias-corrected by its own step.
-
-    Experts that no token ever reached are left out: they stay as initialised, weight decay included.
-    """
-    for key, norm in norms.items():
-        slot = slab.slots[key]
-        arena, spec = slab.arenas[slot.arena], slot.spec
-        slot.state.step += 1
-        arena.grads[slot.row].mul_(min(1.0, settings.max_grad_norm / (norm + 1e-12)))
-        for which, rate in (
-            ("a", spec.learning_rate),
-            ("b", spec.learning_rate * spec.b_learning_rate_ratio),
-        ):
-            views = [
-                _updated_parts(slab, key, flat[slot.row], which)
-                for flat in (arena.weights, arena.grads, arena.m, arena.v)
-            ]
-            if not views[0]:
-                continue
-            torch._fused_adamw_(
-                views[0],
-                views[1],
-                views[2],
-                views[3],
-                [],
-                [torch.tensor(float(slot.state.step)) for _ in views[0]],
-                lr=rate,
-                beta1=settings.beta1,
-                beta2=settings.beta2,
-                weight_decay=settings.weight_decay,
-                eps=settings.epsilon,
-                amsgrad=False,
-                maximize=False,
-            )
-
-
-def _updated_parts(slab: Slab, key: AdapterKey, flat_N: Tensor, which: str) -> list[Tensor]:
-    """The tensors of `flat_N` that this step moves with the learning rate of A or of B. Where the two are one,
-    `a` names whole parts and `b` nothing: few large pieces instead of hundreds of small ones."""
-    slot = slab.slots[key]
-    layout, experts = slab.arenas[slot.arena].layout, slab.reached_experts(key)
-    parts = [flat_N[: layout.dense_size]] + [flat_N[slice(*layout.expert_range(expert))] for expert in experts]
-    if slot.spec.b_learning_rate_ratio == 1.0:
-        return parts if which == "a" else []
-    return [
-        part[place.offset : place.offset + place.shape[0] * place.shape[1]]
-        for part, places in zip(parts, [layout.dense] + [layout.expert] * len(experts), strict=True)
-        for place in places.values()
-        if place.which == which
-    ]
-
-
-def _metrics(
-    item: AdapterBatch,
-    key: AdapterKey,
-    losses: dict[AdapterKey, float],
-    norms: dict[AdapterKey, float],
-    mismatches: dict[AdapterKey, list[float]],
-) -> dict[str, float]:
-    scored = [sample for group in item.groups for sample in group.samples]
-    rewards = [sample.reward for group in item.groups if group.kind == "task" for sample in group.samples]
+def _metrics(batch: AdapterBatch, tally: _Tally | None, norm: float | None) -> dict[str, float]:
+    scored = [sample for group in batch.groups for sample in group.samples]
+    rewards = [sample.reward for group in batch.groups if group.kind == "task" for sample in group.samples]
     metrics = {"tokens": float(sum(len(sample.sample.completion_ids) for sample in scored))}
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
@@ -301,12 +269,6 @@ def _metrics(
     ]
     if kls:
         metrics["kl_to_base"] = float(np.mean(kls))
-    if key in losses:
-        metrics |= {"loss": losses[key], "grad_norm": norms[key]}
-        if mismatches[key]:
-            metrics["logprob_gap_max"] = max(mismatches[key])
+    if tally is not None and norm is not None:
+        metrics |= {"loss": tally.loss, "grad_norm": norm, "logprob_gap_max": tally.largest_gap}
     return {name: value for name, value in metrics.items() if np.isfinite(value)}
-
-
-def _unchanged(key: AdapterKey, status: str, metrics: dict[str, float]) -> AdapterUpdate:
-    return AdapterUpdate(adapter=key, status=status, weights=b"", moments=b"", experts=(), metrics=metrics)

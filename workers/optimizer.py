@@ -1,0 +1,175 @@
+"""AdamW over slots: each adapter's own learning rates, step, clipping and activity.
+
+Whether an adapter is updated, and how far its gradient is clipped, is decided before anything is written. What an
+adapter gets depends on its own row alone: sums run in fixed blocks, in layout order.
+
+Suffixes: E experts, B blocks, N elements.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from populace.storage.errors import PopulaceError
+from populace.workers.batch import AdapterKey
+from populace.workers.layout import AdapterLayout
+from populace.workers.slab import Slab, Slot
+
+BLOCK = 4096
+"""Elements per partial sum: short enough that one thread adds it, whatever the number of threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamSettings:
+    """See configs/schema.py, OptimizerSettings."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    offload: bool
+
+    @property
+    def name(self) -> str:
+        """In the numerics fingerprint."""
+        return "deepspeed-cpuadam" if self.offload else "slab-adamw"
+
+
+def update_adapters(slab: Slab, keys: Sequence[AdapterKey], settings: AdamSettings) -> dict[AdapterKey, float]:
+    """Clip and step every adapter whose gradient is finite, in place; returns all gradient norms. A norm that is not
+    finite means that its adapter was left as it was."""
+    norms = {}
+    apply = _cpu_adam if settings.offload else _fused_adamw
+    for key in keys:
+        slot = slab.slots[key]
+        squares_E1 = part_squares(slab, slot)
+        norm = norms[key] = math.sqrt(math.fsum(squares_E1)) if all(map(math.isfinite, squares_E1)) else math.nan
+        if math.isnan(norm):
+            continue
+        slot.state.step += 1
+        # Experts that no token ever reached are left out: they stay as initialised, weight decay included.
+        reached = {expert for expert, square in enumerate(squares_E1[1:]) if square > 0}
+        slot.state.experts |= reached
+        scale = min(1.0, settings.max_grad_norm / (norm + 1e-12))
+        for rate, pieces in _pieces(slab, slot):
+            apply(pieces, slot.state.step, rate, scale, settings)
+    return norms
+
+
+def part_squares(slab: Slab, slot: Slot) -> list[float]:
+    """Sums of squares of an adapter's gradient: of its dense part, then of each expert's."""
+    arena = slab.arenas[slot.arena]
+    grad_N, dense = arena.grads[slot.row], arena.layout.dense_size
+    parts = [grad_N[:dense].unsqueeze(0), grad_N[dense:].view(slab.dims.num_experts, -1)]
+    squares: list[float] = []
+    for part_EN in parts:
+        whole = part_EN.shape[1] // BLOCK * BLOCK
+        norms = [torch.linalg.vector_norm(part_EN[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)] if whole else []
+        norms.append(torch.linalg.vector_norm(part_EN[:, whole:], dim=1, keepdim=True))
+        squares += [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
+    return squares
+
+
+Pieces = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+"""(weights, gradient, m, v) of parts of an adapter."""
+
+
+def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
+    """What this step moves, by learning rate. Where A and B have the same, few large pieces instead of hundreds."""
+    arena, spec = slab.arenas[slot.arena], slot.spec
+    flats = (arena.weights[slot.row], arena.grads[slot.row], arena.m[slot.row], arena.v[slot.row])
+    ranges = _ranges(arena.layout, frozenset(slot.state.experts), spec.b_learning_rate_ratio != 1.0)
+    rates = {"a": spec.learning_rate, "b": spec.learning_rate * spec.b_learning_rate_ratio}
+    return [
+        (rates[which], [(flats[0][s:e], flats[1][s:e], flats[2][s:e], flats[3][s:e]) for s, e in bounds])
+        for which, bounds in ranges.items()
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _ranges(layout: AdapterLayout, experts: frozenset[int], apart: bool) -> dict[str, list[tuple[int, int]]]:
+    """Ranges of the flat buffer by `a` and `b`; all under `a` unless they are wanted apart."""
+    parts = [(0, layout.dense)] + [(layout.expert_range(expert)[0], layout.expert) for expert in sorted(experts)]
+    found: dict[str, list[tuple[int, int]]] = {"a": []}
+    for base, places in parts:
+        for place in places.values():
+            own = found.setdefault(place.which if apart else "a", [])
+            start = base + place.offset
+            if own and own[-1][1] == start:
+                start = own.pop()[0]
+            own.append((start, base + place.offset + math.prod(place.shape)))
+    return found
+
+
+def _fused_adamw(pieces: Pieces, step: int, rate: float, scale: float, settings: AdamSettings) -> None:
+    """AdamW (https://arxiv.org/abs/1711.05101) by torch's fused kernel, which corrects the bias in fp64."""
+    weights, grads, m, v = (list(column) for column in zip(*pieces, strict=True))
+    torch._fused_adamw_(
+        weights,
+        grads,
+        m,
+        v,
+        [],
+        [torch.tensor(float(step))] * len(pieces),
+        lr=rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None if scale == 1.0 else torch.tensor(1 / scale),
+    )
+
+
+def _cpu_adam(pieces: Pieces, step: int, rate: float, scale: float, settings: AdamSettings) -> None:
+    """The same by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the history of its calls: it
+    is off, and the correction moves into rate and epsilon,
+
+        m̂ / (√v̂ + ε) = (√c₂ / c₁) · m / (√v + ε √c₂),    cᵢ = 1 - βᵢ^step.
+    """
+    root = math.sqrt(1 - settings.beta2**step)
+    corrected = rate * root / (1 - settings.beta1**step)
+    for weights, grads, m, v in pieces:
+        host, gradient = weights.cpu(), grads.cpu() * scale
+        _cpu_adam_library().adam_update(
+            0,
+            step,
+            corrected,
+            settings.beta1,
+            settings.beta2,
+            settings.epsilon * root,
+            settings.weight_decay * rate / corrected,
+            False,
+            host,
+            gradient,
+            m,
+            v,
+        )
+        if host is not weights:
+            weights.copy_(host)
+
+
+@functools.cache
+def _cpu_adam_library() -> Any:
+    """DeepSpeed's extension; the first use compiles it, which takes minutes once and needs g++ and ninja."""
+    try:
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        load: Callable[..., Any] = CPUAdamBuilder().load
+        library = load(verbose=False)
+    except Exception as error:  # the builder raises whatever the compiler or the loader does
+        raise PopulaceError(
+            f"optimizer.offload needs DeepSpeed's CPUAdam, which can't be loaded ({error}); install it with "
+            "`pip install deepspeed ninja --no-build-isolation` beside g++, or set optimizer.offload=false"
+        ) from error
+    library.create_adam(0, 1e-3, 0.9, 0.99, 1e-8, 0.0, True, False)
+    return library
