@@ -1,33 +1,49 @@
-"""The same on torch's batched products: neighbouring segments of one length are one `bmm`, in place on strided views,
-so that no row is copied and none is padded. What a segment gets depends on its own shape alone.
+"""The same on torch's batched products: segments of one height are one `bmm`. Short segments are filled up to few
+heights and copied together; long ones, and rows that lie right already, are used where they are. What a segment gets
+depends on its own shape alone.
 
-Suffixes: G segments of a run, C rows of each, D in, F out, R rank.
+Suffixes: G segments of an arena, U tile rows, D in, F out, R rank; B segments of a batch, M its height.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from populace.kernels.tiles import ArenaSegments, Run
+from populace.kernels.tiles import ArenaBatches, Batch, Batches, SegmentPlan
 
 if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights
 
-SMALL_ROWS = 16
-"""A product of fewer rows than this is never left alone in its batch: MKL then splits it over threads another way."""
+SMALL = 16
+"""A product of fewer rows or columns than this is never left alone in its batch: MKL splits it over threads in another
+way, with other bits."""
 
 
-def add_delta(y_TF: Tensor, x_TD: Tensor, weights: LoraWeights, segments: ArenaSegments) -> list[Tensor]:
-    """See `reference.add_delta`; one tensor per run."""
-    shrunk = []
-    for run in segments.runs:
-        s_GCR = _product(_rows(x_TD, run), _adapters(weights.a, run, x_TD.dtype).transpose(1, 2))
-        scaled_GCR = _scaled(s_GCR, weights, run)
-        _add_product(_rows(y_TF, run), scaled_GCR, _adapters(weights.b, run, x_TD.dtype).transpose(1, 2))
-        shrunk.append(scaled_GCR)
+def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
+    """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
+    batches = plan.batches
+    x_UD, out_UF, shrunk = _to_tiles(x_TD, batches), _tiles_to_add_to(y_TF, batches), []
+    for own_UF, weights in zip(out_UF.chunk(len(modules), 1), modules, strict=True):
+        for arena in batches.arenas:
+            own = weights[arena.arena]
+            a_GRD, b_GFR = (_gather(w, arena, plan, x_TD.dtype) for w in (own.a, own.b))
+            s_UR = x_TD.new_empty(arena.rows.stop - arena.rows.start, a_GRD.shape[1])
+            for batch in arena.batches:
+                s_BMR = _own(s_UR, batch, arena)
+                _product(_tiles(x_UD, batch), a_GRD[batch.members].mT, out=s_BMR)
+            s_UR *= _scales(own, batches, arena)
+            for batch in arena.batches:
+                b_BRF = b_GFR[batch.members].mT
+                _add_product(
+                    _own(s_UR, batch, arena), b_BRF, to=_tiles(own_UF, batch), is_fresh=batches.place_T is not None
+                )
+            shrunk.append(s_UR)
+    _from_tiles(y_TF, out_UF, batches)
     return shrunk
 
 
@@ -35,67 +51,104 @@ def add_gradients(
     dx_TD: Tensor,
     dy_TF: Tensor,
     x_TD: Tensor,
-    shrunk: list[Tensor],
-    weights: LoraWeights,
-    segments: ArenaSegments,
-    accumulates: bool,
+    shrunk: Sequence[Tensor],
+    modules: Sequence[Sequence[LoraWeights]],
+    plan: SegmentPlan,
 ) -> None:
-    """See `reference.add_gradients`; `shrunk` comes scaled."""
-    for run, scaled_GCR in zip(segments.runs, shrunk, strict=True):
-        dy_GCF, x_GCD = _rows(dy_TF, run), _rows(x_TD, run)
-        ds_GCR = _scaled(_product(dy_GCF, _adapters(weights.b, run, x_TD.dtype)), weights, run)
-        _put(weights.grad_b, run, dy_GCF.transpose(1, 2), scaled_GCR, accumulates)
-        _put(weights.grad_a, run, ds_GCR.transpose(1, 2), x_GCD, accumulates)
-        _add_product(_rows(dx_TD, run), ds_GCR, _adapters(weights.a, run, x_TD.dtype))
+    """See `reference.add_gradients`; `shrunk` comes scaled, with zeros where rows are filling."""
+    batches, saved = plan.batches, iter(shrunk)
+    x_UD, dy_UF, out_UD = _to_tiles(x_TD, batches), _to_tiles(dy_TF, batches), _tiles_to_add_to(dx_TD, batches)
+    is_fresh = batches.place_T is not None
+    for own_UF, weights in zip(dy_UF.chunk(len(modules), 1), modules, strict=True):
+        for arena in batches.arenas:
+            own, s_UR = weights[arena.arena], next(saved)
+            a_GRD, b_GFR = (_gather(w, arena, plan, x_TD.dtype) for w in (own.a, own.b))
+            ds_UR, da_GRD, db_GFR = torch.empty_like(s_UR), torch.empty_like(a_GRD), torch.empty_like(b_GFR)
+            for batch in arena.batches:
+                _product(_tiles(own_UF, batch), b_GFR[batch.members], out=_own(ds_UR, batch, arena))
+            ds_UR *= _scales(own, batches, arena)
+            for batch in arena.batches:
+                ds_BMR, s_BMR = _own(ds_UR, batch, arena), _own(s_UR, batch, arena)
+                _product(_tiles(own_UF, batch).mT, s_BMR, out=db_GFR[batch.members])
+                _product(ds_BMR.mT, _tiles(x_UD, batch), out=da_GRD[batch.members])
+                _add_product(ds_BMR, a_GRD[batch.members], to=_tiles(out_UD, batch), is_fresh=is_fresh)
+            _put(own.grad_a, da_GRD, arena, plan)
+            _put(own.grad_b, db_GFR, arena, plan)
+        is_fresh = False
+    _from_tiles(dx_TD, out_UD, batches)
 
 
-def _rows(x_TD: Tensor, run: Run) -> Tensor:
-    return x_TD[run.start : run.end].unflatten(0, (len(run.slots), run.num_rows))
+def _to_tiles(x_TD: Tensor, batches: Batches) -> Tensor:
+    return x_TD if batches.source_U is None else x_TD.index_select(0, batches.source_U)
 
 
-def _adapters(w: Tensor, run: Run, dtype: torch.dtype) -> Tensor:
-    """[G, ·, ·] of the run's segments; a view where their slots are neighbours."""
-    return _select(w if run.expert is None else w[:, run.expert], run).to(dtype)
+def _tiles_to_add_to(y_TF: Tensor, batches: Batches) -> Tensor:
+    """Where products go: the rows themselves, or tile rows to be added to them, and a row of zeros behind."""
+    if batches.source_U is None:
+        return y_TF
+    out_UF = y_TF.new_empty(len(batches.source_U) + 1, y_TF.shape[1])
+    out_UF[-1] = 0
+    return out_UF
 
 
-def _select(w: Tensor, run: Run) -> Tensor:
-    if _are_neighbours(run.slots):
-        return w[run.slots[0] : run.slots[-1] + 1]
-    return w.index_select(0, torch.tensor(run.slots, device=w.device))
+def _from_tiles(y_TF: Tensor, out_UF: Tensor, batches: Batches) -> None:
+    if batches.place_T is not None:
+        y_TF += out_UF.index_select(0, batches.place_T)
 
 
-def _are_neighbours(slots: tuple[int, ...]) -> bool:
-    return slots[-1] - slots[0] == len(slots) - 1  # slots of a run ascend
+def _tiles(x_UD: Tensor, batch: Batch) -> Tensor:
+    return x_UD[batch.rows].unflatten(0, batch.own_rows)
 
 
-def _scaled(s_GCR: Tensor, weights: LoraWeights, run: Run) -> Tensor:
-    return (s_GCR * _select(weights.scale_S, run)[:, None, None]).to(s_GCR.dtype)
+def _own(s_UR: Tensor, batch: Batch, arena: ArenaBatches) -> Tensor:
+    """The batch's part of a tensor over the arena's tile rows alone."""
+    start = batch.start - arena.rows.start
+    return s_UR[start : start + batch.size * batch.height].unflatten(0, batch.own_rows)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _scales(weights: LoraWeights, batches: Batches, arena: ArenaBatches) -> Tensor:
+    scale_U = weights.scale_S[batches.slot_U[arena.rows]]
+    return torch.where(batches.is_filling_U[arena.rows], 0.0, scale_U).unsqueeze(1)
+
+
+def _neighbours(arena: ArenaBatches, plan: SegmentPlan) -> slice | None:
+    """The arena's slots, where dense segments use neighbouring ones in order."""
+    slot_G = plan.segments.slot_G[arena.segment_G]
+    if plan.segments.expert_G is not None or (np.diff(slot_G) != 1).any():
+        return None
+    return slice(int(slot_G[0]), int(slot_G[-1]) + 1)
+
+
+def _gather(w: Tensor, arena: ArenaBatches, plan: SegmentPlan, dtype: torch.dtype) -> Tensor:
+    where = _neighbours(arena, plan) or plan.segments.index(arena.segment_G)
+    return w[where].to(dtype)
+
+
+def _put(grad: Tensor, value_G: Tensor, arena: ArenaBatches, plan: SegmentPlan) -> None:
+    where = _neighbours(arena, plan) or plan.segments.index(arena.segment_G)
+    grad[where] = grad[where] + value_G if plan.accumulates else value_G.to(grad.dtype)
+
+
+def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
     if _is_small(left, right):
-        return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]
-    return torch.bmm(left, right)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if _is_small(left, right):
-        out += _product(left, right)
+        out.copy_(_small_product(left, right))
     else:
-        out.baddbmm_(left, right)
+        torch.bmm(left, right, out=out)
+
+
+def _add_product(left: Tensor, right: Tensor, *, to: Tensor, is_fresh: bool) -> None:
+    """`is_fresh`: nothing is there yet."""
+    if is_fresh:
+        _product(left, right, out=to)
+    elif _is_small(left, right):
+        to += _small_product(left, right)
+    else:
+        to.baddbmm_(left, right)
 
 
 def _is_small(left: Tensor, right: Tensor) -> bool:
-    return len(left) == 1 and min(left.shape[1], right.shape[2]) < SMALL_ROWS
+    return left.shape[0] == 1 and (left.shape[1] < SMALL or right.shape[2] < SMALL)
 
 
-def _put(grad: Tensor, run: Run, left: Tensor, right: Tensor, accumulates: bool) -> None:
-    """left @ right, added to the gradients of the run's segments or in their place."""
-    grad, slots = grad if run.expert is None else grad[:, run.expert], run.slots
-    value = _product(left, right).to(grad.dtype)
-    if _are_neighbours(slots):
-        target = grad[slots[0] : slots[-1] + 1]
-        target.add_(value) if accumulates else target.copy_(value)
-        return
-    index = torch.tensor(slots, device=grad.device)
-    grad.index_copy_(0, index, grad.index_select(0, index) + value if accumulates else value)
+def _small_product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]

@@ -21,7 +21,7 @@ from populace.kernels import grouped, reference, triton_lora
 from populace.kernels.tiles import SegmentPlan
 
 BACKENDS: dict[str, ModuleType] = {"grouped": grouped, "reference": reference, "triton": triton_lora}
-"""Three of one kind: `add_delta` and `add_gradients`, as `reference` describes them."""
+"""Three of one kind: `add_deltas` and `add_gradients`, as `reference` describes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ def lora_product(
     slab is far larger than what one wave touches. Slots outside the plan are neither read nor written. Kept for
     backward: X and S.
     """
-    if not plan.arenas and not (torch.is_grad_enabled() and x_TD.requires_grad):
+    if plan.is_empty and not (torch.is_grad_enabled() and x_TD.requires_grad):
         return base.forward(x_TD)
     product: Tensor = _LoraProduct.apply(x_TD, base, modules, plan, BACKENDS[backend])  # type: ignore[no-untyped-call]
     return product
@@ -82,11 +82,7 @@ class _LoraProduct(torch.autograd.Function):
         backend: ModuleType,
     ) -> Tensor:
         y_TF = base.forward(x_TD)
-        ctx.shrunk = [
-            backend.add_delta(columns_TF, x_TD, weights[segments.arena], segments)
-            for columns_TF, weights in zip(y_TF.chunk(len(modules), 1), modules, strict=True)
-            for segments in plan.arenas
-        ]
+        ctx.shrunk = [] if plan.is_empty else backend.add_deltas(y_TF, x_TD, modules, plan)
         ctx.save_for_backward(x_TD)
         ctx.base, ctx.modules, ctx.plan, ctx.backend = base, modules, plan, backend
         return y_TF
@@ -96,9 +92,6 @@ class _LoraProduct(torch.autograd.Function):
         (x_TD,) = ctx.saved_tensors
         dy_TF = grads[0].contiguous()
         dx_TD = ctx.base.backward(dy_TF)
-        shrunk = iter(ctx.shrunk)
-        for columns_TF, weights in zip(dy_TF.chunk(len(ctx.modules), 1), ctx.modules, strict=True):
-            for segments in ctx.plan.arenas:
-                mine = weights[segments.arena]
-                ctx.backend.add_gradients(dx_TD, columns_TF, x_TD, next(shrunk), mine, segments, ctx.plan.accumulates)
+        if not ctx.plan.is_empty:
+            ctx.backend.add_gradients(dx_TD, dy_TF, x_TD, ctx.shrunk, ctx.modules, ctx.plan)
         return dx_TD, None, None, None, None

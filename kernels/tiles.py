@@ -3,7 +3,7 @@
 Slots live in arenas, one per rank bucket, so nothing is padded to the largest rank of a batch. A row without an
 adapter has slot -1 and is in no segment. The plan is made on the host: it is a few thousand integers.
 
-Suffixes: T rows, G segments, I tiles.
+Suffixes: T rows, G segments, I tiles, U tile rows, E experts.
 """
 
 from __future__ import annotations
@@ -21,76 +21,46 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Neighbouring segments of equally many rows under one expert: one batched product, without moving a row."""
+class Segments:
+    """Neighbouring rows of one adapter (and one expert), in the order of their rows."""
 
-    start: int
-    """First row of the first segment."""
-    num_rows: int
-    """Of each segment."""
-    slots: tuple[int, ...]
-    """Arena row of each segment."""
-    expert: int | None
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_rows * len(self.slots)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArenaSegments:
-    """The segments of one arena, in the order of their rows. No (slot, expert) pair has two."""
-
-    arena: int
     start_G: Ints
     count_G: Ints
+    arena_G: Ints
     slot_G: Ints
+    """Row of the arena."""
     expert_G: Ints | None
     """None for dense modules."""
 
+    def index(self, segment_G: Ints) -> tuple[Tensor, ...]:
+        """Which tensors of an arena these segments use."""
+        columns = [self.slot_G] if self.expert_G is None else [self.slot_G, self.expert_G]
+        return tuple(torch.from_numpy(column[segment_G]) for column in columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPlan:
+    """Whose rows are whose. No (arena, slot, expert) has two segments."""
+
+    num_rows: int
+    segments: Segments
+    accumulates: bool = False
+    """Backward adds to the gradients that are there instead of replacing them."""
+
     @property
-    def num_rows(self) -> int:
-        return int(self.count_G.sum())
+    def is_empty(self) -> bool:
+        return len(self.segments.start_G) == 0
 
     @functools.cached_property
-    def offset_G(self) -> Ints:
-        """Where each segment's rows begin when the arena's rows are put side by side."""
-        return np.cumsum(self.count_G) - self.count_G
-
-    @functools.cached_property
-    def runs(self) -> tuple[Run, ...]:
-        ends_G = self.start_G + self.count_G
-        joins = (self.start_G[1:] == ends_G[:-1]) & (self.count_G[1:] == self.count_G[:-1])
-        if self.expert_G is not None:
-            joins &= self.expert_G[1:] == self.expert_G[:-1]
-        bounds = [0, *(np.flatnonzero(~joins) + 1).tolist(), len(self.start_G)]
-        starts, counts, slots = self.start_G.tolist(), self.count_G.tolist(), self.slot_G.tolist()
-        experts = None if self.expert_G is None else self.expert_G.tolist()
-        return tuple(
-            Run(
-                start=starts[first],
-                num_rows=counts[first],
-                slots=tuple(slots[first:last]),
-                expert=None if experts is None else experts[first],
-            )
-            for first, last in itertools.pairwise(bounds)
-        )
+    def batches(self) -> Batches:
+        return Batches.of(self)
 
     def tiles(self, height: int) -> tuple[Ints, Ints]:
         """(segment_I, offset_I): tiles of at most `height` rows. Each starts `offset_I` rows into its segment and
         never leaves it."""
-        per_G = -(-self.count_G // height)
+        per_G = -(-self.segments.count_G // height)
         segment_I = np.repeat(np.arange(len(per_G)), per_G)
         return segment_I, (np.arange(len(segment_I)) - np.repeat(np.cumsum(per_G) - per_G, per_G)) * height
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentPlan:
-    """Whose rows are whose."""
-
-    arenas: tuple[ArenaSegments, ...]
-    accumulates: bool = False
-    """Backward adds to the gradients that are there instead of replacing them."""
 
 
 def plan_segments(
@@ -98,42 +68,126 @@ def plan_segments(
 ) -> SegmentPlan:
     """Segments of rows of which those of one (arena, slot, expert) lie together; int64 [T]. `arena_T` is -1 for rows
     without an adapter."""
-    keys = [arena_T, slot_T] if expert_T is None else [arena_T, slot_T, expert_T]
-    key_3T = torch.stack(keys).cpu().numpy()
-    if key_3T.shape[1] == 0:
-        return SegmentPlan(arenas=(), accumulates=accumulates)
-    start_G = np.flatnonzero(np.concatenate([[True], (key_3T[:, 1:] != key_3T[:, :-1]).any(0)]))
+    columns = [arena_T, slot_T] if expert_T is None else [arena_T, slot_T, expert_T]
+    key_3T = torch.stack(columns).cpu().numpy()
+    is_start_T = np.ones(key_3T.shape[1], np.bool_)
+    is_start_T[1:] = (key_3T[:, 1:] != key_3T[:, :-1]).any(0)
+    start_G = np.flatnonzero(is_start_T)
     count_G = np.diff(np.append(start_G, key_3T.shape[1]))
-    arena_G = key_3T[0, start_G]
-    arenas = []
-    for arena in np.unique(arena_G[arena_G >= 0]).tolist():
-        mine = arena_G == arena
-        first = start_G[mine]
-        arenas.append(
-            ArenaSegments(
-                arena=arena,
-                start_G=first,
-                count_G=count_G[mine],
-                slot_G=key_3T[1, first],
-                expert_G=None if expert_T is None else key_3T[2, first],
+    mine = key_3T[0, start_G] >= 0
+    start_G, count_G = start_G[mine], count_G[mine]
+    segments = Segments(
+        start_G=start_G,
+        count_G=count_G,
+        arena_G=key_3T[0, start_G],
+        slot_G=key_3T[1, start_G],
+        expert_G=None if expert_T is None else key_3T[2, start_G],
+    )
+    return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, accumulates=accumulates)
+
+
+HEIGHTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
+"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched product."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Segments of one arena and one height."""
+
+    start: int
+    """First of its rows among all tile rows."""
+    height: int
+    first: int
+    """First of its segments among the arena's."""
+    size: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.size * self.height)
+
+    @property
+    def own_rows(self) -> tuple[int, int]:
+        return self.size, self.height
+
+    @property
+    def members(self) -> slice:
+        return slice(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaBatches:
+    """One arena's segments, batch by batch."""
+
+    arena: int
+    segment_G: Ints
+    batches: tuple[Batch, ...]
+    rows: slice
+    """Its tile rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Segments put together into batched products. How a segment is filled up depends on its own length alone."""
+
+    plan: SegmentPlan
+    arenas: tuple[ArenaBatches, ...]
+    source_U: Tensor | None
+    """The row that each tile row is a copy of: what fills a segment up copies its own last row. None: the rows as they
+    are."""
+    place_T: Tensor | None
+    """The tile row of each row; rows without an adapter name one behind the last."""
+    slot_U: Tensor
+    is_filling_U: Tensor
+
+    @staticmethod
+    def of(plan: SegmentPlan) -> Batches:
+        segments = plan.segments
+        count_G = segments.count_G
+        large_G = count_G > HEIGHTS[-1]
+        height_G = np.where(large_G, count_G, HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(count_G, HEIGHTS[-1]))])
+        in_place = int(count_G.sum()) == plan.num_rows and bool((height_G == count_G).all())
+        if in_place:
+            order_G = np.arange(len(count_G))
+        else:
+            order_G = np.lexsort((np.arange(len(count_G)), height_G, segments.arena_G))
+        height_G, arena_G, count_G = height_G[order_G], segments.arena_G[order_G], count_G[order_G]
+        start_G = np.cumsum(height_G) - height_G
+        num_tile_rows = int(height_G.sum())
+        bounds = [0, *(np.flatnonzero((np.diff(arena_G) != 0) | (np.diff(height_G) != 0)) + 1).tolist(), len(order_G)]
+        arenas: list[ArenaBatches] = []
+        by_arena: dict[int, list[tuple[int, int]]] = {}
+        for first, last in itertools.pairwise(bounds):
+            by_arena.setdefault(int(arena_G[first]), []).append((first, last))
+        for arena, ranges in by_arena.items():
+            begin, end = ranges[0][0], ranges[-1][1]
+            batches = tuple(
+                Batch(start=int(start_G[first]), height=int(height_G[first]), first=first - begin, size=last - first)
+                for first, last in ranges
             )
+            rows = slice(int(start_G[begin]), batches[-1].rows.stop)
+            arenas.append(ArenaBatches(arena=arena, segment_G=order_G[begin:end], batches=batches, rows=rows))
+        offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)
+        is_filling_U = offset_U >= np.repeat(count_G, height_G)
+        source_U = np.repeat(segments.start_G[order_G], height_G) + np.minimum(
+            offset_U, np.repeat(count_G - 1, height_G)
         )
-    return SegmentPlan(arenas=tuple(arenas), accumulates=accumulates)
+        place_T = np.full(plan.num_rows, num_tile_rows)
+        place_T[source_U[~is_filling_U]] = np.flatnonzero(~is_filling_U)
+        return Batches(
+            plan=plan,
+            arenas=tuple(arenas),
+            source_U=None if in_place else torch.from_numpy(source_U),
+            place_T=None if in_place else torch.from_numpy(place_T),
+            slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)),
+            is_filling_U=torch.from_numpy(is_filling_U),
+        )
 
 
-def order_by_expert(
-    arena_T: Tensor, slot_T: Tensor, expert_T: Tensor, num_experts: int, multiple: int
-) -> tuple[Tensor, Tensor]:
-    """(order_R, ends_E): row numbers by (expert, arena, length of the segment, slot), each expert's part filled up with
-    -1 to a multiple of `multiple` rows; int32 ends of the experts' parts.
-
-    Segments of one length come together because a run of them is one product.
-    """
-    arena, slot, expert = (column.cpu().numpy() for column in (arena_T, slot_T, expert_T))
-    num_slots = int(slot.max(initial=0)) + 2
-    key = ((arena + 1) * num_slots + slot + 1) * num_experts + expert
-    _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
-    order = np.lexsort((slot, counts[inverse], arena, expert))
+def order_by_expert(expert_T: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor]:
+    """(order_R, ends_E): row numbers by expert, otherwise in their order, each expert's part filled up with -1 to a
+    multiple of `multiple` rows; int32 ends of the experts' parts."""
+    expert = expert_T.cpu().numpy()
+    order = np.argsort(expert, kind="stable")
     rows_E = np.bincount(expert, minlength=num_experts)
     padded_E = -(-rows_E // multiple) * multiple
     ends_E = np.cumsum(padded_E)

@@ -37,7 +37,7 @@ class Routes:
         expert_N = ids_TK.reshape(-1)
         arena_N = step.rows.arena_T.repeat_interleave(top_k)
         slot_N = step.rows.slot_T.repeat_interleave(top_k)
-        order_R, ends_E = order_by_expert(arena_N, slot_N, expert_N, num_experts, step.kernels.row_multiple)
+        order_R, ends_E = order_by_expert(expert_N, num_experts, step.kernels.row_multiple)
         is_filling_R = order_R < 0
         order_R = order_R.clamp(min=0)
         place_N = torch.empty_like(expert_N)

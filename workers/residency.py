@@ -52,6 +52,8 @@ class Residency:
             self.slab.take(ref.key, ref.spec, ref.seed)
             if parts:
                 self.slab.load(ref.key, parts[0], parts[1] if len(parts) > 1 else None, ref.experts)
+            else:
+                self.slab.initialise(ref.key)
             if with_moments:
                 self._has_moments.add(ref.key)
         self._last_used.update(dict.fromkeys(wanted, self._clock))

@@ -92,7 +92,7 @@ class Slab:
         return layout_of(self.dims, spec.rank, spec.expert_rank)
 
     def take(self, key: AdapterKey, spec: AdapterSpec, seed: int) -> Slot:
-        """A slot for `key`, holding the initialisation of `seed` with zero moments."""
+        """A slot for `key`, with zero moments. Its weights are to be filled by `initialise` or `load`."""
         assert key not in self.slots and len(self.slots) < self.capacity
         ranks = (stored_rank(spec.rank, self.dtype), stored_rank(spec.expert_rank, self.dtype))
         if ranks not in self._arena_of:
@@ -106,8 +106,12 @@ class Slab:
             flat[row].zero_()
         arena.dense_scale_S[row] = spec.scale_of("q_proj")
         arena.expert_scale_S[row] = spec.scale_of("gate_proj")
-        self._fill(arena.weights[row], arena, spec, initial_weights(self.exact_layout(spec), seed))
         return slot
+
+    def initialise(self, key: AdapterKey) -> None:
+        """Fill the slot of `key` with revision 0."""
+        slot = self.slots[key]
+        self._fill(slot, self.arenas[slot.arena].weights, initial_weights(self.exact_layout(slot.spec), slot.seed))
 
     def drop(self, key: AdapterKey) -> None:
         slot = self.slots.pop(key)
@@ -121,8 +125,7 @@ class Slab:
         """Fill the slot of `key` from blobs; experts that they leave out stay as initialised."""
         slot = self.slots[key]
         arena, exact = self.arenas[slot.arena], self.exact_layout(slot.spec)
-        flat = unpack_weights(exact, slot.seed, weights, experts)
-        self._fill(arena.weights[slot.row], arena, slot.spec, flat)
+        self._fill(slot, arena.weights, unpack_weights(exact, slot.seed, weights, experts))
         slot.state.experts = frozenset(experts)
         if moments is None:
             return
@@ -136,28 +139,38 @@ class Slab:
         for target, part in ((arena.m, both[0]), (arena.v, both[1])):
             flat = torch.zeros(exact.size)
             _scatter_parts(flat, exact, experts, part)
-            self._fill(target[slot.row], arena, slot.spec, flat)
+            self._fill(slot, target, flat)
 
     def dump(self, key: AdapterKey, experts: tuple[int, ...]) -> tuple[bytes, bytes]:
         """(weights, moments) blobs: fp32 little-endian in exact layout, dense part then the given experts; the
         moments start with step, baseline and reward count as three fp64, then m, then v."""
         slot = self.slots[key]
         arena, exact = self.arenas[slot.arena], self.exact_layout(slot.spec)
-        index_N = padding_index(exact, arena.layout)
         parts = [
-            _gather_parts(flat[slot.row][index_N], exact, experts).numpy().tobytes()
+            part
             for flat in (arena.weights, arena.m, arena.v)
+            for part in _parts(self._exact(slot, flat[slot.row]), exact, experts)
         ]
+        num_parts = len(parts) // 3
         state = np.array([slot.state.step, slot.state.baseline, slot.state.num_rewards], np.float64)
-        return parts[0], state.tobytes() + parts[1] + parts[2]
+        return b"".join(parts[:num_parts]), b"".join([state.tobytes(), *parts[num_parts:]])
 
-    def _fill(self, row: Tensor, arena: Arena, spec: AdapterSpec, exact_N: Tensor) -> None:
-        row[padding_index(self.exact_layout(spec), arena.layout)] = exact_N
+    def _exact(self, slot: Slot, row_N: Tensor) -> Tensor:
+        """A row without what pads its ranks."""
+        exact, stored = self.exact_layout(slot.spec), self.arenas[slot.arena].layout
+        return row_N if exact is stored else row_N[padding_index(exact, stored)]
+
+    def _fill(self, slot: Slot, flat: Tensor, exact_N: Tensor) -> None:
+        exact, stored = self.exact_layout(slot.spec), self.arenas[slot.arena].layout
+        flat[slot.row][slice(None) if exact is stored else padding_index(exact, stored)] = exact_N
 
 
-def _gather_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]) -> Tensor:
+def _parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]) -> list[memoryview]:
+    """The dense part and the given experts, as they lie in memory."""
+    if len(experts) == layout.dims.num_experts:
+        return [flat.numpy().data]
     ranges = [(0, layout.dense_size), *(layout.expert_range(expert) for expert in experts)]
-    return torch.cat([flat[start:end] for start, end in ranges])
+    return [flat[start:end].numpy().data for start, end in ranges]
 
 
 def _scatter_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...], parts: Tensor) -> None:
@@ -170,7 +183,11 @@ def _scatter_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]
 
 def unpack_weights(layout: AdapterLayout, seed: int, weights: Blob | None, experts: tuple[int, ...]) -> Tensor:
     """A revision's weights in exact layout [N] from its blob; without one, the initialisation."""
+    if weights is None:
+        return initial_weights(layout, seed)
+    given = torch.from_numpy(np.frombuffer(weights, np.float32).copy())
+    if len(given) == layout.size:
+        return given
     flat = initial_weights(layout, seed)
-    if weights is not None:
-        _scatter_parts(flat, layout, experts, torch.from_numpy(np.frombuffer(weights, np.float32).copy()))
+    _scatter_parts(flat, layout, experts, given)
     return flat
