@@ -8,6 +8,7 @@ Suffixes: T rows, S slots of an arena, E experts, D in, F out, R rank as stored.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear
 
-from populace.kernels import grouped, reference, triton_lora
 from populace.kernels.tiles import SegmentPlan
 
-BACKENDS: dict[str, ModuleType] = {"grouped": grouped, "reference": reference, "triton": triton_lora}
-"""Three of one kind: `add_deltas` and `add_gradients`, as `reference` describes them."""
+BACKENDS = {"grouped": "grouped", "reference": "reference", "triton": "triton_lora"}
+"""Modules of this folder with `add_deltas` and `add_gradients`, as `reference` describes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +67,13 @@ def lora_product(
     """
     if plan.is_empty and not (torch.is_grad_enabled() and x_TD.requires_grad):
         return base.forward(x_TD)
-    product: Tensor = _LoraProduct.apply(x_TD, base, modules, plan, BACKENDS[backend])  # type: ignore[no-untyped-call]
+    product: Tensor = _LoraProduct.apply(x_TD, base, modules, plan, _backend(backend))  # type: ignore[no-untyped-call]
     return product
+
+
+def _backend(name: str) -> ModuleType:
+    # By name, because Triton is not installed everywhere.
+    return importlib.import_module(f"populace.kernels.{BACKENDS[name]}")
 
 
 class _LoraProduct(torch.autograd.Function):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,13 +56,6 @@ class SegmentPlan:
     def batches(self) -> Batches:
         return Batches.of(self)
 
-    def tiles(self, height: int) -> tuple[Ints, Ints]:
-        """(segment_I, offset_I): tiles of at most `height` rows. Each starts `offset_I` rows into its segment and
-        never leaves it."""
-        per_G = -(-self.segments.count_G // height)
-        segment_I = np.repeat(np.arange(len(per_G)), per_G)
-        return segment_I, (np.arange(len(segment_I)) - np.repeat(np.cumsum(per_G) - per_G, per_G)) * height
-
 
 def plan_segments(
     arena_T: Tensor, slot_T: Tensor, expert_T: Tensor | None = None, *, accumulates: bool = False
@@ -84,6 +78,17 @@ def plan_segments(
         expert_G=None if expert_T is None else key_3T[2, start_G],
     )
     return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, accumulates=accumulates)
+
+
+def tiles_by_height(count_G: Ints, heights: Sequence[int]) -> Iterator[tuple[int, Ints, Ints]]:
+    """(height, segment_I, offset_I) for ascending heights: a segment of `count_G` rows is cut into tiles of the lowest
+    height that holds it, else of the largest. A tile starts `offset_I` rows into its segment and never leaves it."""
+    height_G = np.asarray(heights)[np.searchsorted(heights[:-1], count_G)]
+    for height in heights:
+        per_G = np.where(height_G == height, -(-count_G // height), 0)
+        segment_I = np.repeat(np.arange(len(per_G)), per_G)
+        if len(segment_I):
+            yield height, segment_I, (np.arange(len(segment_I)) - np.repeat(np.cumsum(per_G) - per_G, per_G)) * height
 
 
 HEIGHTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])

@@ -18,7 +18,7 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.engine import ShardEngine
-from populace.workers.layout import AdapterSpec, padding_index
+from populace.workers.layout import AdapterSpec
 from tests import tiny
 
 Make = Callable[..., ShardEngine]
@@ -81,10 +81,9 @@ def tensors(engine: ShardEngine, key: AdapterKey) -> dict[tuple[str, str, int, s
     """Every gradient, weight and moment tensor of an adapter, by name, without padding."""
     slot = engine.slab.slots[key]
     arena, exact = engine.slab.arenas[slot.arena], engine.slab.exact_layout(slot.spec)
-    index = padding_index(exact, arena.layout)
     flats = {"grad": arena.grads, "weight": arena.weights, "m": arena.m, "v": arena.v}
     return {
-        (name, *where): exact.view(flat[slot.row][index], *where).clone()
+        (name, *where): exact.view(engine.slab.exact(slot, flat[slot.row]), *where).clone()
         for name, flat in flats.items()
         for where in (*exact.dense, *exact.expert)
     }

@@ -1,92 +1,260 @@
-"""Grouped LoRA products against plain fp64 algebra."""
+"""Grouped LoRA products of every backend against plain fp64 algebra: values and gradients."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from populace.kernels.lora import LoraWeights, add_lora
-from populace.kernels.tiles import plan_segments
+from populace.kernels.lora import BACKENDS, FrozenProduct, LoraWeights, lora_product
+from populace.kernels.tiles import HEIGHTS, order_by_expert, plan_segments, tiles_by_height
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def make_weights(slots: int, experts: int, rank: int, inner: int, out: int, dtype: torch.dtype) -> LoraWeights:
-    lead = (slots, experts) if experts else (slots,)
-    a, b = torch.randn(*lead, rank, inner), torch.randn(*lead, out, rank)
-    return LoraWeights(
-        a=a, b=b, grad_a=torch.zeros_like(a), grad_b=torch.zeros_like(b), scale_S=torch.rand(slots) + 0.5
+@dataclass(frozen=True)
+class Case:
+    """Rows of adapters in several arenas, sorted as the step sorts them, and what a product needs."""
+
+    base: FrozenProduct
+    modules: list[list[LoraWeights]]
+    arena: torch.Tensor
+    slot: torch.Tensor
+    expert: torch.Tensor
+    x: torch.Tensor
+    dy: torch.Tensor
+
+    @property
+    def has_experts(self) -> bool:
+        return self.base.ends_E is not None
+
+    def run(self, backend: str, *, accumulates: bool = False) -> list[torch.Tensor]:
+        """Y, dX, and dA, dB of every module and arena."""
+        plan = plan_segments(self.arena, self.slot, self.expert if self.has_experts else None, accumulates=accumulates)
+        x = self.x.clone().requires_grad_()
+        y = lora_product(x, self.base, self.modules, plan, backend)
+        y.backward(self.dy)
+        return [y.detach(), x.grad, *(g.clone() for m in self.modules for w in m for g in (w.grad_a, w.grad_b))]
+
+
+def fill(case: Case, value: float) -> None:
+    for module in case.modules:
+        for w in module:
+            w.grad_a.fill_(value)
+            w.grad_b.fill_(value)
+
+
+def make_case(
+    counts: list[tuple[int, int, int, int]], ranks: list[int], slots: int, experts: int, inner: int, out: int,
+    dtype: torch.dtype, num_modules: int = 1, seed: int = 0,
+) -> Case:  # fmt: skip
+    """`counts`: (expert, arena, slot, rows) of every segment; arena -1 for rows without an adapter."""
+    torch.manual_seed(seed)
+    columns = [(e, a, s) for e, a, s, n in sorted(counts) for _ in range(n)]
+    expert, arena, slot = (torch.tensor([row[i] for row in columns], dtype=torch.int64) for i in range(3))
+
+    def weights(rank: int) -> LoraWeights:
+        lead = (slots, experts) if experts else (slots,)
+        # fp16 has few exponents: values that keep sums near one.
+        a, b = torch.randn(*lead, rank, inner) / inner**0.5, torch.randn(*lead, out // num_modules, rank) / rank**0.5
+        return LoraWeights(
+            a=a, b=b, grad_a=torch.full_like(a, torch.nan), grad_b=torch.full_like(b, torch.nan),
+            scale_S=torch.rand(slots) + 0.5,
+        )  # fmt: skip
+
+    if experts:
+        ends = torch.bincount(expert, minlength=experts).cumsum(0).to(torch.int32)
+        base = FrozenProduct(w=(torch.randn(experts, out, inner) / inner**0.5).to(dtype), ends_E=ends)
+    else:
+        base = FrozenProduct(w=(torch.randn(out, inner) / inner**0.5).to(dtype), bias_F=torch.randn(out).to(dtype))
+    return Case(
+        base=base,
+        modules=[[weights(rank) for rank in ranks] for _ in range(num_modules)],
+        arena=arena,
+        slot=torch.where(arena < 0, -1, slot),
+        expert=expert,
+        x=torch.randn(len(columns), inner).to(dtype),
+        dy=torch.randn(len(columns), out).to(dtype),
     )
 
 
-def expected(y: torch.Tensor, x: torch.Tensor, weights: list[LoraWeights], rows: list[tuple[int, int, int | None]]):
-    """fp64, one row at a time, by torch's own autograd: (y, dx, [(dA, dB)])."""
-    x64 = x.double().requires_grad_()
-    leaves = [(w.a.double().requires_grad_(), w.b.double().requires_grad_()) for w in weights]
-    out = []
-    for row, (arena, slot, expert) in enumerate(rows):
-        value = y[row].double()
+def exact(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What `Case.run` gives, by torch's own autograd, one segment at a time, in `dtype`. NaN where no segment is."""
+    x = case.x.to(dtype).requires_grad_()
+    leaves = [[(w.a.to(dtype).requires_grad_(), w.b.to(dtype).requires_grad_()) for w in m] for m in case.modules]
+    rows = list(zip(case.expert.tolist(), case.arena.tolist(), case.slot.tolist(), strict=True))
+    pieces, start = [], 0
+    while start < len(rows):
+        end = start
+        while end < len(rows) and rows[end] == rows[start]:
+            end += 1
+        expert, arena, slot = rows[start]
+        part = x[start:end]
+        base = case.base.w.to(dtype)[expert] if case.has_experts else case.base.w.to(dtype)
+        y = part @ base.T
+        if case.base.bias_F is not None:
+            y = y + case.base.bias_F.to(dtype)
         if arena >= 0:
-            where = (slot,) if expert is None else (slot, expert)
-            a, b = leaves[arena][0][where], leaves[arena][1][where]
-            value = value + weights[arena].scale_S[slot].double() * (b @ (a @ x64[row]))
-        out.append(value)
-    total = torch.stack(out)
-    (total * torch.linspace(-1, 1, total.numel()).view_as(total)).sum().backward()
-    return total.detach(), x64.grad, [(a.grad, b.grad) for a, b in leaves]
+            where = (slot, expert) if case.has_experts else (slot,)
+            deltas = [
+                (w.scale_S[slot].to(dtype) * (part @ a[arena][0][where].T)) @ a[arena][1][where].T
+                for a, w in ((leaf, m[arena]) for leaf, m in zip(leaves, case.modules, strict=True))
+            ]
+            y = y + torch.cat(deltas, 1)
+        pieces.append(y)
+        start = end
+    y = torch.cat(pieces)
+    y.backward(case.dy.to(dtype))
+    touched = torch.zeros(*case.modules[0][0].a.shape[: 2 if case.has_experts else 1], dtype=torch.bool)
+    found = [y.detach(), x.grad]
+    for leaf, module in zip(leaves, case.modules, strict=True):
+        for arena, ((a, b), _) in enumerate(zip(leaf, module, strict=True)):
+            touched.zero_()
+            mine = case.arena == arena
+            where = (case.slot[mine], case.expert[mine]) if case.has_experts else (case.slot[mine],)
+            touched[where] = True
+            for tensor in (a, b):
+                grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                found.append(torch.where(touched[(..., *[None] * 2)], grad, torch.nan))
+    return found
 
 
+def assert_accurate(got: list[torch.Tensor], case: Case, dtype: torch.dtype) -> None:
+    """Within 2 · error(torch, same dtype) + 1e-6 of fp64, and nothing written where no segment is."""
+    for name, value, want, plain in zip(
+        ["y", "dx", *["grad"] * 99], got, exact(case, torch.float64), exact(case, dtype), strict=False
+    ):
+        assert torch.equal(value.isnan(), want.isnan()), f"{name}: wrong places were written"
+        error = (value.double() - want).abs().nan_to_num().max()
+        allowed = 2 * (plain.double() - want).abs().nan_to_num().max() + 1e-6 * want.nan_to_num().abs().max().clamp(
+            min=1
+        )
+        assert error <= allowed, (name, float(error), float(allowed))
+
+
+def random_counts(seed: int, num_segments: int, arenas: int, slots: int, experts: int, most: int) -> list:
+    random = np.random.default_rng(seed)
+    keys = {
+        (int(random.integers(max(experts, 1))), int(random.integers(-1, arenas)), int(random.integers(slots)))
+        for _ in range(num_segments)
+    }
+    # Empty segments are those that no row names; one-row segments come first.
+    return [
+        (e, a, s if a >= 0 else 0, int(n))
+        for (e, a, s), n in zip(sorted(keys), random.integers(1, most, len(keys)), strict=True)
+    ]
+
+
+CASES = {
+    "one row": dict(counts=[(0, 0, 1, 1)], ranks=[4], slots=3, experts=0, inner=24, out=20),
+    "one row of an expert": dict(counts=[(3, 0, 1, 1)], ranks=[8], slots=3, experts=4, inner=24, out=32),
+    "no adapter": dict(counts=[(0, -1, 0, 9)], ranks=[4], slots=2, experts=0, inner=24, out=20),
+    "long": dict(
+        counts=[(0, 0, 0, 257), (0, 0, 1, 63), (0, 0, 2, 100)], ranks=[16], slots=3, experts=0, inner=63, out=100
+    ),
+    "ranks 1 to 64": dict(
+        counts=random_counts(1, 60, 6, 5, 0, 40), ranks=[4, 8, 12, 20, 32, 64], slots=5, experts=0, inner=40, out=36
+    ),
+    "gate and up": dict(
+        counts=random_counts(2, 80, 2, 8, 4, 30), ranks=[4, 16], slots=8, experts=4, inner=48, out=64, num_modules=2
+    ),
+    "64 experts": dict(counts=random_counts(3, 90, 2, 4, 64, 9), ranks=[4, 8], slots=4, experts=64, inner=16, out=24),
+    "256 adapters": dict(
+        counts=[(0, 0, s, 1 + s % 5) for s in range(256)], ranks=[8], slots=256, experts=0, inner=32, out=32
+    ),
+}  # fmt: skip
+SLOW_IN_THE_INTERPRETER = {"64 experts", "256 adapters"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["reference", "grouped"])
-@pytest.mark.parametrize("experts", [0, 5])
-@pytest.mark.parametrize("num_rows", [1, 7, 63, 400])
-def test_values_and_gradients_match_fp64(backend: str, experts: int, num_rows: int) -> None:
-    torch.manual_seed(num_rows)
-    weights = [make_weights(3, experts, rank, 24, 20, torch.float32) for rank in (4, 8, 64)]
-    arena = torch.randint(-1, 3, (num_rows,))
-    arena[0] = 1
-    slot = torch.where(arena < 0, -1, torch.randint(0, 3, (num_rows,)))
-    expert = torch.randint(0, max(experts, 1), (num_rows,))
-    keys = [expert.tolist() if experts else [0] * num_rows, arena.tolist(), slot.tolist()]
-    order = torch.tensor(sorted(range(num_rows), key=lambda i: tuple(key[i] for key in keys)))
-    arena, slot, expert = arena[order], slot[order], expert[order]
-    plan = plan_segments(arena, slot, expert if experts else None)
-    x, y = torch.randn(num_rows, 24), torch.randn(num_rows, 20)
-    rows = list(zip(arena.tolist(), slot.tolist(), expert.tolist() if experts else [None] * num_rows, strict=True))
-    want_y, want_dx, want_grads = expected(y, x, weights, rows)
-
-    x.requires_grad_()
-    got = add_lora(y.clone().requires_grad_(), x, weights, plan, backend)
-    (got * torch.linspace(-1, 1, got.numel()).view_as(got)).sum().backward()
-    pairs = [(got.detach(), want_y)]
-    if x.grad is not None:
-        pairs.append((x.grad, want_dx if want_dx is not None else torch.zeros_like(x)))
-    for w, (da, db) in zip(weights, want_grads, strict=True):
-        pairs += [(w.grad_a, torch.zeros_like(w.a) if da is None else da)]
-        pairs += [(w.grad_b, torch.zeros_like(w.b) if db is None else db)]
-    for value, want in pairs:
-        torch.testing.assert_close(value.double(), want.double(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_match_fp64(name: str, backend: str, dtype: str) -> None:
+    case = make_case(**CASES[name], dtype=DTYPES[dtype])
+    assert_accurate(case.run(backend), case, DTYPES[dtype])
 
 
-@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=80))
-@settings(deadline=None, max_examples=100)
-def test_every_row_with_an_adapter_is_in_exactly_one_segment(rows: list[tuple[int, int, int]]) -> None:
-    rows = sorted((expert, arena, slot) for arena, slot, expert in rows)
-    arena = torch.tensor([row[1] for row in rows])
-    slot = torch.tensor([row[2] if row[1] >= 0 else -1 for row in rows])
-    expert = torch.tensor([row[0] for row in rows])
-    seen = []
-    for segments in plan_segments(arena, slot, expert).arenas:
-        numbers = torch.arange(len(rows)) if segments.rows_T is None else segments.rows_T
-        start = 0
-        assert segments.expert_G is not None
-        groups = zip(segments.ends_G.tolist(), segments.slot_G.tolist(), segments.expert_G.tolist(), strict=True)
-        for end, its_slot, its_expert in groups:
-            assert end > start
-            for row in numbers[start:end].tolist():
-                assert rows[row] == (its_expert, segments.arena, its_slot)
-                seen.append(row)
-            start = end
-        rows_GM, place_T = segments.padded
-        flat = rows_GM.flatten()[place_T]
-        assert flat.tolist() == list(range(len(numbers)))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "no adapter"])
+def test_triton_in_the_interpreter_matches_fp64(name: str, dtype: str) -> None:
+    if name in SLOW_IN_THE_INTERPRETER and dtype == "float16":
+        pytest.skip("seconds per case; float32 covers the shape")
+    case = make_case(**CASES[name], dtype=DTYPES[dtype])
+    assert_accurate(case.run("triton"), case, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_added_when_the_plan_says_so(backend: str) -> None:
+    case = make_case(**CASES["gate and up"], dtype=torch.float32)
+    once = case.run(backend)[2:]
+    for total, grad in zip(case.run(backend, accumulates=True)[2:], once, strict=True):
+        torch.testing.assert_close(total, 2 * grad, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+segment_lists = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(-1, 2), st.integers(0, 3), st.integers(1, 90)),
+    min_size=1, max_size=25, unique_by=lambda segment: segment[:3],
+)  # fmt: skip
+
+
+@given(segment_lists)
+@settings(deadline=None, max_examples=200)
+def test_every_row_with_an_adapter_is_in_exactly_one_tile_of_its_own_segment(segments: list) -> None:
+    rows = [segment[:3] for segment in sorted(segments) for _ in range(segment[3])]
+    expert, arena, slot = (torch.tensor(column) for column in zip(*rows, strict=True))
+    plan = plan_segments(arena, torch.where(arena < 0, -1, slot), expert)
+    found = plan.segments
+    seen: list[int] = []
+    for height, segment_I, offset_I in tiles_by_height(found.count_G, (16, 64)):
+        for segment, offset in zip(segment_I.tolist(), offset_I.tolist(), strict=True):
+            size = min(int(found.count_G[segment]) - offset, height)
+            assert 0 < size <= height
+            tile = range(int(found.start_G[segment]) + offset, int(found.start_G[segment]) + offset + size)
+            assert found.expert_G is not None
+            owner = tuple(int(column[segment]) for column in (found.expert_G, found.arena_G, found.slot_G))
+            assert {rows[row] for row in tile} == {owner}
+            seen += tile
     assert sorted(seen) == [row for row in range(len(rows)) if rows[row][1] >= 0]
+
+
+@given(segment_lists)
+@settings(deadline=None, max_examples=200)
+def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(segments: list) -> None:
+    rows = [segment[:3] for segment in sorted(segments) for _ in range(segment[3])]
+    expert, arena, slot = (torch.tensor(column) for column in zip(*rows, strict=True))
+    plan = plan_segments(arena, torch.where(arena < 0, -1, slot), expert)
+    if plan.is_empty:
+        return
+    batches = plan.batches
+    source = torch.arange(len(rows)) if batches.source_U is None else batches.source_U
+    seen = []
+    for own in batches.arenas:
+        for batch in own.batches:
+            for number, segment in enumerate(own.segment_G[batch.members].tolist()):
+                tile = slice(batch.start + number * batch.height, batch.start + (number + 1) * batch.height)
+                count = int(plan.segments.count_G[segment])
+                assert batch.height == (count if count > 64 else min(h for h in HEIGHTS.tolist() if h >= count))
+                assert len({rows[row] for row in source[tile].tolist()}) == 1
+                assert batches.is_filling_U[tile].tolist() == [False] * count + [True] * (batch.height - count)
+                seen += source[tile][:count].tolist()
+    assert sorted(seen) == [row for row in range(len(rows)) if rows[row][1] >= 0]
+    if batches.place_T is not None:
+        assert all(source[batches.place_T[row]] == row for row in seen)
+
+
+@given(st.lists(st.integers(0, 6), max_size=90), st.sampled_from([1, 8]))
+def test_every_experts_rows_are_filled_up_to_a_multiple(experts: list[int], multiple: int) -> None:
+    order, ends = order_by_expert(torch.tensor(experts, dtype=torch.int64), 7, multiple)
+    assert sorted(order[order >= 0].tolist()) == list(range(len(experts)))
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        assert (end - start) % multiple == 0
+        own = [row for row in order[start:end].tolist() if row >= 0]
+        assert own == sorted(own)
+        assert {experts[row] for row in own} <= {expert}
+        start = end
+    assert start == len(order)

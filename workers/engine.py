@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,19 @@ class ShardSettings:
     """0: all processors."""
     eos_ids: frozenset[int]
     trainer: TrainerSettings
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give freed memory back: a pass allocates and frees gigabytes, and faulting them in anew costs
+    more than using them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        largest = 2**31 - 1
+        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            libc.mallopt(parameter, largest)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class ShardEngine:

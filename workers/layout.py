@@ -115,26 +115,25 @@ def stored_rank(rank: int, dtype: torch.dtype) -> int:
     return math.ceil(rank / multiple) * multiple
 
 
-@functools.lru_cache(maxsize=256)
-def padding_index(exact: AdapterLayout, stored: AdapterLayout) -> Tensor:
-    """index_N such that stored_row[index_N] is the exact flat buffer."""
-    marks = torch.zeros(stored.size, dtype=torch.int64)
-    positions = torch.arange(exact.size)
-    for place in exact.dense.values():
-        _mark(exact, stored, positions, marks, place)
-    for place in exact.expert.values():
-        _mark(exact, stored, positions, marks, place)
-    # marks[stored position] = exact position + 1
-    index_N = torch.empty(exact.size, dtype=torch.int64)
-    where = marks.nonzero().squeeze(1)
-    index_N[marks[where] - 1] = where
-    return index_N
+def unpad(row_N: Tensor, stored: AdapterLayout, exact: AdapterLayout) -> Tensor:
+    """A row of a slab without what pads its ranks; the row itself where nothing does."""
+    if exact is stored:
+        return row_N
+    flat = row_N.new_empty(exact.size)
+    for place in (*exact.dense.values(), *exact.expert.values()):
+        source = stored.view(row_N, place.module, place.layer, place.which)
+        exact.view(flat, place.module, place.layer, place.which).copy_(source[..., : place.shape[0], : place.shape[1]])
+    return flat
 
 
-def _mark(exact: AdapterLayout, stored: AdapterLayout, positions: Tensor, marks: Tensor, place: TensorPlace) -> None:
-    source = exact.view(positions, place.module, place.layer, place.which)
-    target = stored.view(marks, place.module, place.layer, place.which)
-    target[..., : source.shape[-2], : source.shape[-1]] = source + 1
+def pad_into(row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout) -> None:
+    """The inverse of `unpad`; what pads is not written."""
+    if exact is stored:
+        row_N.copy_(flat)
+        return
+    for place in (*exact.dense.values(), *exact.expert.values()):
+        target = stored.view(row_N, place.module, place.layer, place.which)
+        target[..., : place.shape[0], : place.shape[1]] = exact.view(flat, place.module, place.layer, place.which)
 
 
 @functools.lru_cache(maxsize=64)

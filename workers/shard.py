@@ -6,7 +6,7 @@ import os
 
 import ray
 
-from populace.workers.engine import ShardEngine, ShardSettings
+from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
 
 
 class ShardActor(ShardEngine):
@@ -17,6 +17,7 @@ class ShardActor(ShardEngine):
         import torch
 
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        keep_freed_memory()
         super().__init__(settings)
 
     def ping(self) -> int:

@@ -8,6 +8,7 @@ Suffixes: S slots, N elements of a stored adapter, E experts.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,9 @@ from populace.workers.layout import (
     BaseDims,
     initial_weights,
     layout_of,
-    padding_index,
+    pad_into,
     stored_rank,
+    unpad,
 )
 
 Blob = bytes | memoryview
@@ -46,10 +48,7 @@ class Arena:
 
     def __init__(self, dims: BaseDims, rank: int, expert_rank: int, slots: int) -> None:
         self.layout = layout_of(dims, rank, expert_rank)
-        # NumPy's zeros are not touched until they are used: a slot that never was costs no memory.
-        self.weights, self.grads, self.m, self.v = (
-            torch.from_numpy(np.zeros((slots, self.layout.size), np.float32)) for _ in range(4)
-        )
+        self.weights, self.grads, self.m, self.v = (_untouched_zeros(slots, self.layout.size) for _ in range(4))
         self.dense_scale_S = torch.zeros(slots)
         self.expert_scale_S = torch.zeros(slots)
         self.free = list(range(slots))[::-1]
@@ -65,6 +64,11 @@ class Arena:
             scale_S = self.expert_scale_S if module in EXPERT_MODULES else self.dense_scale_S
             self._views[module, layer] = LoraWeights(**views, scale_S=scale_S)
         return self._views[module, layer]
+
+
+def _untouched_zeros(slots: int, size: int) -> Tensor:
+    """[slots, size] fp32 zeros, mapped and never touched: a row costs memory from its first write on."""
+    return torch.frombuffer(mmap.mmap(-1, slots * size * 4), dtype=torch.float32).view(slots, size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,20 +153,18 @@ class Slab:
         parts = [
             part
             for flat in (arena.weights, arena.m, arena.v)
-            for part in _parts(self._exact(slot, flat[slot.row]), exact, experts)
+            for part in _parts(self.exact(slot, flat[slot.row]), exact, experts)
         ]
         num_parts = len(parts) // 3
         state = np.array([slot.state.step, slot.state.baseline, slot.state.num_rewards], np.float64)
         return b"".join(parts[:num_parts]), b"".join([state.tobytes(), *parts[num_parts:]])
 
-    def _exact(self, slot: Slot, row_N: Tensor) -> Tensor:
-        """A row without what pads its ranks."""
-        exact, stored = self.exact_layout(slot.spec), self.arenas[slot.arena].layout
-        return row_N if exact is stored else row_N[padding_index(exact, stored)]
+    def exact(self, slot: Slot, row_N: Tensor) -> Tensor:
+        """A row of the slot's arena without what pads its ranks."""
+        return unpad(row_N, self.arenas[slot.arena].layout, self.exact_layout(slot.spec))
 
     def _fill(self, slot: Slot, flat: Tensor, exact_N: Tensor) -> None:
-        exact, stored = self.exact_layout(slot.spec), self.arenas[slot.arena].layout
-        flat[slot.row][slice(None) if exact is stored else padding_index(exact, stored)] = exact_N
+        pad_into(flat[slot.row], self.arenas[slot.arena].layout, exact_N, self.exact_layout(slot.spec))
 
 
 def _parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]) -> list[memoryview]:
