@@ -19,10 +19,6 @@ from populace.kernels.tiles import ArenaBatches, Batch, Batches, SegmentPlan
 if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights
 
-SMALL = 16
-"""A product of fewer rows or columns than this is never left alone in its batch: MKL splits it over threads in another
-way, with other bits."""
-
 
 def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
     """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
@@ -35,7 +31,7 @@ def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeight
             s_UR = x_TD.new_empty(arena.rows.stop - arena.rows.start, a_GRD.shape[1])
             for batch in arena.batches:
                 s_BMR = _own(s_UR, batch, arena)
-                _product(_tiles(x_UD, batch), a_GRD[batch.members].mT, out=s_BMR)
+                torch.bmm(_tiles(x_UD, batch), a_GRD[batch.members].mT, out=s_BMR)
             s_UR *= _scales(own, batches, arena)
             for batch in arena.batches:
                 b_BRF = b_GFR[batch.members].mT
@@ -65,12 +61,12 @@ def add_gradients(
             a_GRD, b_GFR = (_gather(w, arena, plan, x_TD.dtype) for w in (own.a, own.b))
             ds_UR, da_GRD, db_GFR = torch.empty_like(s_UR), torch.empty_like(a_GRD), torch.empty_like(b_GFR)
             for batch in arena.batches:
-                _product(_tiles(own_UF, batch), b_GFR[batch.members], out=_own(ds_UR, batch, arena))
+                torch.bmm(_tiles(own_UF, batch), b_GFR[batch.members], out=_own(ds_UR, batch, arena))
             ds_UR *= _scales(own, batches, arena)
             for batch in arena.batches:
                 ds_BMR, s_BMR = _own(ds_UR, batch, arena), _own(s_UR, batch, arena)
-                _product(_tiles(own_UF, batch).mT, s_BMR, out=db_GFR[batch.members])
-                _product(ds_BMR.mT, _tiles(x_UD, batch), out=da_GRD[batch.members])
+                torch.bmm(_tiles(own_UF, batch).mT, s_BMR, out=db_GFR[batch.members])
+                torch.bmm(ds_BMR.mT, _tiles(x_UD, batch), out=da_GRD[batch.members])
                 _add_product(ds_BMR, a_GRD[batch.members], to=_tiles(out_UD, batch), is_fresh=is_fresh)
             _put(own.grad_a, da_GRD, arena, plan)
             _put(own.grad_b, db_GFR, arena, plan)
@@ -129,26 +125,9 @@ def _put(grad: Tensor, value_G: Tensor, arena: ArenaBatches, plan: SegmentPlan) 
     grad[where] = grad[where] + value_G if plan.accumulates else value_G.to(grad.dtype)
 
 
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    if _is_small(left, right):
-        out.copy_(_small_product(left, right))
-    else:
-        torch.bmm(left, right, out=out)
-
-
 def _add_product(left: Tensor, right: Tensor, *, to: Tensor, is_fresh: bool) -> None:
     """`is_fresh`: nothing is there yet."""
     if is_fresh:
-        _product(left, right, out=to)
-    elif _is_small(left, right):
-        to += _small_product(left, right)
+        torch.bmm(left, right, out=to)
     else:
         to.baddbmm_(left, right)
-
-
-def _is_small(left: Tensor, right: Tensor) -> bool:
-    return left.shape[0] == 1 and (left.shape[1] < SMALL or right.shape[2] < SMALL)
-
-
-def _small_product(left: Tensor, right: Tensor) -> Tensor:
-    return torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1]

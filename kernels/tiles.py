@@ -91,8 +91,9 @@ def tiles_by_height(count_G: Ints, heights: Sequence[int]) -> Iterator[tuple[int
             yield height, segment_I, (np.arange(len(segment_I)) - np.repeat(np.cumsum(per_G) - per_G, per_G)) * height
 
 
-HEIGHTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
-"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched product."""
+HEIGHTS = np.array([1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64])
+"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched product. 5 to 7 and 9
+to 11 are missing: MKL splits a lone product of so many rows over threads, with other bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

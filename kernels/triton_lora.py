@@ -39,6 +39,8 @@ class Config:
     """How one kernel is compiled. `block` runs along the wide side of its tensors."""
 
     block: int
+    block_r: int
+    """Along the rank."""
     num_warps: int
     num_stages: int
 
@@ -46,15 +48,17 @@ class Config:
 def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Config:
     """Fixed for ever: another configuration may add in another order."""
     is_half = dtype.itemsize == 2
+    # fp32 has no tensor cores to feed; more warps and short steps along the rank keep its operands in registers.
+    num_warps = 8 if not is_half and (height == TALL or block_r > 32) else 4
     match kernel:
         case "reduce":
-            return Config(block=64 if is_half else 32, num_warps=4, num_stages=3 if is_half else 2)
+            block = (64 if is_half else 32) // (2 if block_r > 64 else 1)
+            return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=3 if is_half else 2)
         case "spread":
-            return Config(
-                block=64 if height == TALL and (block_r > 32 or not is_half) else 128, num_warps=4, num_stages=1
-            )
+            wide, along = (64, min(block_r, 64)) if is_half else (32, 16)
+            return Config(block=wide, block_r=along, num_warps=num_warps, num_stages=1)
         case _:
-            return Config(block=64, num_warps=4, num_stages=2)
+            return Config(block=64 if is_half else 32, block_r=block_r, num_warps=num_warps, num_stages=2)
 
 
 def block_of_rank(rank: int) -> int:
@@ -97,16 +101,17 @@ def spread_kernel(
     tile = tl.program_id(0)
     count = tl.load(count_I + tile)
     i = tl.arange(0, HEIGHT)
-    r = tl.arange(0, BLOCK_R)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_rows, in_k = (i < count)[:, None], (k < num_k)[None, :]
-    s_places = s + (tl.load(own_I + tile) + i)[:, None] * rank + r[None, :]
-    s_ir = tl.load(s_places, mask=in_rows & (r < rank)[None, :], other=0.0)
-    w_places = w + tl.load(weight_I + tile) + r[:, None] * w_stride_r + k[None, :] * w_stride_k
-    w_rk = tl.load(w_places, mask=(r < rank)[:, None] & in_k, other=0.0)
+    s_rows = s + (tl.load(own_I + tile) + i)[:, None] * rank
+    w_columns = w + tl.load(weight_I + tile) + k[None, :] * w_stride_k
     places = y + (tl.load(row_I + tile) + i)[:, None] * y_stride + k[None, :]
-    there = tl.load(places, mask=in_rows & in_k, other=0.0).to(tl.float32)
-    total = tl.dot(s_ir, w_rk.to(s_ir.dtype), there, input_precision="ieee")
+    total = tl.load(places, mask=in_rows & in_k, other=0.0).to(tl.float32)
+    for start in range(0, rank, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        s_ir = tl.load(s_rows + r[None, :], mask=in_rows & (r < rank)[None, :], other=0.0)
+        w_rk = tl.load(w_columns + r[:, None] * w_stride_r, mask=(r < rank)[:, None] & in_k, other=0.0)
+        total = tl.dot(s_ir, w_rk.to(s_ir.dtype), total, input_precision="ieee")
     tl.store(places, total.to(y.dtype.element_ty), mask=in_rows & in_k)
 
 
@@ -205,14 +210,13 @@ def _reduce(x: Tensor, w: Tensor, scale_S: Tensor, part: _Part) -> Tensor:
     """`w` and its like below: [slots, (experts,) R, K]."""
     rank, num_k = w.shape[-2:]
     out_UR = torch.empty(int(part.count_G.sum()), rank, dtype=x.dtype, device=x.device)
-    block_r = block_of_rank(rank)
     for height, segment_I, offset_I in tiles_by_height(part.count_G, (SHORT, TALL)):
-        config = config_of("reduce", height, block_r, x.dtype)
+        config = config_of("reduce", height, block_of_rank(rank), x.dtype)
         scale_I = scale_S[_tensor(part.slot_G[segment_I], x.device)].float()
         reduce_kernel[(len(segment_I),)](
             x, w, out_UR, *_tile_columns(part, segment_I, offset_I, height, w, x.device), scale_I,
             x.stride(0), w.stride(-2), w.stride(-1), num_k, rank,
-            HEIGHT=height, BLOCK=config.block, BLOCK_R=block_r,
+            HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out_UR
@@ -220,26 +224,24 @@ def _reduce(x: Tensor, w: Tensor, scale_S: Tensor, part: _Part) -> Tensor:
 
 def _spread(s_UR: Tensor, w: Tensor, y: Tensor, part: _Part) -> None:
     rank, num_k = w.shape[-2:]
-    block_r = block_of_rank(rank)
     for height, segment_I, offset_I in tiles_by_height(part.count_G, (SHORT, TALL)):
-        config = config_of("spread", height, block_r, y.dtype)
+        config = config_of("spread", height, block_of_rank(rank), y.dtype)
         spread_kernel[(len(segment_I), triton.cdiv(num_k, config.block))](
             s_UR, w, y, *_tile_columns(part, segment_I, offset_I, height, w, y.device),
             y.stride(0), w.stride(-2), w.stride(-1), num_k, rank,
-            HEIGHT=height, BLOCK=config.block, BLOCK_R=block_r,
+            HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
 def _outer(p: Tensor, s_UR: Tensor, out: Tensor, accumulates: bool, part: _Part) -> None:
     rank, num_k = out.shape[-2:]
-    block_r = block_of_rank(rank)
-    config = config_of("outer", SHORT, block_r, p.dtype)
+    config = config_of("outer", SHORT, block_of_rank(rank), p.dtype)
     columns = (part.start_G, part.own_G, part.count_G, part.places(out))
     outer_kernel[(len(part.count_G), triton.cdiv(num_k, config.block))](
         p, s_UR, out, *(_tensor(column, p.device) for column in columns),
         p.stride(0), out.stride(-2), out.stride(-1), num_k, rank,
-        ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=block_r,
+        ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

@@ -259,6 +259,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     root_key: Annotated[str | None, typer.Option(help="Id of the root key that you know to be right.")] = None,
     since: Annotated[Path | None, typer.Option(help="JSON of an earlier --all: finds a log that was cut off.")] = None,
+    replay: Annotated[
+        str | None, typer.Option(help="USER@NUMBER, or USER: train kept revisions again, alone, and compare the bytes.")
+    ] = None,
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
@@ -267,8 +270,13 @@ def verify(
 
     from populace.storage.verify import Findings, verify_partition
 
+    if replay is not None:
+        if user is not None or everybody or since is not None or root_key is not None:
+            raise InvalidInput("--replay stands alone; run `populace verify` without it for signatures and digests")
+        _replay(replay, as_json, store, name)
+        return
     if (user is None) != everybody:
-        raise InvalidInput("name one user, or everybody with --all")
+        raise InvalidInput("name one user, or everybody with --all, or a revision with --replay")
     if since is not None and not everybody:
         raise InvalidInput("--since compares whole logs; use it with --all")
     if root_key is not None and len(root_key) < 16:
@@ -292,14 +300,36 @@ def verify(
         print(json.dumps({"population": meta.name, "root_key": meta.root_key.keyid, **asdict(findings)}, indent=1))
     else:
         console.print(
-            f"{meta.name}: {findings.num_records} records signed and chained, {findings.num_revisions} revisions, "
-            f"{findings.num_blobs} blobs ({findings.num_bytes / 1e6:.1f} MB) match their manifests; "
-            f"root key {meta.root_key.keyid[:16]}",
+            f"{meta.name}: {findings.num_records} records signed and chained, {findings.num_revisions} revisions "
+            f"({findings.num_not_kept} of them not kept), {findings.num_blobs} blobs "
+            f"({findings.num_bytes / 1e6:.1f} MB) match their manifests; root key {meta.root_key.keyid[:16]}",
             soft_wrap=True,
         )
         for problem in findings.problems:
             console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True, highlight=False)
     if findings.problems:
+        raise typer.Exit(1)
+
+
+def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
+    from dataclasses import asdict
+
+    from populace.population.replay import replay
+
+    user, at, number = revision.rpartition("@")
+    if not at or not number.isdigit():
+        user, number = revision, ""
+    with console.status("training again"):
+        found = replay(_open(store, name), user, int(number) if number else None)
+    if as_json:
+        print(json.dumps([asdict(item) for item in found], indent=1))
+    else:
+        table = Table("revision", "outcome", "")
+        for item in found:
+            colour = "green" if item.is_same else "red" if item.outcome == "DIFFERENT" else "yellow"
+            table.add_row(f"{user}@{item.revision}", f"[{colour}]{item.outcome}[/]", escape(item.detail))
+        console.print(table)
+    if not all(item.is_same for item in found):
         raise typer.Exit(1)
 
 

@@ -43,6 +43,7 @@ from populace.storage.verify import Findings, verify_partition
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec
+from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.prepare import PreparedBase, find_base, find_prepared
 from populace.workers.train_step import TrainerSettings
 
@@ -357,6 +358,14 @@ class Population:
             eos_ids=chat.eos_ids,
             trainer=TrainerSettings.of(self.settings.train, self.settings.optimizer),
         )
+
+    def new_engine(self, *, dtype: str, backend: str) -> ShardEngine:
+        """An engine in this process that computes in `dtype` on `backend`."""
+        base = self.base()
+        settings = self.shard_settings(base, Chat(base.folder))
+        kernels = dataclasses.replace(settings.trainer.kernels, backend=backend, row_multiple=ROW_MULTIPLE["invariant"])
+        trainer = dataclasses.replace(settings.trainer, kernels=kernels)
+        return ShardEngine(dataclasses.replace(settings, dtype=dtype, slots=2, trainer=trainer), self.store)
 
     def _local_engine(self) -> tuple[ShardEngine, Chat]:
         base = self.base()

@@ -294,6 +294,7 @@ class Controller:
         settled: list[SettledEvent],
     ) -> RevisionDraft:
         adapter = self.ledger.catalog.require(member.pseudonym)
+        parent = adapter.revision(adapter.tip).blobs if adapter.tip else {}
         out = {item.event.position for item in settled}
         revision, keys = adapter.next_revision, self.ledger.keys
         parts = {"weights": update.weights, "moments": update.moments, "evidence": encode_evidence(groups)}
@@ -301,7 +302,8 @@ class Controller:
             pseudonym=member.pseudonym,
             revision=revision,
             parent=adapter.tip,
-            parent_sha256=adapter.revision(adapter.tip).blobs["weights"].sha256 if adapter.tip else None,
+            parent_sha256=parent["weights"].sha256 if parent else None,
+            parent_moments_sha256=parent["moments"].sha256 if "moments" in parent else None,
             blobs={
                 part: keys.seal(member.pseudonym, blob, blob_context(part, revision)) for part, blob in parts.items()
             },

@@ -42,6 +42,7 @@ class RevisionDraft:
     revision: int
     parent: int
     parent_sha256: str | None
+    parent_moments_sha256: str | None = None
     blobs: dict[str, bytes]
     """Part -> bytes as they are to be stored."""
     experts: list[int]
@@ -188,6 +189,7 @@ class Owner:
                 revision=draft.revision,
                 parent=draft.parent,
                 parent_sha256=draft.parent_sha256,
+                parent_moments_sha256=draft.parent_moments_sha256,
                 blobs={part: places[f"{part}/{draft.pseudonym}@{draft.revision}"] for part in draft.blobs},
                 experts=draft.experts,
                 trained=draft.trained,

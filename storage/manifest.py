@@ -142,7 +142,7 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
     parents = [
         {
             "name": f"{entry.pseudonym}@{entry.revision}#parent",
-            "annotations": {"revision": entry.parent},
+            "annotations": {"revision": entry.parent, "moments": entry.parent_moments_sha256},
             **({} if entry.parent_sha256 is None else {"digest": {"sha256": entry.parent_sha256}}),
         }
         for entry in wave.revisions
@@ -186,7 +186,11 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
     experience = external.pop("experience")
     dependencies = definition["resolvedDependencies"]
     parents = {
-        item["name"].removesuffix("#parent"): (item["annotations"]["revision"], item.get("digest", {}).get("sha256"))
+        item["name"].removesuffix("#parent"): {
+            "parent": item["annotations"]["revision"],
+            "parent_sha256": item.get("digest", {}).get("sha256"),
+            "parent_moments_sha256": item["annotations"].get("moments"),
+        }
         for item in dependencies
         if item["name"].endswith("#parent")
     }
@@ -204,8 +208,7 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
             RevisionEntry(
                 pseudonym=pseudonym,
                 revision=int(revision),
-                parent=parents[name][0],
-                parent_sha256=parents[name][1],
+                **parents[name],
                 blobs=blobs,
                 experts=notes["experts"],
                 trained=[event_from_json(event) for event in experience[name]["trained"]],

@@ -95,6 +95,8 @@ class RevisionEntry:
     parent: int
     parent_sha256: str | None
     """Digest of the parent's weights; None for revision 0, which has no bytes."""
+    parent_moments_sha256: str | None = None
+    """Digest of the parent's moments that the update started from; None: they started at zero."""
     blobs: dict[str, BlobPlace]
     """`weights`, `moments`, `evidence`."""
     experts: list[int]

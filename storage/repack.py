@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
+from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, RESTARTED, Catalog
 from populace.storage.columns import Rows, ragged
 from populace.storage.commit import Owner
 from populace.storage.errors import ObjectNotFound
@@ -30,7 +30,8 @@ MIN_DEAD_SHARE = 0.25
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionRule:
     """Which revisions stay: an adapter's last ones, its tip, what serves or ever was promoted, what is pinned.
-    Moments stay for tips and for what was pinned while it was the tip."""
+    Moments stay for tips and for what was pinned while it was the tip; evidence stays where a revision that stays is
+    re-derived through it, so that every one of them can be replayed."""
 
     last: int
 
@@ -95,9 +96,38 @@ def _blobs(catalog: Catalog, partition: int, rule: RetentionRule) -> _Blobs:
     of = np.repeat(np.arange(len(mine)), revisions["num_blobs"][mine])
     there = catalog.blobs["size"][row] > 0
     row, of = row[there], of[there]
-    is_moments = catalog.blobs["part"][row] == PARTS.index("moments")
-    lives = (stays & ~is_forgotten)[of] & (~is_moments | (flags & FADED == 0)[of])
+    stays &= ~is_forgotten
+    part, has_moments = catalog.blobs["part"][row], stays & (flags & FADED == 0)
+    evidence = _is_replayed_through(
+        adapter, number, revisions["parent"][mine], stays, has_moments, flags & RESTARTED > 0
+    )
+    lives = np.select(
+        [part == PARTS.index("moments"), part == PARTS.index("evidence")], [has_moments[of], evidence[of]], stays[of]
+    )
     return _Blobs(row=row, revision=mine[of], is_dead=~lives, is_forgotten=is_forgotten[of])
+
+
+def _is_replayed_through(
+    adapter: NDArray[np.uint32],
+    number: NDArray[np.uint32],
+    parent: NDArray[np.uint32],
+    stays: NDArray[np.bool_],
+    has_moments: NDArray[np.bool_],
+    restarted: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Which revisions a replay of those that stay repeats: themselves, and their ancestors back to one whose kept bytes
+    the next update started from."""
+    key = adapter.astype(np.uint64) << np.uint64(32) | number
+    by_key = np.argsort(key)
+    parent_at = by_key[np.searchsorted(key[by_key], key - number + parent).clip(max=len(key) - 1)]
+    needed = stays.copy()
+    # A parent's number is below its child's, so descending numbers meet every child first.
+    descending = np.argsort(number, kind="stable")[::-1]
+    for rows in np.split(descending, np.flatnonzero(np.diff(number[descending])) + 1):
+        rows = rows[needed[rows] & (parent[rows] > 0)]
+        up = parent_at[rows]
+        needed[up] |= ~np.where(restarted[rows], stays[up], stays[up] & has_moments[up])
+    return needed
 
 
 def _packs_to_rewrite(catalog: Catalog, blobs: _Blobs) -> Rows:

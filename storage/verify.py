@@ -47,6 +47,8 @@ class Findings:
     num_revisions: int = 0
     num_blobs: int = 0
     num_bytes: int = 0
+    num_not_kept: int = 0
+    """Revisions whose weights the retention rule let go: their records stand, nothing of theirs is damaged."""
     problems: list[str] = field(default_factory=list)
     positions: dict[int, Position] = field(default_factory=dict)
     """Per partition: to be kept, and handed to the next verification."""
@@ -135,6 +137,7 @@ class _Walk:
     def read_blobs(self, pseudonym: str, progress: Callable[[int], None]) -> None:
         chain, findings = self.chains[pseudonym], self.findings
         findings.num_revisions += len(chain.entries)
+        findings.num_not_kept += sum((revision, "weights") not in chain.places for revision in chain.entries)
         for name in list(chain.places):
             if (place := chain.places.get(name)) is None:
                 continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,15 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.layout import BaseDims
+from populace.workers.numerics import probe_invariance
 from populace.workers.residency import Residency
 from populace.workers.rollout import roll_out
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.slab import Slab
 from populace.workers.step import Step
 from populace.workers.train_step import TrainerSettings, train_wave
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +77,24 @@ class ShardEngine:
         store = store or open_store(settings.store_url)
         self.residency = Residency(self.slab, store, UserKeys(store, settings.population, Keyring()))
 
+    @functools.cached_property
+    def numerics(self) -> str:
+        """`invariant` if this machine keeps that promise, else `fast`."""
+        if problem := probe_invariance(self.base, self.kernels):
+            logger.warning("numerics are `fast`, revisions can't be replayed: %s", problem)
+        return "fast" if problem else "invariant"
+
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
         """Shapes of the base, and the numerics fingerprint of this shard."""
         return self.base.dims, {
             "device": "cpu",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "backend": self.kernels.backend,
             "optimizer": self.settings.trainer.adam.name,
             "threads": str(torch.get_num_threads()),
-            "numerics": "fast",
+            "numerics": self.numerics,
         }
 
     def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int:
@@ -116,8 +129,9 @@ class ShardEngine:
             scores += [tuple(next(pieces).numpy() for _ in group.branches) for group in part]
         return scores
 
-    def train_wave(self, batch: WaveBatch) -> StepResult:
-        return train_wave(self.base, self.slab, batch, self.settings.trainer)
+    def train_wave(self, batch: WaveBatch, trainer: TrainerSettings | None = None) -> StepResult:
+        """`trainer`: other settings than this shard's own, for replays."""
+        return train_wave(self.base, self.slab, batch, trainer or self.settings.trainer)
 
 
 def _parts(groups: Sequence[RolloutGroup], max_rows: int) -> list[list[SequenceGroup]]:

@@ -2,6 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from populace.kernels.lora import FrozenProduct
+from populace.workers.attention import PackedAttention
+from populace.workers.base import BaseModel, token_logprobs
+from populace.workers.batch import AdapterKey
+from populace.workers.layout import DENSE_MODULES, AdapterSpec
+from populace.workers.rows import SequenceGroup, pack_rows
+from populace.workers.slab import Slab
+from populace.workers.step import Kernels, Step
+
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}
-"""Row counts of every product of the base are multiples of this. MKL and oneDNN take other paths, with other
-bits, for a few odd small counts only."""
+"""Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths, with other bits, for
+a few odd small counts only."""
+_COUNTS = (8, 16, 24, 40, 104, 264)
+
+
+def probe_invariance(base: BaseModel, kernels: Kernels) -> str:
+    """What on this machine, at its present number of threads, breaks the promise; empty if nothing does. Takes a pass
+    through the base with a few rows, and some products of it with many."""
+    if kernels.row_multiple == ROW_MULTIPLE["fast"]:
+        return "rows are not filled up"
+    return next(_broken(base, kernels), "")
+
+
+def _broken(base: BaseModel, kernels: Kernels) -> Iterator[str]:
+    for name, product in _products(base):
+        rows_TD = _noise(2 * _COUNTS[-1], product.w.shape[-1], base.dtype)
+        whole_TF = product.forward(rows_TD)
+        dwhole_TD = product.backward(whole_TF)
+        for count in _COUNTS:
+            for start in (0, 8, len(rows_TD) - count):
+                part = slice(start, start + count)
+                if not torch.equal(product.forward(rows_TD[part]), whole_TF[part]):
+                    yield f"{name}: {count} rows give other bits than the same rows among {len(rows_TD)}"
+                if not torch.equal(product.backward(whole_TF[part]), dwhole_TD[part]):
+                    yield f"{name}, backward: {count} rows give other bits than the same rows among {len(rows_TD)}"
+    alone = _gradient(base, kernels, mates=0)
+    for mates in (1, 4):
+        if not torch.equal(_gradient(base, kernels, mates), alone):
+            yield f"a pass with {mates} mates gives an adapter other gradients than a pass alone"
+
+
+def _products(base: BaseModel) -> Iterator[tuple[str, FrozenProduct]]:
+    """One of each shape: the layers of a base are alike."""
+    block = base.decoder.layers[0]
+    for module in DENSE_MODULES:
+        yield module, getattr(block.self_attn, module).base
+    yield "gate_up_proj", FrozenProduct(w=block.mlp.gate_up_EOD[0])
+    yield "down_proj", FrozenProduct(w=block.mlp.down_EDI[0])
+    yield "gate", FrozenProduct(w=block.mlp.gate_ED)
+    yield "lm_head", FrozenProduct(w=base.head_VD)
+
+
+def _gradient(base: BaseModel, kernels: Kernels, mates: int) -> Tensor:
+    """The gradient of one adapter, its rows between those of its mates."""
+    slab = Slab(base.dims, mates + 1, base.dtype)
+    spec = AdapterSpec(rank=3, expert_rank=1, alpha=8.0, learning_rate=1e-3)
+    groups = []
+    for number in range(mates + 1):
+        key = AdapterKey(str(number), 0)
+        slot = slab.take(key, spec, seed=number)
+        arena = slab.arenas[slot.arena]
+        arena.weights[slot.row] = _noise(1, arena.layout.size, torch.float32, seed=number)[0] * 0.02
+        random = np.random.default_rng(number)
+        prompt, *branches = (random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in (7, 5, 9))
+        groups.append(SequenceGroup(slot=(slot.arena, slot.row), prompt_ids=prompt, branches=tuple(branches)))
+    rows = pack_rows(sorted(groups, key=lambda group: group.slot), row_multiple=kernels.row_multiple)
+    step = Step.of(rows, PackedAttention(rows), slab, kernels)
+    token_logprobs(base, base.hidden(step), step).square().sum().backward()  # type: ignore[no-untyped-call]
+    mine = slab.slots[AdapterKey("0", 0)]
+    return slab.arenas[mine.arena].grads[mine.row].clone()
+
+
+def _noise(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns), np.float32)).to(dtype)

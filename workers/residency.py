@@ -20,7 +20,8 @@ class Residency:
         self.slab, self.store, self.keys = slab, store, keys
         self._last_used: dict[AdapterKey, int] = {}
         self._clock = 0
-        self._has_moments: set[AdapterKey] = set()
+        self._has_moments: dict[AdapterKey, bool] = {}
+        """Whether a slot that may be trained in holds moments, or zeros in their place."""
 
     @property
     def num_hot(self) -> int:
@@ -38,7 +39,9 @@ class Residency:
         missing = [
             ref
             for ref in {ref.key: ref for ref in refs}.values()
-            if ref.key not in self.slab.slots or (with_moments and ref.key not in self._has_moments)
+            if ref.key not in self.slab.slots
+            # A revision that stopped being the tip starts from zero again, also where its moments are still hot.
+            or (with_moments and self._has_moments.get(ref.key) != (ref.moments is not None))
         ]
         # The blobs first: a damaged one must not leave a half-filled slot.
         requests = [ref.requests(with_moments) for ref in missing]
@@ -55,7 +58,7 @@ class Residency:
             else:
                 self.slab.initialise(ref.key)
             if with_moments:
-                self._has_moments.add(ref.key)
+                self._has_moments[ref.key] = ref.moments is not None
         self._last_used.update(dict.fromkeys(wanted, self._clock))
         return len(missing)
 
@@ -70,11 +73,11 @@ class Residency:
             if key in self.slab.slots:
                 self.slab.drop(key)
             self._last_used.pop(key, None)
-            self._has_moments.discard(key)
+            self._has_moments.pop(key, None)
 
     def committed(self, old: AdapterKey, new: AdapterKey) -> None:
         """What was trained in the slot of `old` is now revision `new`."""
         self.slab.rename(old, new)
         self._last_used[new] = self._last_used.pop(old)
-        self._has_moments.discard(old)
-        self._has_moments.add(new)
+        self._has_moments.pop(old, None)
+        self._has_moments[new] = True

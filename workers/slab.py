@@ -145,6 +145,13 @@ class Slab:
             _scatter_parts(flat, exact, experts, part)
             self._fill(slot, target, flat)
 
+    def forget_moments(self, key: AdapterKey) -> None:
+        """Start the optimizer of `key` anew: what a revision that stopped being the tip continues with."""
+        slot = self.slots[key]
+        for flat in (self.arenas[slot.arena].m, self.arenas[slot.arena].v):
+            flat[slot.row].zero_()
+        slot.state.step, slot.state.baseline, slot.state.num_rewards = 0, 0.0, 0
+
     def dump(self, key: AdapterKey, experts: tuple[int, ...]) -> tuple[bytes, bytes]:
         """(weights, moments) blobs: fp32 little-endian in exact layout, dense part then the given experts; the
         moments start with step, baseline and reward count as three fp64, then m, then v."""

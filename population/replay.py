@@ -1,0 +1,188 @@
+"""Replay: a revision made again, alone, from the bytes it started from and the evidence it learned from.
+
+A user's update depends on that user alone, so the same bytes must come out as in the wave that it was part of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from populace.configs.schema import OptimizerSettings, TrainSettings
+from populace.population.client import Population
+from populace.population.trials import revision_ref
+from populace.storage.errors import InvalidInput
+from populace.storage.loading import BlobRequest, load_wave
+from populace.storage.records import RevisionEntry, WaveManifest
+from populace.storage.states import AdapterState
+from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, AdapterUpdate, WaveBatch, decode_evidence
+from populace.workers.engine import ShardEngine
+from populace.workers.train_step import TrainerSettings
+
+SAME, DIFFERENT, NOT_KEPT, REFUSED = "same bytes", "DIFFERENT", "not kept", "refused"
+_MACHINE = ("device", "cpu", "dtype", "torch", "backend", "numerics")
+"""What of a numerics fingerprint must agree; the optimizer is set as the manifest says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What came of one revision's replay."""
+
+    revision: int
+    outcome: str
+    detail: str
+
+    @property
+    def is_same(self) -> bool:
+        return self.outcome == SAME
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """How a revision is re-derived: the revision whose bytes are kept, then every update after it, in order."""
+
+    start: AdapterRef
+    updates: tuple[RevisionEntry, ...]
+
+
+def replay(population: Population, user: str, revision: int | None = None) -> list[Replayed]:
+    """Re-derive one revision, or every kept one, oldest first. A route that passes other kept revisions compares them
+    on its way. Nothing is written."""
+    population.ledger.refresh()
+    adapter = population.ledger.adapter(user)
+    kept = [state.revision for state in adapter.revisions() if "weights" in state.blobs]
+    if revision is not None and (revision == 0 or not adapter.exists(revision)):
+        raise InvalidInput(
+            f"revision is {revision}; give one of 1 to {adapter.next_revision - 1}, 0 is derived already"
+        )
+    wanted = kept if revision is None else [revision]
+    found: dict[int, Replayed] = {}
+    player = _Player(population, adapter)
+    for number in sorted(wanted, reverse=True):
+        if number in found:
+            continue
+        if number not in kept:
+            found[number] = Replayed(revision=number, outcome=NOT_KEPT, detail="the retention rule let its weights go")
+        else:
+            found |= player.play(number, kept if revision is None else [number])
+    return [found[number] for number in sorted(found)]
+
+
+def route_to(adapter: AdapterState, revision: int, entry_of: Callable[[int], RevisionEntry]) -> Route | str:
+    """The shortest route to a kept revision, or which bytes are missing for it."""
+    updates: list[RevisionEntry] = []
+    number = revision
+    while True:
+        if "evidence" not in adapter.revision(number).blobs:
+            return f"the evidence of revision {number} is gone"
+        updates.append(entry := entry_of(number))
+        if entry.parent == 0:
+            start = revision_ref(adapter, 0)
+            break
+        blobs = adapter.revision(entry.parent).blobs
+        moments = blobs.get("moments")
+        is_start = entry.parent_moments_sha256 is None or (
+            moments is not None and moments.sha256 == entry.parent_moments_sha256
+        )
+        if "weights" in blobs and is_start:
+            start = revision_ref(adapter, entry.parent)
+            if entry.parent_moments_sha256 is None:
+                start = replace(start, moments=None)
+            break
+        number = entry.parent
+    return Route(start=start, updates=tuple(reversed(updates)))
+
+
+class _Player:
+    """Plays routes of one adapter on engines like those that made it."""
+
+    def __init__(self, population: Population, adapter: AdapterState) -> None:
+        self.population, self.adapter = population, adapter
+        self._waves: dict[int, WaveManifest] = {}
+        self._engines: dict[tuple[str, str], ShardEngine] = {}
+
+    def play(self, revision: int, compare: Sequence[int]) -> dict[int, Replayed]:
+        """Outcomes of `revision` and of those of `compare` on the way to it."""
+        route = route_to(self.adapter, revision, self._entry)
+        if isinstance(route, str):
+            return {revision: Replayed(revision=revision, outcome=NOT_KEPT, detail=route)}
+        engine = self._engine_for(route)
+        if isinstance(engine, str):
+            return {revision: Replayed(revision=revision, outcome=REFUSED, detail=engine)}
+        found, key = {}, route.start.key
+        engine.page_in([route.start], True)
+        for steps, entry in enumerate(route.updates, 1):
+            update = self._update(engine, entry, key)
+            if entry.revision in compare:
+                detail = self._difference(entry, update)
+                found[entry.revision] = Replayed(
+                    revision=entry.revision,
+                    outcome=DIFFERENT if detail else SAME,
+                    detail=detail
+                    or f"{steps} update{'s' if steps > 1 else ''} after revision {route.start.key.revision}",
+                )
+            if update.status != "updated":
+                break
+            engine.committed([(key, key := AdapterKey(key.pseudonym, entry.revision))])
+        engine.evict([key])
+        return found
+
+    def _update(self, engine: ShardEngine, entry: RevisionEntry, key: AdapterKey) -> AdapterUpdate:
+        """Train the adapter in its slot, alone, on the evidence of `entry`."""
+        if entry.parent_moments_sha256 is None:
+            engine.slab.forget_moments(key)
+        groups = decode_evidence(bytes(self._blob(entry.revision, "evidence")))
+        batch = WaveBatch(adapters=(AdapterBatch(adapter=key, groups=groups),))
+        (update,) = engine.train_wave(batch, _trainer(self._wave(entry.revision))).updates
+        return update
+
+    def _difference(self, entry: RevisionEntry, update: AdapterUpdate) -> str:
+        """What is not as it was committed; empty if all that is kept is."""
+        if update.status != "updated":
+            return f"the update ends as {update.status!r}"
+        if list(update.experts) != list(entry.experts):
+            return f"other experts were reached: {list(update.experts)}, not {list(entry.experts)}"
+        kept = self.adapter.revision(entry.revision).blobs
+        for part in ("weights", "moments"):
+            if part in kept and self._blob(entry.revision, part) != getattr(update, part):
+                return f"{part} differ"
+        return ""
+
+    def _blob(self, revision: int, part: str) -> memoryview:
+        place = self.adapter.revision(revision).blobs[part]
+        request = BlobRequest(pseudonym=self.adapter.pseudonym, revision=revision, part=part, place=place)
+        (blob,) = load_wave(self.population.store, self.population.ledger.keys, [request])
+        return blob
+
+    def _wave(self, revision: int) -> WaveManifest:
+        seq = self.adapter.revision(revision).seq
+        if seq not in self._waves:
+            _, wave = self.population.ledger.readers[self.adapter.partition].read_at(seq)
+            assert isinstance(wave, WaveManifest)
+            self._waves[seq] = wave
+        return self._waves[seq]
+
+    def _entry(self, revision: int) -> RevisionEntry:
+        entries = self._wave(revision).revisions
+        return next(e for e in entries if (e.pseudonym, e.revision) == (self.adapter.pseudonym, revision))
+
+    def _engine_for(self, route: Route) -> ShardEngine | str:
+        """An engine that computes as the one that made the route's revisions did, or why there is none."""
+        made_by = [self._wave(entry.revision).numerics for entry in route.updates]
+        if any(numerics.get("numerics") != "invariant" for numerics in made_by):
+            return "made with `fast` numerics: its bits depend on who shared the batch"
+        name = (made_by[0]["dtype"], made_by[0]["backend"])
+        if name not in self._engines:
+            self._engines[name] = self.population.new_engine(dtype=name[0], backend=name[1])
+        _, here = self._engines[name].describe()
+        for numerics in made_by:
+            for field in _MACHINE:
+                if numerics.get(field) != here[field]:
+                    return f"made with {field} {numerics.get(field)}, this machine has {here[field]}"
+        return self._engines[name]
+
+
+def _trainer(wave: WaveManifest) -> TrainerSettings:
+    """The settings that the manifest names."""
+    train, optimizer = wave.parameters["train"], wave.parameters["optimizer"]
+    return TrainerSettings.of(TrainSettings(**train), OptimizerSettings(**optimizer))

@@ -1,0 +1,135 @@
+"""Revisions made in waves of many come out bit for bit when they are made again alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from populace.configs.schema import (
+    EvaluationSettings,
+    RetentionSettings,
+    SchedulerSettings,
+    Settings,
+    TrainSettings,
+)
+from populace.population import replay as replay_module
+from populace.population.cli import app
+from populace.population.client import Population
+from populace.population.controller import Controller
+from populace.population.experience import Pin, Rollback, Trajectory
+from populace.population.replay import DIFFERENT, NOT_KEPT, REFUSED, SAME, replay
+from tests.streams import WORDS, experience
+
+Start = Callable[..., Controller]
+NUM_USERS = 6
+NUM_WAVES = 50
+
+
+def settings_for(settings: Settings, **fields: object) -> Settings:
+    return dataclasses.replace(
+        settings,
+        user_ranks={"user-1": 1, "user-2": 5, "user-3": 8},
+        scheduler=SchedulerSettings(max_adapters_per_wave=4, events_per_update=2, slots=9),
+        evaluation=EvaluationSettings(every_waves=5, heldout_share=0.25, samples_per_task=2, confidence=0.3),
+        retention=RetentionSettings(last=3, every_waves=10),
+        **fields,
+    )
+
+
+def long_experience(settings: Settings, num_tasks: int) -> list:
+    """Tasks, and between them trajectories, whose baseline travels with the moments."""
+    pairs = []
+    for user, tasks in experience(settings, num_users=NUM_USERS, num_tasks=num_tasks):
+        events: list = []
+        for index, task in enumerate(tasks):
+            events.append(task)
+            if index % 5 == 4:
+                events.append(
+                    Trajectory(
+                        event_id=f"log-{index:03d}",
+                        prompt=WORDS[index % 12],
+                        completion=WORDS[index % 7],
+                        reward=index % 3,
+                    )
+                )
+        pairs.append((user, events))
+    return pairs
+
+
+def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
+    settings: Settings, start: Start, tmp_path: Path
+) -> None:
+    settings = settings_for(settings, name="replayed")
+    population = Population.create(f"file://{tmp_path}/store", settings)
+    population.enqueue_many(long_experience(settings, 80))
+    controller = start(population)
+    for wave in range(NUM_WAVES):
+        if wave == 20:  # the history has a pinned tip, a fork, and a revision that is returned to
+            population.ledger.enqueue({"user-0": [Pin(revision=population.ledger.adapter("user-0").tip, pinned=True)]})
+        if wave == 30:
+            forked = next(f"user-{n}" for n in range(NUM_USERS) if population.ledger.adapter(f"user-{n}").tip > 1)
+            population.ledger.enqueue({forked: [Rollback(to=population.ledger.adapter(forked).tip - 1)]})
+        assert controller.run_once() is not None
+    population.ledger.release()
+
+    decisions = population.ledger.catalog.count_decisions()
+    assert decisions["rollback"] == 1 and decisions["pin"] == 1
+    num_same = 0
+    for number in range(NUM_USERS):
+        adapter = population.ledger.adapter(f"user-{number}")
+        kept = [state.revision for state in adapter.revisions() if "weights" in state.blobs]
+        found = replay(population, f"user-{number}")
+        assert [item.revision for item in found] == kept
+        assert {item.outcome for item in found} == {SAME}, found
+        num_same += len(found)
+        dropped = [state.revision for state in adapter.revisions() if "weights" not in state.blobs]
+        if dropped:
+            (gone,) = replay(population, f"user-{number}", dropped[0])
+            assert gone.outcome == NOT_KEPT
+    status = population.status()
+    assert status.revisions > num_same >= 3 * NUM_USERS  # the rule let some go
+
+    one = CliRunner(env={"COLUMNS": "160"}).invoke(
+        app, ["verify", "--replay", "user-0", "--store", f"file://{tmp_path}/store"]
+    )
+    assert one.exit_code == 0 and "same bytes" in one.output, one.output
+    whole = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["verify", "--all", "--store", f"file://{tmp_path}/store"])
+    assert whole.exit_code == 0 and f"{status.revisions - num_same} of them not kept" in whole.output, whole.output
+
+
+def test_a_replay_that_differs_or_cannot_be_is_told(
+    settings: Settings, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(settings)
+    population = Population.create(f"file://{tmp_path}/store", settings)
+    population.enqueue_many(experience(settings, num_users=2, num_tasks=6))
+    controller = start(population)
+    while controller.run_once() is not None:
+        pass
+    population.ledger.release()
+    assert {item.outcome for item in replay(population, "user-0")} == {SAME}
+
+    read = replay_module.decode_evidence
+    monkeypatch.setattr(replay_module, "decode_evidence", lambda body: read(body)[::-1])
+    assert DIFFERENT in {item.outcome for item in replay(population, "user-0")}
+    monkeypatch.setattr(replay_module, "decode_evidence", read)
+
+    describe = replay_module.ShardEngine.describe
+    other = lambda engine: (describe(engine)[0], {**describe(engine)[1], "torch": "1.0"})  # noqa: E731
+    monkeypatch.setattr(replay_module.ShardEngine, "describe", other)
+    (refused, *_) = replay(population, "user-0")
+    assert (refused.outcome, refused.detail.split(",")[1]) == (REFUSED, " this machine has 1.0")
+
+
+def test_fast_numerics_refuse_replay(settings: Settings, start: Start, tmp_path: Path) -> None:
+    settings = settings_for(settings, train=TrainSettings(numerics="fast"))
+    population = Population.create(f"file://{tmp_path}/store", settings)
+    population.enqueue_many(experience(settings, num_users=1, num_tasks=4))
+    assert start(population).run_once() is not None
+    population.ledger.release()
+    (refused,) = replay(population, "user-0")
+    assert refused.outcome == REFUSED and "fast" in refused.detail
