@@ -3,8 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# DeepSpeed compiles its CPUAdam here, once, with the ninja of the virtual environment.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow bench-store lint types format clean
+.PHONY: demo test test-slow bench-store bench-step aot lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -19,6 +22,13 @@ test-slow: .venv/dev
 
 bench-store: .venv/dev
 	$(BIN)/python -m tests.benchmarks.store
+
+bench-step: .venv/dev
+	$(BIN)/python -m tests.benchmarks.step
+
+# Compiles the Triton kernels for GPUs that need not be here.
+aot: .venv/dev
+	$(BIN)/python -m tests.aot docs/measurements/aot.md
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -47,4 +57,5 @@ clean:
 
 .venv/dev: .venv/demo
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[offload]'
 	touch $@

@@ -94,6 +94,9 @@ def tiles_by_height(count_G: Ints, heights: Sequence[int]) -> Iterator[tuple[int
 HEIGHTS = np.array([1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64])
 """Segments of at most 64 rows are filled up to the next of these, so that many become one batched product. 5 to 7 and 9
 to 11 are missing: MKL splits a lone product of so many rows over threads, with other bits."""
+LARGE_STEP = 32
+"""Longer segments of experts are filled up to multiples of this; longer dense ones, which mostly lie right as they are,
+not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +152,10 @@ class Batches:
     def of(plan: SegmentPlan) -> Batches:
         segments = plan.segments
         count_G = segments.count_G
-        large_G = count_G > HEIGHTS[-1]
-        height_G = np.where(large_G, count_G, HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(count_G, HEIGHTS[-1]))])
+        step = 1 if segments.expert_G is None else LARGE_STEP
+        large_G = -(-count_G // step) * step
+        small_G = HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(count_G, HEIGHTS[-1]))]
+        height_G = np.where(count_G > HEIGHTS[-1], large_G, small_G)
         in_place = int(count_G.sum()) == plan.num_rows and bool((height_G == count_G).all())
         if in_place:
             order_G = np.arange(len(count_G))

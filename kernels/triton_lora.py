@@ -58,7 +58,9 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
             wide, along = (64, min(block_r, 64)) if is_half else (32, 16)
             return Config(block=wide, block_r=along, num_warps=num_warps, num_stages=1)
         case _:
-            return Config(block=64 if is_half else 32, block_r=block_r, num_warps=num_warps, num_stages=2)
+            return Config(
+                block=64 if is_half else 32, block_r=block_r, num_warps=num_warps, num_stages=2 if is_half else 1
+            )
 
 
 def block_of_rank(rank: int) -> int:

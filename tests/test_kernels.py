@@ -237,7 +237,7 @@ def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(s
             for number, segment in enumerate(own.segment_G[batch.members].tolist()):
                 tile = slice(batch.start + number * batch.height, batch.start + (number + 1) * batch.height)
                 count = int(plan.segments.count_G[segment])
-                assert batch.height == (count if count > 64 else min(h for h in HEIGHTS.tolist() if h >= count))
+                assert batch.height == min(h for h in (*HEIGHTS.tolist(), 96) if h >= count)
                 assert len({rows[row] for row in source[tile].tolist()}) == 1
                 assert batches.is_filling_U[tile].tolist() == [False] * count + [True] * (batch.height - count)
                 seen += source[tile][:count].tolist()

@@ -34,13 +34,17 @@ class PackedAttention:
         self.keep = keep
         self.kept: list[tuple[Tensor, Tensor]] = []
         """With `keep`: each layer's keys and values, [W, T, X]."""
-        buckets: dict[int, list[tuple[int, int]]] = {}
+        buckets: dict[tuple[int, bool], list[tuple[int, int]]] = {}
         start = 0
         for length in rows.group_lengths:
             padded = -(-length // LENGTH_STEP) * LENGTH_STEP
-            buckets.setdefault(padded, []).append((start, length))
+            has_branches = bool((rows.branch_T[start : start + length] > 0).any())
+            buckets.setdefault((padded, has_branches), []).append((start, length))
             start += length
-        self.buckets = [_Bucket(padded, members, rows.branch_T) for padded, members in sorted(buckets.items())]
+        self.buckets = [
+            _Bucket(padded, members, rows.branch_T, has_branches)
+            for (padded, has_branches), members in sorted(buckets.items())
+        ]
         order_T = torch.cat([bucket.valid_rows_T for bucket in self.buckets])
         self.inverse_T = torch.empty_like(order_T)
         self.inverse_T[order_T] = torch.arange(len(order_T))
@@ -55,6 +59,7 @@ class PackedAttention:
                 k_WTX[:, bucket.rows_BM].transpose(0, 1),
                 v_WTX[:, bucket.rows_BM].transpose(0, 1),
                 attn_mask=bucket.mask_B1MM,
+                is_causal=bucket.mask_B1MM is None,
                 scale=scaling,
                 enable_gqa=True,
             )
@@ -63,15 +68,18 @@ class PackedAttention:
 
 
 class _Bucket:
-    """Groups of one padded length."""
+    """Groups of one padded length. A single sequence needs no mask: what fills it up comes after it."""
 
-    def __init__(self, padded: int, members: list[tuple[int, int]], branch_T: Tensor) -> None:
+    def __init__(self, padded: int, members: list[tuple[int, int]], branch_T: Tensor, has_branches: bool) -> None:
         start_B = torch.tensor([start for start, _ in members])
         length_B = torch.tensor([length for _, length in members])
         offset_M = torch.arange(padded)
         self.valid_BM = offset_M < length_B[:, None]
         self.rows_BM = torch.where(self.valid_BM, start_B[:, None] + offset_M, start_B[:, None])
         self.valid_rows_T = self.rows_BM[self.valid_BM]
+        self.mask_B1MM: Tensor | None = None
+        if not has_branches:
+            return
         branch_BM = branch_T[self.rows_BM]
         earlier_MM = offset_M[:, None] >= offset_M[None, :]
         key_B1M = branch_BM[:, None, :]

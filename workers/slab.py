@@ -52,6 +52,8 @@ class Arena:
         self.dense_scale_S = torch.zeros(slots)
         self.expert_scale_S = torch.zeros(slots)
         self.free = list(range(slots))[::-1]
+        self.used: set[int] = set()
+        """Rows that ever held an adapter; the others are zeros that cost no memory yet."""
         self._views: dict[tuple[str, int], LoraWeights] = {}
 
     def lora(self, module: str, layer: int) -> LoraWeights:
@@ -106,8 +108,10 @@ class Slab:
         arena = self.arenas[index]
         row = arena.free.pop()
         slot = self.slots[key] = Slot(arena=index, row=row, spec=spec, seed=seed, state=SlotState())
-        for flat in (arena.weights, arena.grads, arena.m, arena.v):
-            flat[row].zero_()
+        if row in arena.used:
+            for flat in (arena.weights, arena.m, arena.v):
+                flat[row].zero_()
+        arena.used.add(row)
         arena.dense_scale_S[row] = spec.scale_of("q_proj")
         arena.expert_scale_S[row] = spec.scale_of("gate_proj")
         return slot

@@ -1,0 +1,415 @@
+"""The fused step against what else there is. `make bench-step`; correctness first, then pairs timed in turn in one run.
+
+A random Mixtral of 48 M parameters, rank 8 on attention and on experts unless said otherwise. Ratios are of medians'
+neighbours: every repetition times both sides, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from populace.configs.schema import OptimizerSettings, TrainSettings
+from populace.storage.objects import MemoryStore
+from populace.workers import train_step
+from populace.workers.base import resolve_dtype
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    AdapterRef,
+    RolloutRequest,
+    Sample,
+    ScoredSample,
+    TrainGroup,
+    WaveBatch,
+)
+from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
+from populace.workers.layout import AdapterSpec
+from populace.workers.optimizer import AdamSettings, update_adapters
+from populace.workers.train_step import TrainerSettings
+from tests.benchmarks.figures import Figure, figure, publish
+
+VOCABULARY, HIDDEN, LAYERS, INNER, EXPERTS, TOP_K = 8192, 384, 6, 704, 8, 2
+THREADS = os.cpu_count() or 1
+REPETITIONS = 4
+TOKENS_OF_SURFACE = (8, 32, 128, 512, 1024)
+USERS_OF_SURFACE = (1, 4, 16, 64, 256)
+
+
+def build_base(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=64, intermediate_size=INNER, num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K, max_position_embeddings=2048, initializer_range=0.05,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(resolve_dtype("auto")).save_pretrained(folder)
+
+
+class Bench:
+    """An engine with adapters in it."""
+
+    def __init__(
+        self, folder: Path, ranks: Sequence[int], *, numerics: str = "invariant", offload: bool = False, slots: int = 0
+    ) -> None:
+        train = TrainSettings(numerics=numerics, kl_coefficient=0.0)
+        settings = ShardSettings(
+            base_folder=str(folder), dtype="auto", store_url="memory://", population="bench",
+            slots=slots or len(ranks), threads=THREADS, eos_ids=frozenset(),
+            trainer=TrainerSettings.of(train, OptimizerSettings(offload=offload)),
+        )  # fmt: skip
+        self.engine = ShardEngine(settings, MemoryStore())
+        self.keys = [AdapterKey(f"{number:032x}", 0) for number in range(len(ranks))]
+        specs = [AdapterSpec(rank=r, expert_rank=r, alpha=32, learning_rate=1e-4) for r in ranks]
+        self.engine.page_in(
+            [AdapterRef(key=k, spec=s, seed=i) for i, (k, s) in enumerate(zip(self.keys, specs, strict=True))], True
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        slab = self.engine.slab
+        return sum(slab.exact_layout(slot.spec).size for slot in slab.slots.values())
+
+    def wave(self, tokens: int, keys: Sequence[AdapterKey] | None = None, groups: int = 1) -> WaveBatch:
+        """Every adapter learns `groups` sequences of `tokens` tokens by likelihood."""
+        return WaveBatch(
+            adapters=tuple(
+                AdapterBatch(
+                    adapter=key, groups=tuple(demonstration(number * groups + i, tokens) for i in range(groups))
+                )
+                for number, key in enumerate(keys or self.keys)
+            )
+        )
+
+    def step(self, wave: WaveBatch) -> float:
+        start = time.perf_counter()
+        self.engine.train_wave(wave)
+        return time.perf_counter() - start
+
+    def forward_backward(self, wave: WaveBatch) -> float:
+        """Seconds of the passes alone, without optimizer and new bytes."""
+        with timing(train_step, "_forward_backward") as seconds:
+            self.engine.train_wave(wave)
+        return sum(seconds)
+
+
+class timing:
+    """Times the calls of one function of a module."""
+
+    def __init__(self, module: object, name: str) -> None:
+        self.module, self.name, self.seconds = module, name, []
+
+    def __enter__(self) -> list[float]:
+        self.original = original = getattr(self.module, self.name)
+
+        def timed(*arguments: object, **named: object) -> object:
+            start = time.perf_counter()
+            result = original(*arguments, **named)
+            self.seconds.append(time.perf_counter() - start)
+            return result
+
+        setattr(self.module, self.name, timed)
+        return self.seconds
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.module, self.name, self.original)
+
+
+def token_ids(number: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng([7, number]).integers(2, VOCABULARY, tokens + 1).astype(np.int32)
+
+
+def demonstration(number: int, tokens: int) -> TrainGroup:
+    ids = token_ids(number, tokens)
+    sample = Sample(completion_ids=ids[1:], logprobs=None, expert_ids=None, finished=True)
+    return TrainGroup(
+        event_id=str(number), kind="demonstration", prompt_ids=ids[:1], prompt_expert_ids=None,
+        samples=(ScoredSample(sample=sample, reward=1.0, base_logprobs=None),),
+    )  # fmt: skip
+
+
+class Peft:
+    """One user's step as `peft` runs it: LoRA on the same tensors, fused AdamW, clipping."""
+
+    def __init__(self, folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype("auto"))
+        model.set_experts_implementation("grouped_mm")
+        config = LoraConfig(
+            r=8, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        )  # fmt: skip
+        self.model = get_peft_model(model, config)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def step(self, number: int, tokens: int) -> float:
+        """Trains on the sequence of user `number`; returns its loss."""
+        ids = torch.from_numpy(token_ids(number, tokens)).long()[None]
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss)
+
+    def seconds_per_user(self, tokens: int, users: int) -> float:
+        start = time.perf_counter()
+        for number in range(users):
+            self.step(number, tokens)
+        return (time.perf_counter() - start) / users
+
+
+def check(folder: Path) -> None:
+    """The fused step computes what peft computes, and each user's bytes are those of a step alone."""
+    peft, many, one = Peft(folder), Bench(folder, [8] * 8), Bench(folder, [8])
+    losses = [peft.step(0, 64)]
+    result = many.engine.train_wave(many.wave(64))
+    alone = one.engine.train_wave(one.wave(64)).updates[0]
+    assert (alone.weights, alone.moments) == (result.updates[0].weights, result.updates[0].moments)
+    assert abs(losses[0] - result.updates[0].metrics["loss"]) < 2e-2 * losses[0], (losses, result.updates[0].metrics)
+
+
+def pairs(left: Callable[[], float], right: Callable[[], float], repetitions: int = REPETITIONS) -> list[float]:
+    """left / right of every repetition, after one of each to warm up."""
+    left(), right()
+    return [left() / right() for _ in range(repetitions)]
+
+
+def compare(
+    left: Callable[[WaveBatch], float],
+    wave: WaveBatch,
+    right: Callable[[WaveBatch], float],
+    other: WaveBatch,
+    repetitions: int = REPETITIONS,
+) -> list[float]:
+    return pairs(lambda: left(wave), lambda: right(other), repetitions)
+
+
+def against_peft(folder: Path) -> Iterator[Figure]:
+    peft = Peft(folder)
+    for users, tokens, aim in ((64, 64, 8.0), (16, 64, None), (256, 64, None), (64, 512, 3.5)):
+        bench = Bench(folder, [8] * users)
+        wave = bench.wave(tokens)
+        ratios = pairs(
+            lambda tokens=tokens, users=users: users * peft.seconds_per_user(tokens, 12),
+            lambda bench=bench, wave=wave: bench.step(wave),
+            3,
+        )
+        yield figure(f"fused over peft, {users} users x {tokens} tokens", ratios, "x", at_least=aim)
+
+
+def against_one_adapter(folder: Path) -> Iterator[Figure]:
+    for users, aim in ((64, 1.10), (256, 1.25)):
+        many, one = Bench(folder, [8] * users), Bench(folder, [8])
+        ratios = compare(many.forward_backward, many.wave(64), one.forward_backward, one.wave(64, groups=users))
+        yield figure(f"forward + backward, {users} adapters over one, same tokens", ratios, "x", at_most=aim)
+
+
+def optimizer_bandwidth(folder: Path) -> Iterator[Figure]:
+    bench = Bench(folder, [8] * 64)
+    bench.step(bench.wave(64))
+    adam = bench.engine.settings.trainer.adam
+    source, target = torch.ones(100_000_000), torch.zeros(100_000_000)
+
+    def copy() -> float:
+        start = time.perf_counter()
+        target.copy_(source)
+        return 2 * 4 * len(source) / (time.perf_counter() - start)
+
+    def step() -> float:
+        start = time.perf_counter()
+        update_adapters(bench.engine.slab, bench.keys, adam)
+        # Read: weights, gradient, m, v. Written: weights, m, v. The norm's own reading is not counted as useful.
+        return 7 * 4 * bench.num_parameters / (time.perf_counter() - start)
+
+    yield figure("optimizer's bytes/s over the copy's", pairs(step, copy), "x", at_least=0.6)
+
+
+def ranks_and_numerics(folder: Path) -> Iterator[Figure]:
+    left, right = Bench(folder, [8] * 64), Bench(folder, [8] * 64, numerics="fast")
+    ratios = compare(left.step, left.wave(64), right.step, right.wave(64), 6)
+    yield figure("invariant over fast", ratios, "x", at_most=1.05)
+    # Every second rank: both slabs and their new bytes must fit beside each other.
+    left, right = Bench(folder, list(range(2, 65, 2))), Bench(folder, [33] * 32)
+    name = f"ranks 2 to 64 over rank 33 ({left.num_parameters / right.num_parameters:.2f} x the parameters)"
+    yield figure(name, compare(left.step, left.wave(64), right.step, right.wave(64)), "x", at_most=1.10)
+
+
+def model_flops(num_tokens: int) -> float:
+    """Forward and backward of a frozen base: twice 2 multiply-adds per active parameter and token; no attention."""
+    attention = HIDDEN * (384 + 128 + 128) + 384 * HIDDEN
+    active = LAYERS * (attention + TOP_K * 3 * HIDDEN * INNER) + VOCABULARY * HIDDEN
+    return 2.0 * 2 * active * num_tokens
+
+
+def efficiency(folder: Path) -> Iterator[Figure]:
+    bench = Bench(folder, [8] * 64)
+    wave = bench.wave(64)
+    size = 2048
+    a, b = (torch.randn(size, size).to(bench.engine.base.dtype) for _ in range(2))
+
+    def product() -> float:
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        return 5 * 2 * size**3 / (time.perf_counter() - start)
+
+    ratios = pairs(lambda: model_flops(64 * 64) / bench.step(wave), product)
+    yield figure("model FLOP/s of the whole step over the product's own", ratios, "x", at_least=0.55)
+    with timing(train_step, "_forward_backward") as passes, timing(train_step, "update_adapters") as optimizer:
+        whole = [bench.step(wave) for _ in range(3)]
+    yield figure("share of a step in forward and backward", [p / w for p, w in zip(passes, whole, strict=True)], "")
+    yield figure("share of a step in the optimizer", [o / w for o, w in zip(optimizer, whole, strict=True)], "")
+
+
+def rollout(folder: Path) -> Iterator[Figure]:
+    bench = Bench(folder, [8] * 64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype("auto"))
+    model.set_experts_implementation("grouped_mm")
+    prompt, new = 16, 48
+    ids = torch.from_numpy(np.stack([token_ids(n, prompt - 1) for n in range(64)])).long()
+    requests = [
+        RolloutRequest(
+            adapter=key, event_id=str(n), prompt_ids=ids[n].numpy().astype(np.int32), num_samples=1, max_new_tokens=new,
+            temperature=1.0,
+        )
+        for n, key in enumerate(bench.keys)
+    ]  # fmt: skip
+
+    def ours() -> float:
+        start = time.perf_counter()
+        groups = bench.engine.roll_out(requests)
+        return sum(len(g.samples[0].completion_ids) for g in groups) / (time.perf_counter() - start)
+
+    def theirs() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True,
+                pad_token_id=0,
+            )  # fmt: skip
+        return (out.shape[1] - prompt) * len(out) / (time.perf_counter() - start)
+
+    ours(), theirs()
+    speeds = [(ours(), theirs()) for _ in range(3)]
+    yield figure("rollout, 64 rows with 64 adapters", [one for one, _ in speeds], "tokens/s")
+    yield figure("Hugging Face generate, 64 rows, no adapter", [other for _, other in speeds], "tokens/s")
+    yield figure("rollout over generate", [one / other for one, other in speeds], "x", at_least=5.0)
+
+
+def thousand(folder: Path) -> Iterator[Figure]:
+    bench = Bench(folder, [1] * 1000)
+    resident = _resident_bytes()
+    wave = bench.wave(16)
+    bench.step(bench.wave(16, bench.keys[:100]))
+    after_100 = _resident_bytes()
+    seconds = [bench.step(wave) for _ in range(2)]
+    yield figure("1,000 rank-1 adapters x 16 tokens in one wave", seconds, "s")
+    yield figure("the same, updates per second", [1000 / s for s in seconds], "1/s")
+    slab = bench.engine.slab
+    row = slab.arenas[0].layout.size * 4 / 1e6
+    yield figure("memory of a slot that holds an adapter (weights)", [row], "MB")
+    yield figure(
+        "memory that 100 of 1,000 adapters' first step took, per adapter", [(after_100 - resident) / 100e6], "MB"
+    )
+    plain = bench.engine.settings.trainer.adam
+    offloaded = dataclasses.replace(plain, offload=True)
+
+    def timed(adam: AdamSettings) -> float:
+        start = time.perf_counter()
+        update_adapters(slab, bench.keys, adam)
+        return time.perf_counter() - start
+
+    ratios = pairs(lambda: timed(offloaded), lambda: timed(plain), 3)
+    yield figure("CPUAdam's time over the slab optimizer's, 1,000 adapters", ratios, "x")
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_memory(folder: Path) -> Iterator[Figure]:
+    """In processes of their own: the peak without the slab and without the new bytes that the step returns."""
+    peaks = {}
+    for users in (1, 64):
+        command = [sys.executable, "-m", "tests.benchmarks.step", "--memory", str(folder), str(users)]
+        peaks[users] = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        )
+    yield figure(
+        "peak memory, 64 adapters over one (without slab and new bytes)", [peaks[64] / peaks[1]], "x", at_most=1.10
+    )
+
+
+def measure_memory(folder: Path, users: int) -> None:
+    bench = Bench(folder, [8] * users)
+    bench.step(bench.wave(64, groups=64 // users))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(peak - bench.num_parameters * 4 * (4 + 3))
+
+
+def surface(folder: Path) -> tuple[list[Figure], str]:
+    """Updates per second, fused over one after another, by users and tokens per user; and where that ends."""
+    figures, lines = [], ["| users \\ tokens | " + " | ".join(map(str, TOKENS_OF_SURFACE)) + " |", "|---" * 6 + "|"]
+    bench = Bench(folder, [8] * max(USERS_OF_SURFACE))
+    lone = {}
+    for tokens in TOKENS_OF_SURFACE:
+        waves = [bench.wave(tokens, [key]) for key in bench.keys[:4]]
+        lone[tokens] = float(np.median([bench.step(wave) for _ in range(2) for wave in waves]))
+    for users in USERS_OF_SURFACE:
+        cells = []
+        for tokens in TOKENS_OF_SURFACE:
+            wave = bench.wave(tokens, bench.keys[:users])
+            repeat = 3 if users * tokens <= 8192 else 1
+            ratios = [users * lone[tokens] / bench.step(wave) for _ in range(repeat)]
+            figures.append(figure(f"fused over sequential, {users} users x {tokens} tokens", ratios, "x"))
+            cells.append(f"{figures[-1].median:.2f}")
+        lines.append(f"| {users} | " + " | ".join(cells) + " |")
+    return figures, "\n".join(lines)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(THREADS)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_base(folder)
+        check(folder)
+        print(f"correct; {THREADS} threads, {resolve_dtype('auto')}", flush=True)
+        figures: list[Figure] = []
+        parts = (against_peft, against_one_adapter, optimizer_bandwidth, ranks_and_numerics, efficiency, rollout)
+        for part in (*parts, thousand, peak_memory):
+            for item in part(folder):
+                figures.append(item)
+                print(f"{item.name}: {item.median:.3g} ({item.min:.3g} to {item.max:.3g}) {item.unit}", flush=True)
+            gc.collect()
+        cells, table = surface(folder)
+        print(table)
+        publish("The fused step", [*figures, *cells], Path("build/bench/step.json"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        torch.set_num_threads(THREADS)
+        keep_freed_memory()
+        measure_memory(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main()
