@@ -34,8 +34,8 @@ class AdapterSettings:
 @dataclass(frozen=True)
 class TrainSettings:
     backend: str = "grouped"
-    """`grouped` (torch's batched products), `triton` (needs a CUDA device) or `reference` (plain loops, the truth for
-    tests)."""
+    """`grouped` (torch's batched products), `reference` (plain loops, the truth for tests) or `triton` (for CUDA
+    devices, on which shards can't compute yet)."""
     numerics: str = "invariant"
     """`invariant`: a user's bits don't depend on who shares the batch, so that revisions can be replayed; `fast`: rows
     are not filled up to what that needs."""

@@ -1,1 +1,1 @@
-"""Grouped LoRA products. `lora.add_lora` is the only public entry."""
+"""Grouped LoRA products. `lora.lora_product` computes them, `tiles` plans them."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
     """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
     batches = plan.batches
-    x_UD, out_UF, shrunk = _to_tiles(x_TD, batches), _tiles_to_add_to(y_TF, batches), []
+    x_UD, out_UF, shrunk = _to_tiles(x_TD, batches), _new_tiles(y_TF, batches), []
     for own_UF, weights in zip(out_UF.chunk(len(modules), 1), modules, strict=True):
         for arena in batches.arenas:
             own = weights[arena.arena]
@@ -35,9 +35,7 @@ def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeight
             s_UR *= _scales(own, batches, arena)
             for batch in arena.batches:
                 b_BRF = b_GFR[batch.members].mT
-                _add_product(
-                    _own(s_UR, batch, arena), b_BRF, to=_tiles(own_UF, batch), is_fresh=batches.place_T is not None
-                )
+                torch.bmm(_own(s_UR, batch, arena), b_BRF, out=_tiles(own_UF, batch))
             shrunk.append(s_UR)
     _from_tiles(y_TF, out_UF, batches)
     return shrunk
@@ -53,9 +51,8 @@ def add_gradients(
 ) -> None:
     """See `reference.add_gradients`; `shrunk` comes scaled, with zeros where rows are filling."""
     batches, saved = plan.batches, iter(shrunk)
-    x_UD, dy_UF, out_UD = _to_tiles(x_TD, batches), _to_tiles(dy_TF, batches), _tiles_to_add_to(dx_TD, batches)
-    is_fresh = batches.place_T is not None
-    for own_UF, weights in zip(dy_UF.chunk(len(modules), 1), modules, strict=True):
+    x_UD, dy_UF, out_UD = _to_tiles(x_TD, batches), _to_tiles(dy_TF, batches), _new_tiles(dx_TD, batches)
+    for module, (own_UF, weights) in enumerate(zip(dy_UF.chunk(len(modules), 1), modules, strict=True)):
         for arena in batches.arenas:
             own, s_UR = weights[arena.arena], next(saved)
             a_GRD, b_GFR = (_gather(w, arena, plan, x_TD.dtype) for w in (own.a, own.b))
@@ -67,10 +64,12 @@ def add_gradients(
                 ds_BMR, s_BMR = _own(ds_UR, batch, arena), _own(s_UR, batch, arena)
                 torch.bmm(_tiles(own_UF, batch).mT, s_BMR, out=db_GFR[batch.members])
                 torch.bmm(ds_BMR.mT, _tiles(x_UD, batch), out=da_GRD[batch.members])
-                _add_product(ds_BMR, a_GRD[batch.members], to=_tiles(out_UD, batch), is_fresh=is_fresh)
+                if module == 0:
+                    torch.bmm(ds_BMR, a_GRD[batch.members], out=_tiles(out_UD, batch))
+                else:
+                    _tiles(out_UD, batch).baddbmm_(ds_BMR, a_GRD[batch.members])
             _put(own.grad_a, da_GRD, arena, plan)
             _put(own.grad_b, db_GFR, arena, plan)
-        is_fresh = False
     _from_tiles(dx_TD, out_UD, batches)
 
 
@@ -78,18 +77,16 @@ def _to_tiles(x_TD: Tensor, batches: Batches) -> Tensor:
     return x_TD if batches.source_U is None else x_TD.index_select(0, batches.source_U)
 
 
-def _tiles_to_add_to(y_TF: Tensor, batches: Batches) -> Tensor:
-    """Where products go: the rows themselves, or tile rows to be added to them, and a row of zeros behind."""
-    if batches.source_U is None:
-        return y_TF
-    out_UF = y_TF.new_empty(len(batches.source_U) + 1, y_TF.shape[1])
+def _new_tiles(y_TF: Tensor, batches: Batches) -> Tensor:
+    """Where products go before they are added to the rows, and a row of zeros behind. Rows that lie right get no
+    shorter way: it would add in another order, and whether they lie right depends on the neighbours."""
+    out_UF = y_TF.new_empty(len(batches.slot_U) + 1, y_TF.shape[1])
     out_UF[-1] = 0
     return out_UF
 
 
 def _from_tiles(y_TF: Tensor, out_UF: Tensor, batches: Batches) -> None:
-    if batches.place_T is not None:
-        y_TF += out_UF.index_select(0, batches.place_T)
+    y_TF += out_UF[:-1] if batches.place_T is None else out_UF.index_select(0, batches.place_T)
 
 
 def _tiles(x_UD: Tensor, batch: Batch) -> Tensor:
@@ -123,11 +120,3 @@ def _gather(w: Tensor, arena: ArenaBatches, plan: SegmentPlan, dtype: torch.dtyp
 def _put(grad: Tensor, value_G: Tensor, arena: ArenaBatches, plan: SegmentPlan) -> None:
     where = _neighbours(arena, plan) or plan.segments.index(arena.segment_G)
     grad[where] = grad[where] + value_G if plan.accumulates else value_G.to(grad.dtype)
-
-
-def _add_product(left: Tensor, right: Tensor, *, to: Tensor, is_fresh: bool) -> None:
-    """`is_fresh`: nothing is there yet."""
-    if is_fresh:
-        torch.bmm(left, right, out=to)
-    else:
-        to.baddbmm_(left, right)

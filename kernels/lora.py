@@ -1,4 +1,4 @@
-"""A frozen product plus many adapters' LoRA deltas, forward and backward. The only public entry of this folder.
+"""A frozen product plus many adapters' LoRA deltas, forward and backward.
 
     S = X Aᵀ        Y += s · S Bᵀ                               (Hu et al., https://arxiv.org/abs/2106.09685)
     dS = s · dY B   dB = s · dYᵀ S    dA = dSᵀ X    dX += dS A

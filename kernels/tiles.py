@@ -156,7 +156,8 @@ class Batches:
         large_G = -(-count_G // step) * step
         small_G = HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(count_G, HEIGHTS[-1]))]
         height_G = np.where(count_G > HEIGHTS[-1], large_G, small_G)
-        in_place = int(count_G.sum()) == plan.num_rows and bool((height_G == count_G).all())
+        is_whole = int(count_G.sum()) == plan.num_rows and bool((height_G == count_G).all())
+        in_place = is_whole and bool((np.diff(segments.arena_G) >= 0).all())
         if in_place:
             order_G = np.arange(len(count_G))
         else:

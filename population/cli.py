@@ -317,7 +317,7 @@ def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
     from populace.population.replay import replay
 
     user, at, number = revision.rpartition("@")
-    if not at or not number.isdigit():
+    if not at or not number.isdecimal():
         user, number = revision, ""
     with console.status("training again"):
         found = replay(_open(store, name), user, int(number) if number else None)
@@ -327,7 +327,7 @@ def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
         table = Table("revision", "outcome", "")
         for item in found:
             colour = "green" if item.is_same else "red" if item.outcome == "DIFFERENT" else "yellow"
-            table.add_row(f"{user}@{item.revision}", f"[{colour}]{item.outcome}[/]", escape(item.detail))
+            table.add_row(escape(f"{user}@{item.revision}"), f"[{colour}]{item.outcome}[/]", escape(item.detail))
         console.print(table)
     if not all(item.is_same for item in found):
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.client import Population
 from populace.population.trials import revision_ref
-from populace.storage.errors import InvalidInput
+from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.records import RevisionEntry, WaveManifest
 from populace.storage.states import AdapterState
@@ -19,9 +19,9 @@ from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, Adapter
 from populace.workers.engine import ShardEngine
 from populace.workers.train_step import TrainerSettings
 
-SAME, DIFFERENT, NOT_KEPT, REFUSED = "same bytes", "DIFFERENT", "not kept", "refused"
-_MACHINE = ("device", "cpu", "dtype", "torch", "backend", "numerics")
-"""What of a numerics fingerprint must agree; the optimizer is set as the manifest says."""
+SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = "same bytes", "DIFFERENT", "not kept", "refused", "damaged"
+_MACHINE = ("device", "cpu", "dtype", "torch", "transformers", "kernels", "backend", "numerics")
+"""What of a numerics fingerprint must agree, beside the optimizer, which is set as the manifest says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,15 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
             continue
         if number not in kept:
             found[number] = Replayed(revision=number, outcome=NOT_KEPT, detail="the retention rule let its weights go")
-        else:
+            continue
+        try:
             found |= player.play(number, kept if revision is None else [number])
+        except Damaged as error:
+            found[number] = Replayed(revision=number, outcome=DAMAGED, detail=str(error))
+            player = _Player(population, adapter)
+        except ObjectNotFound:  # a repack moved its bytes meanwhile
+            return replay(population, user, revision)
+    assert set(wanted) <= set(found)
     return [found[number] for number in sorted(found)]
 
 
@@ -109,7 +116,8 @@ class _Player:
         engine = self._engine_for(route)
         if isinstance(engine, str):
             return {revision: Replayed(revision=revision, outcome=REFUSED, detail=engine)}
-        found, key = {}, route.start.key
+        found: dict[int, Replayed] = {}
+        key = route.start.key
         engine.page_in([route.start], True)
         for steps, entry in enumerate(route.updates, 1):
             update = self._update(engine, entry, key)
@@ -122,6 +130,9 @@ class _Player:
                     or f"{steps} update{'s' if steps > 1 else ''} after revision {route.start.key.revision}",
                 )
             if update.status != "updated":
+                lost = f"revision {entry.revision} on the way ends as {update.status!r}"
+                later = [e.revision for e in route.updates if e.revision in compare and e.revision not in found]
+                found |= {number: Replayed(revision=number, outcome=DIFFERENT, detail=lost) for number in later}
                 break
             engine.committed([(key, key := AdapterKey(key.pseudonym, entry.revision))])
         engine.evict([key])
@@ -171,15 +182,20 @@ class _Player:
         made_by = [self._wave(entry.revision).numerics for entry in route.updates]
         if any(numerics.get("numerics") != "invariant" for numerics in made_by):
             return "made with `fast` numerics: its bits depend on who shared the batch"
-        name = (made_by[0]["dtype"], made_by[0]["backend"])
-        if name not in self._engines:
-            self._engines[name] = self.population.new_engine(dtype=name[0], backend=name[1])
-        _, here = self._engines[name].describe()
-        for numerics in made_by:
-            for field in _MACHINE:
+        if len({numerics["dtype"] for numerics in made_by}) > 1:
+            return "made partly in one dtype, partly in another"
+        for entry, numerics in zip(route.updates, made_by, strict=True):
+            _, here = self._engine(numerics["dtype"], numerics["backend"]).describe()
+            here = {**here, "optimizer": _trainer(self._wave(entry.revision)).adam.name}
+            for field in (*_MACHINE, "optimizer"):
                 if numerics.get(field) != here[field]:
                     return f"made with {field} {numerics.get(field)}, this machine has {here[field]}"
-        return self._engines[name]
+        return self._engine(made_by[0]["dtype"], made_by[0]["backend"])
+
+    def _engine(self, dtype: str, backend: str) -> ShardEngine:
+        if (dtype, backend) not in self._engines:
+            self._engines[dtype, backend] = self.population.new_engine(dtype=dtype, backend=backend)
+        return self._engines[dtype, backend]
 
 
 def _trainer(wave: WaveManifest) -> TrainerSettings:

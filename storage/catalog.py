@@ -48,10 +48,9 @@ DECISIONS = ("settled", "promote", "keep", "reject", "rollback", "refused", "pin
 
 FORGOTTEN, BARE = 1, 2
 """Flags of an adapter: its user is forgotten; only a tombstone, there never was an adapter."""
-PROMOTED, PINNED, DROPPED, FADED, RESTARTED = 1, 2, 4, 8, 16
+PROMOTED, PINNED, DROPPED, FADED = 1, 2, 4, 8
 """Flags of a revision. FADED: it stopped being the tip while it wasn't pinned, so its moments are gone for good, also
-while their bytes are still in a pack: what an update starts from must depend on the log alone. RESTARTED: it was made
-from its parent's weights and from moments at zero."""
+while their bytes are still in a pack: what an update starts from must depend on the log alone."""
 
 
 class Catalog:
@@ -331,7 +330,7 @@ class Catalog:
             seq=header.seq,
             previous=self.adapters["last_revision"][rows],
             experts=self.experts.numbers([tuple(entry.experts) for entry in entries]),
-            flags=[RESTARTED if entry.parent_moments_sha256 is None else 0 for entry in entries],
+            flags=0,
             num_trained=np.minimum([len(entry.trained) for entry in entries], 65535),
             first_blob=first_blob + np.cumsum(num_blobs) - num_blobs,
             num_blobs=num_blobs,

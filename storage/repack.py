@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, RESTARTED, Catalog
+from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
 from populace.storage.columns import Rows, ragged
 from populace.storage.commit import Owner
 from populace.storage.errors import ObjectNotFound
@@ -98,9 +98,7 @@ def _blobs(catalog: Catalog, partition: int, rule: RetentionRule) -> _Blobs:
     row, of = row[there], of[there]
     stays &= ~is_forgotten
     part, has_moments = catalog.blobs["part"][row], stays & (flags & FADED == 0)
-    evidence = _is_replayed_through(
-        adapter, number, revisions["parent"][mine], stays, has_moments, flags & RESTARTED > 0
-    )
+    evidence = _is_replayed_through(adapter, number, revisions["parent"][mine], stays)
     lives = np.select(
         [part == PARTS.index("moments"), part == PARTS.index("evidence")], [has_moments[of], evidence[of]], stays[of]
     )
@@ -108,15 +106,9 @@ def _blobs(catalog: Catalog, partition: int, rule: RetentionRule) -> _Blobs:
 
 
 def _is_replayed_through(
-    adapter: NDArray[np.uint32],
-    number: NDArray[np.uint32],
-    parent: NDArray[np.uint32],
-    stays: NDArray[np.bool_],
-    has_moments: NDArray[np.bool_],
-    restarted: NDArray[np.bool_],
+    adapter: NDArray[np.uint32], number: NDArray[np.uint32], parent: NDArray[np.uint32], stays: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Which revisions a replay of those that stay repeats: themselves, and their ancestors back to one whose kept bytes
-    the next update started from."""
+    """Which revisions a replay of those that stay repeats: themselves and all their ancestors."""
     key = adapter.astype(np.uint64) << np.uint64(32) | number
     by_key = np.argsort(key)
     parent_at = by_key[np.searchsorted(key[by_key], key - number + parent).clip(max=len(key) - 1)]
@@ -124,9 +116,7 @@ def _is_replayed_through(
     # A parent's number is below its child's, so descending numbers meet every child first.
     descending = np.argsort(number, kind="stable")[::-1]
     for rows in np.split(descending, np.flatnonzero(np.diff(number[descending])) + 1):
-        rows = rows[needed[rows] & (parent[rows] > 0)]
-        up = parent_at[rows]
-        needed[up] |= ~np.where(restarted[rows], stays[up], stays[up] & has_moments[up])
+        needed[parent_at[rows[needed[rows] & (parent[rows] > 0)]]] = True
     return needed
 
 

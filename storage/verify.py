@@ -206,6 +206,10 @@ def _extend(chains: dict[str, _Chain], entry: RevisionEntry) -> list[str]:
     parent = chain.entries.get(entry.parent)
     if entry.parent_sha256 != (None if parent is None else parent.blobs["weights"].sha256):
         problems.append(f"{name} names another digest for its parent {entry.parent} than that revision has")
+    if entry.parent_moments_sha256 is not None and (
+        parent is None or entry.parent_moments_sha256 != parent.blobs["moments"].sha256
+    ):
+        problems.append(f"{name} names another digest for the moments of its parent {entry.parent} than those have")
     if chain.is_forgotten:
         problems.append(f"{name} was committed after its user was forgotten")
     chain.entries[entry.revision] = entry

@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from populace.workers.batch import AdapterUpdate, WaveBatch
+from populace.kernels import grouped
+from populace.kernels.lora import FrozenProduct
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    AdapterUpdate,
+    Sample,
+    ScoredSample,
+    TrainGroup,
+    WaveBatch,
+)
 from populace.workers.engine import ShardEngine
+from populace.workers.numerics import probe_invariance
 from tests.test_fused_step import admit, batch_of
 from tests.test_rollout import request
 
@@ -60,6 +71,40 @@ def test_a_users_new_bytes_do_not_depend_on_mates_slots_packing_or_threads(
             assert_same(train(engine, order), alone)
 
 
+def lesson(key: AdapterKey, number: int, num_rows: int, experts: tuple[int, int] | None) -> AdapterBatch:
+    """One sequence of `num_rows` rows, by its own routing or by two given experts."""
+    ids = np.random.default_rng(number).integers(2, 300, num_rows + 1).astype(np.int32)
+    routes = None if experts is None else np.tile(np.array(experts, np.int16), (num_rows, 2, 1))
+    of_prompt, of_answer = (None, None) if routes is None else (routes[:4], routes[4:])
+    sample = Sample(completion_ids=ids[4:], logprobs=None, expert_ids=of_answer, finished=True)
+    group = TrainGroup(
+        event_id="one", kind="demonstration", prompt_ids=ids[:4],
+        prompt_expert_ids=of_prompt,
+        samples=(ScoredSample(sample=sample, reward=1.0, base_logprobs=None),),
+    )  # fmt: skip
+    return AdapterBatch(adapter=key, groups=(group,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("experts", [None, (0, 2)])
+@pytest.mark.parametrize("num_rows", [5, 8, 16, 19, 64, 72, 104])
+def test_rows_that_need_no_filling_up_are_computed_as_they_are_beside_others(
+    make_engine: Make, num_rows: int, experts: tuple[int, int] | None, dtype: str
+) -> None:
+    kept = []
+    for mates in ([], [(6, experts, num_rows)], [(6, (1, 3), 9), (9, None, 13)]):
+        engine = make_engine(dtype=dtype)
+        numbers = [USER, *(number for number, _, _ in mates)]
+        keys = dict(zip(numbers, admit(engine, numbers), strict=True))
+        lessons = [lesson(keys[USER], USER, num_rows, experts)]
+        lessons += [lesson(keys[number], number, rows, routes) for number, routes, rows in mates]
+        updates = engine.train_wave(WaveBatch(adapters=tuple(lessons))).updates
+        assert {update.status for update in updates} == {"updated"}
+        kept.append(updates[:1])
+    for beside in kept[1:]:
+        assert_same(beside, kept[0])
+
+
 def test_a_users_rollouts_are_the_same_bits_whoever_is_decoded_beside_them(make_engine: Make) -> None:
     for threads in (1, 2):
         engine = make_engine(slots=64, threads=threads)
@@ -72,3 +117,37 @@ def test_a_users_rollouts_are_the_same_bits_whoever_is_decoded_beside_them(make_
             assert one.completion_ids.tolist() == other.completion_ids.tolist()
             assert np.array_equal(one.logprobs, other.logprobs)
             assert np.array_equal(one.expert_ids, other.expert_ids)
+
+
+def test_the_probe_finds_no_dependence_on_this_machine(make_engine: Make) -> None:
+    for threads in (1, 2):
+        engine = make_engine(threads=threads)
+        assert probe_invariance(engine.base, engine.kernels) == ""
+        assert engine.describe()[1]["numerics"] == "invariant"
+
+
+def test_the_probe_names_a_product_whose_bits_depend_on_its_row_count(
+    make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = FrozenProduct.forward
+    monkeypatch.setattr(FrozenProduct, "forward", lambda self, x: forward(self, x) * (1 + 1e-6 * (len(x) == 24)))
+    engine = make_engine()
+    assert "q_proj: 24 rows" in probe_invariance(engine.base, engine.kernels)
+    assert engine.describe()[1]["numerics"] == "fast"
+
+
+def test_the_probe_finds_adapters_that_feel_their_mates(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_deltas = grouped.add_deltas
+
+    def leaking(y_TF: torch.Tensor, *arguments: object) -> list[torch.Tensor]:
+        saved = add_deltas(y_TF, *arguments)
+        y_TF += 1e-6 * y_TF.mean()
+        return saved
+
+    monkeypatch.setattr(grouped, "add_deltas", leaking)
+    engine = make_engine()
+    assert "mates" in probe_invariance(engine.base, engine.kernels)
+
+
+def test_fast_numerics_promise_nothing(make_engine: Make) -> None:
+    assert make_engine(numerics="fast").describe()[1]["numerics"] == "fast"

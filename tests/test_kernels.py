@@ -162,6 +162,10 @@ CASES = {
     "gate and up": dict(
         counts=random_counts(2, 80, 2, 8, 4, 30), ranks=[4, 16], slots=8, experts=4, inner=48, out=64, num_modules=2
     ),
+    "experts of two ranks that need no filling up": dict(
+        counts=[(0, 0, 0, 8), (0, 1, 1, 8), (1, 0, 0, 8), (1, 1, 1, 8)],
+        ranks=[4, 8], slots=2, experts=2, inner=24, out=32,
+    ),
     "64 experts": dict(counts=random_counts(3, 90, 2, 4, 64, 9), ranks=[4, 8], slots=4, experts=64, inner=16, out=24),
     "256 adapters": dict(
         counts=[(0, 0, s, 1 + s % 5) for s in range(256)], ranks=[8], slots=256, experts=0, inner=32, out=32

@@ -21,7 +21,7 @@ from populace.population.cli import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Pin, Rollback, Trajectory
-from populace.population.replay import DIFFERENT, NOT_KEPT, REFUSED, SAME, replay
+from populace.population.replay import DIFFERENT, NOT_KEPT, REFUSED, SAME, Route, replay, route_to
 from tests.streams import WORDS, experience
 
 Start = Callable[..., Controller]
@@ -69,15 +69,23 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
     controller = start(population)
     for wave in range(NUM_WAVES):
         if wave == 20:  # the history has a pinned tip, a fork, and a revision that is returned to
-            population.ledger.enqueue({"user-0": [Pin(revision=population.ledger.adapter("user-0").tip, pinned=True)]})
+            tips = {f"user-{n}": population.ledger.adapter(f"user-{n}").tip for n in range(NUM_USERS)}
+            pins = {user: [Pin(revision=tip, pinned=True)] for user, tip in tips.items() if tip}
+            population.ledger.enqueue(pins)
         if wave == 30:
-            forked = next(f"user-{n}" for n in range(NUM_USERS) if population.ledger.adapter(f"user-{n}").tip > 1)
-            population.ledger.enqueue({forked: [Rollback(to=population.ledger.adapter(forked).tip - 1)]})
+            forked, back = next(
+                (f"user-{n}", state.revision)
+                for n in range(NUM_USERS)
+                for adapter in [population.ledger.adapter(f"user-{n}")]
+                for state in adapter.revisions()
+                if "weights" in state.blobs and state.revision != adapter.tip
+            )
+            population.ledger.enqueue({forked: [Rollback(to=back)]})
         assert controller.run_once() is not None
     population.ledger.release()
 
     decisions = population.ledger.catalog.count_decisions()
-    assert decisions["rollback"] == 1 and decisions["pin"] == 1
+    assert decisions["rollback"] == 1 and decisions["pin"] == len(pins)
     num_same = 0
     for number in range(NUM_USERS):
         adapter = population.ledger.adapter(f"user-{number}")
@@ -90,6 +98,16 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
         if dropped:
             (gone,) = replay(population, f"user-{number}", dropped[0])
             assert gone.outcome == NOT_KEPT
+    routes = [
+        (adapter, route_to(adapter, state.revision, lambda r, a=adapter: population.ledger.entry(a, r)))
+        for adapter in (population.ledger.adapter(f"user-{n}") for n in range(NUM_USERS))
+        for state in adapter.revisions()
+        if "weights" in state.blobs
+    ]
+    assert all(isinstance(route, Route) for _, route in routes)
+    # Among them are routes from a pinned tip with its moments, and updates that restarted with moments at zero.
+    assert any(route.start.moments is not None for _, route in routes)
+    assert any(entry.parent and entry.parent_moments_sha256 is None for _, route in routes for entry in route.updates)
     status = population.status()
     assert status.revisions > num_same >= 3 * NUM_USERS  # the rule let some go
 
@@ -116,6 +134,11 @@ def test_a_replay_that_differs_or_cannot_be_is_told(
     read = replay_module.decode_evidence
     monkeypatch.setattr(replay_module, "decode_evidence", lambda body: read(body)[::-1])
     assert DIFFERENT in {item.outcome for item in replay(population, "user-0")}
+    monkeypatch.setattr(replay_module, "decode_evidence", read)
+
+    monkeypatch.setattr(replay_module, "decode_evidence", lambda body: ())
+    unlearned = replay(population, "user-0")
+    assert {item.outcome for item in unlearned} == {DIFFERENT} and "no_signal" in unlearned[-1].detail
     monkeypatch.setattr(replay_module, "decode_evidence", read)
 
     describe = replay_module.ShardEngine.describe

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
+from populace.storage.errors import InvalidInput
 from populace.storage.keys import Keyring, UserKeys
 from populace.storage.objects import ObjectStore, open_store
 from populace.workers.attention import PackedAttention
@@ -25,7 +28,7 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.layout import BaseDims
-from populace.workers.numerics import probe_invariance
+from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.residency import Residency
 from populace.workers.rollout import roll_out
 from populace.workers.rows import SequenceGroup, pack_rows
@@ -68,6 +71,11 @@ class ShardEngine:
     """The methods of a shard group, in this process."""
 
     def __init__(self, settings: ShardSettings, store: ObjectStore | None = None) -> None:
+        if settings.trainer.kernels.backend == "triton" and not os.environ.get("TRITON_INTERPRET"):
+            raise InvalidInput(
+                "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on processors for now, "
+                "use grouped"
+            )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
@@ -91,6 +99,8 @@ class ShardEngine:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "kernels": str(NUMERICS_REVISION),
             "backend": self.kernels.backend,
             "optimizer": self.settings.trainer.adam.name,
             "threads": str(torch.get_num_threads()),

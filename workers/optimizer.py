@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class AdamSettings:
     @property
     def name(self) -> str:
         """In the numerics fingerprint."""
-        return "deepspeed-cpuadam" if self.offload else "slab-adamw"
+        return f"deepspeed-{version('deepspeed')}-cpuadam" if self.offload else "slab-adamw"
 
 
 def update_adapters(slab: Slab, keys: Sequence[AdapterKey], settings: AdamSettings) -> dict[AdapterKey, float]:
