@@ -90,13 +90,13 @@ def _from_tiles(y_TF: Tensor, out_UF: Tensor, batches: Batches) -> None:
 
 
 def _tiles(x_UD: Tensor, batch: Batch) -> Tensor:
-    return x_UD[batch.rows].unflatten(0, batch.own_rows)
+    return x_UD[batch.rows].view(batch.size, batch.height, -1)
 
 
 def _own(s_UR: Tensor, batch: Batch, arena: ArenaBatches) -> Tensor:
     """The batch's part of a tensor over the arena's tile rows alone."""
     start = batch.start - arena.rows.start
-    return s_UR[start : start + batch.size * batch.height].unflatten(0, batch.own_rows)
+    return s_UR[start : start + batch.size * batch.height].view(batch.size, batch.height, -1)
 
 
 def _scales(weights: LoraWeights, batches: Batches, arena: ArenaBatches) -> Tensor:

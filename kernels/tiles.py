@@ -115,10 +115,6 @@ class Batch:
         return slice(self.start, self.start + self.size * self.height)
 
     @property
-    def own_rows(self) -> tuple[int, int]:
-        return self.size, self.height
-
-    @property
     def members(self) -> slice:
         return slice(self.first, self.first + self.size)
 

@@ -65,11 +65,11 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
 
 def block_of_rank(rank: int) -> int:
     """Ranks are computed as 16, 32, 64 or 128: `tl.dot` takes no fewer than 16."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def reduce_kernel(
+def reduce_kernel(  # type: ignore[no-untyped-def]
     x, w, out, row_I, own_I, count_I, weight_I, scale_I,
     x_stride, w_stride_r, w_stride_k, num_k, rank,
     HEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -94,7 +94,7 @@ def reduce_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def spread_kernel(
+def spread_kernel(  # type: ignore[no-untyped-def]
     s, w, y, row_I, own_I, count_I, weight_I,
     y_stride, w_stride_r, w_stride_k, num_k, rank,
     HEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -118,7 +118,7 @@ def spread_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def outer_kernel(
+def outer_kernel(  # type: ignore[no-untyped-def]
     p, s, out, row_G, own_G, count_G, weight_G,
     p_stride, out_stride_r, out_stride_k, num_k, rank,
     ACCUMULATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,

@@ -103,8 +103,8 @@ class KvCache:
         self.length_N = lengths_G[owner_N]
         """Tokens of each sequence that have keys; N sequences in all, finished ones included."""
         self.buckets = [
-            _CacheBucket(prefill, int(room), numbers, starts_G[owner_N[numbers]], self.length_N[numbers])
-            for room in room_N.unique()
+            _CacheBucket(prefill, room, numbers, starts_G[owner_N[numbers]], self.length_N[numbers])
+            for room in sorted(set(room_N.tolist()))
             for numbers in [(room_N == room).nonzero().squeeze(1)]
         ]
 

@@ -73,7 +73,7 @@ def part_squares(slab: Slab, slot: Slot) -> list[float]:
     squares: list[float] = []
     for part_EN in parts:
         whole = part_EN.shape[1] // BLOCK * BLOCK
-        norms = [torch.linalg.vector_norm(part_EN[:, :whole].unflatten(1, (-1, BLOCK)), dim=2)] if whole else []
+        norms = [torch.linalg.vector_norm(part_EN[:, :whole].view(len(part_EN), -1, BLOCK), dim=2)] if whole else []
         norms.append(torch.linalg.vector_norm(part_EN[:, whole:], dim=1, keepdim=True))
         squares += [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
     return squares
