@@ -60,6 +60,9 @@ def open_record(sealed: bytes, key: PublicKey) -> tuple[RecordHeader, Record]:
     try:
         envelope = Envelope.from_dict(json.loads(sealed))
         envelope.verify([key.as_key()], 1)
+        # Base64 can spell one payload in several ways; a record has one spelling.
+        if canonical_json(envelope.to_dict()) != sealed:
+            raise ValueError("not the bytes that were written")
     except VerificationError as error:
         raise Damaged(f"not signed by the population's key {key.keyid[:16]}: {error}") from error
     except Exception as error:  # whatever a flipped byte makes of it
