@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeight
     for own_UF, weights in zip(out_UF.chunk(len(modules), 1), modules, strict=True):
         for arena in batches.arenas:
             own = weights[arena.arena]
-            a_GRD, b_GFR = (_gather(w, arena, plan, x_TD.dtype) for w in (own.a, own.b))
+            a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
             s_UR = x_TD.new_empty(arena.rows.stop - arena.rows.start, a_GRD.shape[1])
             for batch in arena.batches:
                 s_BMR = _own(s_UR, batch, arena)
@@ -55,7 +54,7 @@ def add_gradients(
     for module, (own_UF, weights) in enumerate(zip(dy_UF.chunk(len(modules), 1), modules, strict=True)):
         for arena in batches.arenas:
             own, s_UR = weights[arena.arena], next(saved)
-            a_GRD, b_GFR = (_gather(w, arena, plan, x_TD.dtype) for w in (own.a, own.b))
+            a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
             ds_UR, da_GRD, db_GFR = torch.empty_like(s_UR), torch.empty_like(a_GRD), torch.empty_like(b_GFR)
             for batch in arena.batches:
                 torch.bmm(_tiles(own_UF, batch), b_GFR[batch.members], out=_own(ds_UR, batch, arena))
@@ -68,8 +67,8 @@ def add_gradients(
                     torch.bmm(ds_BMR, a_GRD[batch.members], out=_tiles(out_UD, batch))
                 else:
                     _tiles(out_UD, batch).baddbmm_(ds_BMR, a_GRD[batch.members])
-            _put(own.grad_a, da_GRD, arena, plan)
-            _put(own.grad_b, db_GFR, arena, plan)
+            _put(own.grad_a, da_GRD, arena, plan.accumulates)
+            _put(own.grad_b, db_GFR, arena, plan.accumulates)
     _from_tiles(dx_TD, out_UD, batches)
 
 
@@ -104,19 +103,9 @@ def _scales(weights: LoraWeights, batches: Batches, arena: ArenaBatches) -> Tens
     return torch.where(batches.is_filling_U[arena.rows], 0.0, scale_U).unsqueeze(1)
 
 
-def _neighbours(arena: ArenaBatches, plan: SegmentPlan) -> slice | None:
-    """The arena's slots, where dense segments use neighbouring ones in order."""
-    slot_G = plan.segments.slot_G[arena.segment_G]
-    if plan.segments.expert_G is not None or (np.diff(slot_G) != 1).any():
-        return None
-    return slice(int(slot_G[0]), int(slot_G[-1]) + 1)
+def _gather(w: Tensor, arena: ArenaBatches, dtype: torch.dtype) -> Tensor:
+    return w[arena.index].to(dtype)
 
 
-def _gather(w: Tensor, arena: ArenaBatches, plan: SegmentPlan, dtype: torch.dtype) -> Tensor:
-    where = _neighbours(arena, plan) or plan.segments.index(arena.segment_G)
-    return w[where].to(dtype)
-
-
-def _put(grad: Tensor, value_G: Tensor, arena: ArenaBatches, plan: SegmentPlan) -> None:
-    where = _neighbours(arena, plan) or plan.segments.index(arena.segment_G)
-    grad[where] = grad[where] + value_G if plan.accumulates else value_G.to(grad.dtype)
+def _put(grad: Tensor, value_G: Tensor, arena: ArenaBatches, accumulates: bool) -> None:
+    grad[arena.index] = grad[arena.index] + value_G if accumulates else value_G.to(grad.dtype)

@@ -33,10 +33,14 @@ class Segments:
     expert_G: Ints | None
     """None for dense modules."""
 
-    def index(self, segment_G: Ints) -> tuple[Tensor, ...]:
-        """Which tensors of an arena these segments use."""
-        columns = [self.slot_G] if self.expert_G is None else [self.slot_G, self.expert_G]
-        return tuple(torch.from_numpy(column[segment_G]) for column in columns)
+    def index(self, segment_G: Ints) -> slice | tuple[Tensor, ...]:
+        """Which tensors of an arena these segments use; a slice where dense ones use neighbouring slots in order."""
+        slot_G = self.slot_G[segment_G]
+        if self.expert_G is not None:
+            return torch.from_numpy(slot_G), torch.from_numpy(self.expert_G[segment_G])
+        if (np.diff(slot_G) == 1).all():
+            return slice(int(slot_G[0]), int(slot_G[-1]) + 1)
+        return (torch.from_numpy(slot_G),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,8 @@ class ArenaBatches:
 
     arena: int
     segment_G: Ints
+    index: slice | tuple[Tensor, ...]
+    """Which of the arena's tensors they use."""
     batches: tuple[Batch, ...]
     rows: slice
     """Its tile rows."""
@@ -134,7 +140,6 @@ class ArenaBatches:
 class Batches:
     """Segments put together into batched products. How a segment is filled up depends on its own length alone."""
 
-    plan: SegmentPlan
     arenas: tuple[ArenaBatches, ...]
     source_U: Tensor | None
     """The row that each tile row is a copy of: what fills a segment up copies its own last row. None: the rows as they
@@ -154,10 +159,7 @@ class Batches:
         height_G = np.where(count_G > HEIGHTS[-1], large_G, small_G)
         is_whole = int(count_G.sum()) == plan.num_rows and bool((height_G == count_G).all())
         in_place = is_whole and bool((np.diff(segments.arena_G) >= 0).all())
-        if in_place:
-            order_G = np.arange(len(count_G))
-        else:
-            order_G = np.lexsort((np.arange(len(count_G)), height_G, segments.arena_G))
+        order_G = np.arange(len(count_G)) if in_place else np.lexsort((height_G, segments.arena_G))
         height_G, arena_G, count_G = height_G[order_G], segments.arena_G[order_G], count_G[order_G]
         start_G = np.cumsum(height_G) - height_G
         num_tile_rows = int(height_G.sum())
@@ -173,7 +175,10 @@ class Batches:
                 for first, last in ranges
             )
             rows = slice(int(start_G[begin]), batches[-1].rows.stop)
-            arenas.append(ArenaBatches(arena=arena, segment_G=order_G[begin:end], batches=batches, rows=rows))
+            own_G = order_G[begin:end]
+            arenas.append(
+                ArenaBatches(arena=arena, segment_G=own_G, index=segments.index(own_G), batches=batches, rows=rows)
+            )
         offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)
         is_filling_U = offset_U >= np.repeat(count_G, height_G)
         source_U = np.repeat(segments.start_G[order_G], height_G) + np.minimum(
@@ -182,7 +187,6 @@ class Batches:
         place_T = np.full(plan.num_rows, num_tile_rows)
         place_T[source_U[~is_filling_U]] = np.flatnonzero(~is_filling_U)
         return Batches(
-            plan=plan,
             arenas=tuple(arenas),
             source_U=None if in_place else torch.from_numpy(source_U),
             place_T=None if in_place else torch.from_numpy(place_T),

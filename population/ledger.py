@@ -215,11 +215,15 @@ class Ledger:
             "run first learns from a user's experience"
         )
 
-    def entry(self, adapter: AdapterState, revision: int) -> RevisionEntry:
-        """All that the wave record says of a revision above 0; read from the log."""
+    def wave(self, adapter: AdapterState, revision: int) -> WaveManifest:
+        """The record that committed a revision above 0; read from the log."""
         _, wave = self.readers[adapter.partition].read_at(adapter.revision(revision).seq)
         assert isinstance(wave, WaveManifest)
-        return next(e for e in wave.revisions if (e.pseudonym, e.revision) == (adapter.pseudonym, revision))
+        return wave
+
+    def entry(self, adapter: AdapterState, revision: int) -> RevisionEntry:
+        """All that the wave record says of a revision above 0."""
+        return self.wave(adapter, revision).entry(adapter.pseudonym, revision)
 
     def obey_commands(self) -> list[Verdict | Tombstone]:
         """Execute the commands that users' logs hold, in order, each once. Needs the claim."""

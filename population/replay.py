@@ -17,6 +17,7 @@ from populace.storage.records import RevisionEntry, WaveManifest
 from populace.storage.states import AdapterState
 from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, AdapterUpdate, WaveBatch, decode_evidence
 from populace.workers.engine import ShardEngine
+from populace.workers.optimizer import optimizer_name
 from populace.workers.train_step import TrainerSettings
 
 SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = "same bytes", "DIFFERENT", "not kept", "refused", "damaged"
@@ -64,13 +65,15 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
         if number not in kept:
             found[number] = Replayed(revision=number, outcome=NOT_KEPT, detail="the retention rule let its weights go")
             continue
+        compare = kept if revision is None else [number]
         try:
-            found |= player.play(number, kept if revision is None else [number])
-        except Damaged as error:
+            try:
+                found |= player.play(number, compare)
+            except ObjectNotFound:  # a repack moved its bytes meanwhile, or they are really gone
+                population.ledger.refresh()
+                found |= player.play(number, compare)
+        except (Damaged, ObjectNotFound) as error:
             found[number] = Replayed(revision=number, outcome=DAMAGED, detail=str(error))
-            player = _Player(population, adapter)
-        except ObjectNotFound:  # a repack moved its bytes meanwhile
-            return replay(population, user, revision)
     assert set(wanted) <= set(found)
     return [found[number] for number in sorted(found)]
 
@@ -116,9 +119,16 @@ class _Player:
         engine = self._engine_for(route)
         if isinstance(engine, str):
             return {revision: Replayed(revision=revision, outcome=REFUSED, detail=engine)}
+        engine.page_in([route.start], True)
+        try:
+            return self._repeat(engine, route, compare)
+        finally:
+            engine.evict([key for key in engine.slab.slots if key.pseudonym == self.adapter.pseudonym])
+
+    def _repeat(self, engine: ShardEngine, route: Route, compare: Sequence[int]) -> dict[int, Replayed]:
+        """Make the route's updates in order, in the slot of its start; outcomes of those in `compare`."""
         found: dict[int, Replayed] = {}
         key = route.start.key
-        engine.page_in([route.start], True)
         for steps, entry in enumerate(route.updates, 1):
             update = self._update(engine, entry, key)
             if entry.revision in compare:
@@ -132,10 +142,8 @@ class _Player:
             if update.status != "updated":
                 lost = f"revision {entry.revision} on the way ends as {update.status!r}"
                 later = [e.revision for e in route.updates if e.revision in compare and e.revision not in found]
-                found |= {number: Replayed(revision=number, outcome=DIFFERENT, detail=lost) for number in later}
-                break
+                return found | {n: Replayed(revision=n, outcome=DIFFERENT, detail=lost) for n in later}
             engine.committed([(key, key := AdapterKey(key.pseudonym, entry.revision))])
-        engine.evict([key])
         return found
 
     def _update(self, engine: ShardEngine, entry: RevisionEntry, key: AdapterKey) -> AdapterUpdate:
@@ -166,16 +174,12 @@ class _Player:
         return blob
 
     def _wave(self, revision: int) -> WaveManifest:
-        seq = self.adapter.revision(revision).seq
-        if seq not in self._waves:
-            _, wave = self.population.ledger.readers[self.adapter.partition].read_at(seq)
-            assert isinstance(wave, WaveManifest)
-            self._waves[seq] = wave
-        return self._waves[seq]
+        if revision not in self._waves:
+            self._waves[revision] = self.population.ledger.wave(self.adapter, revision)
+        return self._waves[revision]
 
     def _entry(self, revision: int) -> RevisionEntry:
-        entries = self._wave(revision).revisions
-        return next(e for e in entries if (e.pseudonym, e.revision) == (self.adapter.pseudonym, revision))
+        return self._wave(revision).entry(self.adapter.pseudonym, revision)
 
     def _engine_for(self, route: Route) -> ShardEngine | str:
         """An engine that computes as the one that made the route's revisions did, or why there is none."""
@@ -186,7 +190,7 @@ class _Player:
             return "made partly in one dtype, partly in another"
         for entry, numerics in zip(route.updates, made_by, strict=True):
             _, here = self._engine(numerics["dtype"], numerics["backend"]).describe()
-            here = {**here, "optimizer": _trainer(self._wave(entry.revision)).adam.name}
+            here = {**here, "optimizer": optimizer_name(_trainer(self._wave(entry.revision)).optimizer)}
             for field in (*_MACHINE, "optimizer"):
                 if numerics.get(field) != here[field]:
                     return f"made with {field} {numerics.get(field)}, this machine has {here[field]}"

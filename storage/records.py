@@ -122,6 +122,9 @@ class WaveManifest:
     """Name -> digest of what went in besides parents and experience: base, tokenizer, code."""
     numerics: dict[str, str]
 
+    def entry(self, pseudonym: str, revision: int) -> RevisionEntry:
+        return next(item for item in self.revisions if (item.pseudonym, item.revision) == (pseudonym, revision))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:

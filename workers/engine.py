@@ -29,6 +29,7 @@ from populace.workers.batch import (
 )
 from populace.workers.layout import BaseDims
 from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
+from populace.workers.optimizer import optimizer_name
 from populace.workers.residency import Residency
 from populace.workers.rollout import roll_out
 from populace.workers.rows import SequenceGroup, pack_rows
@@ -102,7 +103,7 @@ class ShardEngine:
             "transformers": transformers.__version__,
             "kernels": str(NUMERICS_REVISION),
             "backend": self.kernels.backend,
-            "optimizer": self.settings.trainer.adam.name,
+            "optimizer": optimizer_name(self.settings.trainer.optimizer),
             "threads": str(torch.get_num_threads()),
             "numerics": self.numerics,
         }

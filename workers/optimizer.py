@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from populace.configs.schema import OptimizerSettings
 from populace.storage.errors import PopulaceError
 from populace.workers.batch import AdapterKey
 from populace.workers.layout import AdapterLayout
@@ -27,24 +27,12 @@ BLOCK = 4096
 """Elements per partial sum: short enough that one thread adds it, whatever the number of threads."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdamSettings:
-    """See configs/schema.py, OptimizerSettings."""
-
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    max_grad_norm: float
-    offload: bool
-
-    @property
-    def name(self) -> str:
-        """In the numerics fingerprint."""
-        return f"deepspeed-{version('deepspeed')}-cpuadam" if self.offload else "slab-adamw"
+def optimizer_name(settings: OptimizerSettings) -> str:
+    """In the numerics fingerprint."""
+    return f"deepspeed-{version('deepspeed')}-cpuadam" if settings.offload else "slab-adamw"
 
 
-def update_adapters(slab: Slab, keys: Sequence[AdapterKey], settings: AdamSettings) -> dict[AdapterKey, float]:
+def update_adapters(slab: Slab, keys: Sequence[AdapterKey], settings: OptimizerSettings) -> dict[AdapterKey, float]:
     """Clip and step every adapter whose gradient is finite, in place; returns all gradient norms. A norm that is not
     finite means that its adapter was left as it was."""
     norms = {}
@@ -110,7 +98,7 @@ def _ranges(layout: AdapterLayout, experts: frozenset[int], apart: bool) -> dict
     return found
 
 
-def _fused_adamw(pieces: Pieces, step: int, rate: float, scale: float, settings: AdamSettings) -> None:
+def _fused_adamw(pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings) -> None:
     """AdamW (https://arxiv.org/abs/1711.05101) by torch's fused kernel, which corrects the bias in fp64."""
     weights, grads, m, v = (list(column) for column in zip(*pieces, strict=True))
     torch._fused_adamw_(
@@ -131,7 +119,7 @@ def _fused_adamw(pieces: Pieces, step: int, rate: float, scale: float, settings:
     )
 
 
-def _cpu_adam(pieces: Pieces, step: int, rate: float, scale: float, settings: AdamSettings) -> None:
+def _cpu_adam(pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings) -> None:
     """The same by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the history of its calls: it
     is off, and the correction moves into rate and epsilon,
 

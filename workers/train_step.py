@@ -10,7 +10,7 @@ Suffixes: A adapters of a pass, N target tokens, T rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from populace.workers.base import BaseModel, token_logprobs
 from populace.workers.batch import AdapterBatch, AdapterKey, AdapterUpdate, StepResult, WaveBatch
 from populace.workers.losses import Baseline, LossSettings, WeightedGroup, token_losses, weigh_groups
 from populace.workers.numerics import ROW_MULTIPLE
-from populace.workers.optimizer import AdamSettings, update_adapters
+from populace.workers.optimizer import update_adapters
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.slab import Slab
 from populace.workers.step import Kernels, Step
@@ -30,11 +30,11 @@ from populace.workers.step import Kernels, Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSettings:
-    """See configs/schema.py, TrainSettings and OptimizerSettings."""
+    """See configs/schema.py, TrainSettings."""
 
     kernels: Kernels
     max_rows_per_pass: int
-    adam: AdamSettings
+    optimizer: OptimizerSettings
     loss: LossSettings
 
     @staticmethod
@@ -42,7 +42,7 @@ class TrainerSettings:
         return TrainerSettings(
             kernels=Kernels(backend=train.backend, row_multiple=ROW_MULTIPLE[train.numerics]),
             max_rows_per_pass=train.max_rows_per_pass,
-            adam=AdamSettings(**asdict(optimizer)),
+            optimizer=optimizer,
             loss=LossSettings(
                 kl_coefficient=train.kl_coefficient,
                 kl_in_reward=train.kl_in == "reward",
@@ -114,7 +114,7 @@ def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerS
     done = _Passes()
     for turn, shares in _shares(lessons, settings.max_rows_per_pass):
         _forward_backward(base, slab, shares, settings, done, accumulates=turn > 0)
-    norms = update_adapters(slab, list(done.tallies), settings.adam)
+    norms = update_adapters(slab, list(done.tallies), settings.optimizer)
     updates = tuple(
         _update(slab, item, baselines[item.adapter], done.tallies.get(item.adapter), norms.get(item.adapter))
         for item in batch.adapters

@@ -41,7 +41,7 @@ from populace.workers.batch import (
 )
 from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.layout import AdapterSpec
-from populace.workers.optimizer import AdamSettings, update_adapters
+from populace.workers.optimizer import update_adapters
 from populace.workers.train_step import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 
@@ -226,7 +226,7 @@ def against_one_adapter(folder: Path) -> Iterator[Figure]:
 def optimizer_bandwidth(folder: Path) -> Iterator[Figure]:
     bench = Bench(folder, [8] * 64)
     bench.step(bench.wave(64))
-    adam = bench.engine.settings.trainer.adam
+    adam = bench.engine.settings.trainer.optimizer
     source, target = torch.ones(100_000_000), torch.zeros(100_000_000)
 
     def copy() -> float:
@@ -330,10 +330,10 @@ def thousand(folder: Path) -> Iterator[Figure]:
     yield figure(
         "memory that 100 of 1,000 adapters' first step took, per adapter", [(after_100 - resident) / 100e6], "MB"
     )
-    plain = bench.engine.settings.trainer.adam
+    plain = bench.engine.settings.trainer.optimizer
     offloaded = dataclasses.replace(plain, offload=True)
 
-    def timed(adam: AdamSettings) -> float:
+    def timed(adam: OptimizerSettings) -> float:
         start = time.perf_counter()
         update_adapters(slab, bench.keys, adam)
         return time.perf_counter() - start
