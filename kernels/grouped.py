@@ -1,6 +1,6 @@
 """The same on torch's batched products: segments of one height are one `bmm`. Short segments are filled up to few
-heights and copied together; long ones, and rows that lie right already, are used where they are. What a segment gets
-depends on its own shape alone.
+heights and copied together, the rows that they add to as well; long ones, and rows that lie right already, are used
+where they are. Either way a product adds in place, so what a segment gets depends on its own shape alone.
 
 Suffixes: G segments of an arena, U tile rows, D in, F out, R rank; B segments of a batch, M its height.
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
     """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
     batches = plan.batches
-    x_UD, out_UF, shrunk = _to_tiles(x_TD, batches), _new_tiles(y_TF, batches), []
-    for own_UF, weights in zip(out_UF.chunk(len(modules), 1), modules, strict=True):
+    x_UD, y_UF, shrunk = _to_tiles(x_TD, batches), _to_tiles(y_TF, batches), []
+    for own_UF, weights in zip(y_UF.chunk(len(modules), 1), modules, strict=True):
         for arena in batches.arenas:
             own = weights[arena.arena]
             a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
@@ -33,10 +33,9 @@ def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeight
                 torch.bmm(_tiles(x_UD, batch), a_GRD[batch.members].mT, out=s_BMR)
             s_UR *= _scales(own, batches, arena)
             for batch in arena.batches:
-                b_BRF = b_GFR[batch.members].mT
-                torch.bmm(_own(s_UR, batch, arena), b_BRF, out=_tiles(own_UF, batch))
+                _tiles(own_UF, batch).baddbmm_(_own(s_UR, batch, arena), b_GFR[batch.members].mT)
             shrunk.append(s_UR)
-    _from_tiles(y_TF, out_UF, batches)
+    _from_tiles(y_TF, y_UF, batches)
     return shrunk
 
 
@@ -50,8 +49,8 @@ def add_gradients(
 ) -> None:
     """See `reference.add_gradients`; `shrunk` comes scaled, with zeros where rows are filling."""
     batches, saved = plan.batches, iter(shrunk)
-    x_UD, dy_UF, out_UD = _to_tiles(x_TD, batches), _to_tiles(dy_TF, batches), _new_tiles(dx_TD, batches)
-    for module, (own_UF, weights) in enumerate(zip(dy_UF.chunk(len(modules), 1), modules, strict=True)):
+    x_UD, dy_UF, dx_UD = (_to_tiles(rows, batches) for rows in (x_TD, dy_TF, dx_TD))
+    for own_UF, weights in zip(dy_UF.chunk(len(modules), 1), modules, strict=True):
         for arena in batches.arenas:
             own, s_UR = weights[arena.arena], next(saved)
             a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
@@ -63,29 +62,19 @@ def add_gradients(
                 ds_BMR, s_BMR = _own(ds_UR, batch, arena), _own(s_UR, batch, arena)
                 torch.bmm(_tiles(own_UF, batch).mT, s_BMR, out=db_GFR[batch.members])
                 torch.bmm(ds_BMR.mT, _tiles(x_UD, batch), out=da_GRD[batch.members])
-                if module == 0:
-                    torch.bmm(ds_BMR, a_GRD[batch.members], out=_tiles(out_UD, batch))
-                else:
-                    _tiles(out_UD, batch).baddbmm_(ds_BMR, a_GRD[batch.members])
+                _tiles(dx_UD, batch).baddbmm_(ds_BMR, a_GRD[batch.members])
             _put(own.grad_a, da_GRD, arena, plan.accumulates)
             _put(own.grad_b, db_GFR, arena, plan.accumulates)
-    _from_tiles(dx_TD, out_UD, batches)
+    _from_tiles(dx_TD, dx_UD, batches)
 
 
 def _to_tiles(x_TD: Tensor, batches: Batches) -> Tensor:
     return x_TD if batches.source_U is None else x_TD.index_select(0, batches.source_U)
 
 
-def _new_tiles(y_TF: Tensor, batches: Batches) -> Tensor:
-    """Where products go before they are added to the rows, and a row of zeros behind. Rows that lie right get no
-    shorter way: it would add in another order, and whether they lie right depends on the neighbours."""
-    out_UF = y_TF.new_empty(len(batches.slot_U) + 1, y_TF.shape[1])
-    out_UF[-1] = 0
-    return out_UF
-
-
-def _from_tiles(y_TF: Tensor, out_UF: Tensor, batches: Batches) -> None:
-    y_TF += out_UF[:-1] if batches.place_T is None else out_UF.index_select(0, batches.place_T)
+def _from_tiles(y_TF: Tensor, y_UF: Tensor, batches: Batches) -> None:
+    if batches.place_T is not None:
+        torch.index_select(y_UF, 0, batches.place_T, out=y_TF)
 
 
 def _tiles(x_UD: Tensor, batch: Batch) -> Tensor:

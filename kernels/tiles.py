@@ -142,10 +142,10 @@ class Batches:
 
     arenas: tuple[ArenaBatches, ...]
     source_U: Tensor | None
-    """The row that each tile row is a copy of: what fills a segment up copies its own last row. None: the rows as they
-    are."""
+    """The row that each tile row is a copy of: what fills a segment up copies its own last row. Behind all tiles come
+    the rows without an adapter. None: the rows as they are."""
     place_T: Tensor | None
-    """The tile row of each row; rows without an adapter name one behind the last."""
+    """The tile row of each row."""
     slot_U: Tensor
     is_filling_U: Tensor
 
@@ -184,8 +184,11 @@ class Batches:
         source_U = np.repeat(segments.start_G[order_G], height_G) + np.minimum(
             offset_U, np.repeat(count_G - 1, height_G)
         )
-        place_T = np.full(plan.num_rows, num_tile_rows)
+        place_T = np.full(plan.num_rows, -1)
         place_T[source_U[~is_filling_U]] = np.flatnonzero(~is_filling_U)
+        without_N = np.flatnonzero(place_T < 0)
+        place_T[without_N] = num_tile_rows + np.arange(len(without_N))
+        source_U = np.append(source_U, without_N)
         return Batches(
             arenas=tuple(arenas),
             source_U=None if in_place else torch.from_numpy(source_U),

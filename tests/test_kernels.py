@@ -247,7 +247,7 @@ def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(s
                 seen += source[tile][:count].tolist()
     assert sorted(seen) == [row for row in range(len(rows)) if rows[row][1] >= 0]
     if batches.place_T is not None:
-        assert all(source[batches.place_T[row]] == row for row in seen)
+        assert all(source[place] == row for row, place in enumerate(batches.place_T.tolist()))
 
 
 @given(st.lists(st.integers(0, 6), max_size=90), st.sampled_from([1, 8]))

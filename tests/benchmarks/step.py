@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,7 +50,8 @@ THREADS = os.cpu_count() or 1
 REPETITIONS = 4
 TOKENS_OF_SURFACE = (8, 32, 128, 512, 1024)
 USERS_OF_SURFACE = (1, 4, 16, 64, 256)
-MAX_TOKENS_OF_CELL = 16_384
+TOKENS_TO_REPEAT = 16_384
+"""Larger cells of the surface take minutes and are timed once."""
 
 
 def build_base(folder: Path) -> None:
@@ -247,10 +248,23 @@ def ranks_and_numerics(folder: Path) -> Iterator[Figure]:
     left, right = Bench(folder, [8] * 64), Bench(folder, [8] * 64, numerics="fast")
     ratios = compare(left.step, left.wave(64), right.step, right.wave(64), 6)
     yield figure("invariant over fast", ratios, "x", at_most=1.05)
-    # Every second rank: both slabs and their new bytes must fit beside each other.
-    left, right = Bench(folder, list(range(2, 65, 2))), Bench(folder, [33] * 32)
-    name = f"ranks 2 to 64 over rank 33 ({left.num_parameters / right.num_parameters:.2f} x the parameters)"
-    yield figure(name, compare(left.step, left.wave(64), right.step, right.wave(64)), "x", at_most=1.10)
+    del left, right
+    # In processes of their own: two such slabs and their new bytes don't fit beside each other.
+    ratios = [_alone(folder, "--ranks", "mixed") / _alone(folder, "--ranks", "uniform") for _ in range(3)]
+    yield figure("64 users, ranks 1 to 64 over rank 33 (0.98 x the parameters)", ratios, "x", at_most=1.10)
+
+
+def _alone(folder: Path, *arguments: str) -> float:
+    """The figure that this module prints in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.step", arguments[0], str(folder), *arguments[1:]]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_ranks(folder: Path, which: str) -> None:
+    bench = Bench(folder, list(range(1, 65)) if which == "mixed" else [33] * 64)
+    wave = bench.wave(64)
+    bench.step(wave)
+    print(statistics.median(bench.step(wave) for _ in range(3)))
 
 
 def model_flops(num_tokens: int) -> float:
@@ -264,16 +278,20 @@ def efficiency(folder: Path) -> Iterator[Figure]:
     bench = Bench(folder, [8] * 64)
     wave = bench.wave(64)
     size = 2048
-    a, b = (torch.randn(size, size).to(bench.engine.base.dtype) for _ in range(2))
+    a, b = (torch.randn(size, size) for _ in range(2))
 
-    def product() -> float:
+    def product(dtype: torch.dtype) -> float:
+        left, right = a.to(dtype), b.to(dtype)
         start = time.perf_counter()
         for _ in range(5):
-            a @ b
+            left @ right
         return 5 * 2 * size**3 / (time.perf_counter() - start)
 
-    ratios = pairs(lambda: model_flops(64 * 64) / bench.step(wave), product)
-    yield figure("model FLOP/s of the whole step over the product's own", ratios, "x", at_least=0.55)
+    dtype = bench.engine.base.dtype
+    ratios = pairs(lambda: model_flops(64 * 64) / bench.step(wave), lambda: product(dtype))
+    yield figure(f"model FLOP/s of the whole step over the product's own ({dtype})", ratios, "x", at_least=0.55)
+    ratios = pairs(lambda: model_flops(64 * 64) / bench.step(wave), lambda: product(torch.bfloat16))
+    yield figure("the same over the bf16 product's", ratios, "x")
     with timing(train_step, "_forward_backward") as passes, timing(train_step, "update_adapters") as optimizer:
         whole = [bench.step(wave) for _ in range(3)]
     yield figure("share of a step in forward and backward", [p / w for p, w in zip(passes, whole, strict=True)], "")
@@ -350,10 +368,7 @@ def peak_memory(folder: Path) -> Iterator[Figure]:
     """In processes of their own: the peak without the slab and without the new bytes that the step returns."""
     peaks = {}
     for users in (1, 64):
-        command = [sys.executable, "-m", "tests.benchmarks.step", "--memory", str(folder), str(users)]
-        peaks[users] = json.loads(
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-        )
+        peaks[users] = _alone(folder, "--memory", str(users))
     yield figure(
         "peak memory, 64 adapters over one (without slab and new bytes)", [peaks[64] / peaks[1]], "x", at_most=1.10
     )
@@ -367,25 +382,22 @@ def measure_memory(folder: Path, users: int) -> None:
 
 
 def surface(folder: Path) -> tuple[list[Figure], str]:
-    """Updates per second, fused over one after another, by users and tokens per user. Above 16,384 tokens a step is
-    passes of the same size, so what lies beyond repeats the last figure of its row."""
+    """Updates per second, fused over one after another, by users and tokens per user."""
     figures = []
     lines = ["| users \\ tokens | " + " | ".join(map(str, TOKENS_OF_SURFACE)) + " |", "|---" * 6 + "|"]
     bench = Bench(folder, [8] * max(USERS_OF_SURFACE))
     for users in USERS_OF_SURFACE:
         cells = []
         for tokens in TOKENS_OF_SURFACE:
-            if users * tokens > MAX_TOKENS_OF_CELL:
-                cells.append("")
-                continue
             wave, some = bench.wave(tokens, bench.keys[:users]), bench.keys[: min(users, 6)]
             alone = [bench.wave(tokens, [key]) for key in some]
             ratios = [
                 users * float(np.mean([bench.step(one) for one in alone])) / bench.step(wave)
-                for _ in range(3 if users * tokens <= 4096 else 2)
+                for _ in range(3 if users * tokens <= 4096 else 2 if users * tokens <= TOKENS_TO_REPEAT else 1)
             ]
             figures.append(figure(f"fused over sequential, {users} users x {tokens} tokens", ratios, "x"))
             cells.append(f"{figures[-1].median:.2f}")
+            print(f"{figures[-1].name}: {figures[-1].median:.3g}", flush=True)
         lines.append(f"| {users} | " + " | ".join(cells) + " |")
     return figures, "\n".join(lines)
 
@@ -413,9 +425,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--memory"]:
+    if len(sys.argv) == 4:
         torch.set_num_threads(THREADS)
         keep_freed_memory()
-        measure_memory(Path(sys.argv[2]), int(sys.argv[3]))
+        if sys.argv[1] == "--memory":
+            measure_memory(Path(sys.argv[2]), int(sys.argv[3]))
+        else:
+            measure_ranks(Path(sys.argv[2]), sys.argv[3])
     else:
         main()
