@@ -57,5 +57,5 @@ clean:
 
 .venv/dev: .venv/demo
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[offload]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[deepspeed]'
 	touch $@

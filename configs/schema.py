@@ -19,6 +19,22 @@ class BaseSettings:
 
 
 @dataclass(frozen=True)
+class GroupSettings:
+    """The shard group: the Ray actors that together hold the base."""
+
+    count: int = 1
+    """Shards that the experts are split over; above 1 needs DeepSpeed (`pip install populace[deepspeed]`)."""
+    cpus: float = 1.0
+    """Processors that Ray reserves for a shard. How many it uses is `run.threads`."""
+    max_restarts: int = 3
+    """How often in a row a group that died is started again before the run gives up."""
+    timeout_s: float = 300.0
+    """A shard that lets the others wait this long in the middle of a pass is taken to be dead."""
+    place_timeout_s: float = 60.0
+    """How long to wait for room in the cluster."""
+
+
+@dataclass(frozen=True)
 class AdapterSettings:
     """What a new adapter gets; fixed once it is created. `user_ranks` names users who get another rank."""
 
@@ -67,7 +83,7 @@ class OptimizerSettings:
     max_grad_norm: float = 1.0
     """Of a whole adapter; longer gradients are scaled down to it."""
     offload: bool = False
-    """Moments stay in host memory and are updated there by DeepSpeed's CPUAdam (`pip install populace[offload]`)."""
+    """Moments stay in host memory and are updated there by DeepSpeed's CPUAdam (`pip install populace[deepspeed]`)."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,7 @@ class Settings:
     report: str | None = None
     """A folder for report.html and report.json, written when the run ends by itself."""
     base: BaseSettings = field(default_factory=BaseSettings)
+    shard: GroupSettings = field(default_factory=GroupSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     user_ranks: dict[str, int] = field(default_factory=dict)
     """Users whose rank differs from `adapter.rank`."""
@@ -169,6 +186,10 @@ _CHOICES = {
 }
 _POSITIVE = [
     "partitions",
+    "shard.count",
+    "shard.cpus",
+    "shard.timeout_s",
+    "shard.place_timeout_s",
     "adapter.rank",
     "adapter.expert_rank",
     "adapter.alpha",
@@ -192,6 +213,13 @@ _POSITIVE = [
     "retention.every_waves",
     "run.takeover_s",
     "run.checkpoint_every_records",
+]
+_NOT_NEGATIVE = [
+    "train.kl_coefficient",
+    "optimizer.weight_decay",
+    "run.threads",
+    "evaluation.tolerance",
+    "shard.max_restarts",
 ]
 _FRACTIONS = [
     "optimizer.beta1",
@@ -222,7 +250,7 @@ def problems(settings: Settings) -> list[str]:
     for path in _FRACTIONS:
         if not 0 <= setting(settings, path) < 1:  # type: ignore[operator]
             found.append(f"{path} is {setting(settings, path)}; use a number in [0, 1)")
-    for path in ("train.kl_coefficient", "optimizer.weight_decay", "run.threads", "evaluation.tolerance"):
+    for path in _NOT_NEGATIVE:
         if not setting(settings, path) >= 0:  # type: ignore[operator]
             found.append(f"{path} is {setting(settings, path)}; use zero or more")
     if settings.scheduler.slots < 2 * settings.scheduler.max_adapters_per_wave:

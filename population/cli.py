@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -177,6 +178,55 @@ def sample(
 
     rollout = RolloutSettings(max_new_tokens=max_new_tokens, temperature=temperature)
     console.print(_open(store, name).sample(user, prompt, revision, rollout), highlight=False, markup=False)
+
+
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")],
+    device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    devices: Annotated[int, typer.Option(help="Of one shard group.")] = 8,
+    users: Annotated[float, typer.Option(help="1e6 is a million.")] = 1e6,
+    updates_per_user_and_day: float = 1.0,
+    rank: int = 8,
+    expert_rank: int = 1,
+    events_per_update: int = 4,
+    samples_per_event: int = 8,
+    prompt_tokens: int = 256,
+    completion_tokens: int = 256,
+    slots: Annotated[int, typer.Option(help="Adapters in device memory, over the whole group.")] = 256,
+    kept_revisions: int = 8,
+    efficiency: Annotated[float, typer.Option(help="Share of the data sheet's rates that is reached.")] = 0.4,
+    store_bandwidth: Annotated[float, typer.Option(help="Bytes per second of the object store.")] = 10e9,
+    partitions: int = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What a population would need: memory, time, bytes, requests, and what would limit it."""
+    from populace.population import plan as planner
+    from populace.workers.families import dims_of_config
+    from populace.workers.footprint import config_of, tensors_of
+
+    request = planner.Request(
+        device=device, devices=devices, users=users, updates_per_user_and_day=updates_per_user_and_day, rank=rank,
+        expert_rank=expert_rank, events_per_update=events_per_update, samples_per_event=samples_per_event,
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, slots=slots, kept_revisions=kept_revisions,
+        efficiency=efficiency, store_bandwidth=store_bandwidth, partitions=partitions,
+    )  # fmt: skip
+    planner.check(request)
+    config = config_of(base)
+    found = planner.plan(dims_of_config(config), tensors_of(config), request)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    table = Table("", "", "", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users")
+    section = ""
+    for line in found.lines:
+        if line.section != section:
+            table.add_section()
+            section = line.section
+        table.add_row(line.name, planner.readable(line.value, line.unit), f"[dim]{line.section}[/]", line.source)
+    console.print(table)
+    console.print(f"{'[green]fits[/]' if found.fits else '[red]does not fit[/]'}; bottleneck: {found.bottleneck}")
+    console.print(f"what moves it: {found.knob}", soft_wrap=True)
 
 
 @app.command()

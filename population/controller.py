@@ -55,6 +55,8 @@ class WaveReport:
     num_settled: int
     num_tokens: int
     mean_reward: float | None
+    out_of_route: float | None
+    """Share of replayed selections that the trainer's own gates would have made otherwise; None without any."""
     verdicts: tuple[Verdict, ...]
     seconds: Mapping[str, float]
     """Stage -> wall time."""
@@ -77,13 +79,8 @@ class Controller:
         self.examiner = Examiner(self.trials, ledger)
         self.dims, self.numerics = workers.describe()
         self.num_waves = 0
-        # Users of attempts that died with their controller, and the last of the events that were tried.
-        self._suspects = {
-            pseudonym: max(ref.position for ref in refs)
-            for attempt in ledger.catalog.unfinished.values()
-            for pseudonym, refs in attempt.adapters.items()
-            if refs
-        }
+        self._suspects: dict[str, int] = {}
+        self.suspect_unfinished()
 
     def run_once(self) -> WaveReport | None:
         """One wave from pending experience to committed revisions; None when nobody has any."""
@@ -128,6 +125,16 @@ class Controller:
             clock.lap("repack")
         self.ledger.checkpoint(self.settings.run.checkpoint_every_records)
         return _report(wave, result, num_revisions, num_settled, verdicts, clock.seconds)
+
+    def suspect_unfinished(self) -> None:
+        """Try the events of attempts that died with their controller, or with the shards, one user at a time."""
+        # Each user's last event that was tried.
+        self._suspects = {
+            pseudonym: max(ref.position for ref in refs)
+            for attempt in self.ledger.catalog.unfinished.values()
+            for pseudonym, refs in attempt.adapters.items()
+            if refs
+        }
 
     def _obey_commands(self) -> None:
         """Commands come between two waves; the workers must not keep what is forgotten."""
@@ -357,6 +364,7 @@ def _report(
         num_settled=num_settled,
         num_tokens=int(sum(update.metrics.get("tokens", 0) for update in result.updates)),
         mean_reward=fmean(rewards) if rewards else None,
+        out_of_route=result.out_of_route[0] / result.out_of_route[1] if result.out_of_route[1] else None,
         verdicts=tuple(verdicts),
         seconds=dict(seconds),
     )

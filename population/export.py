@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from populace.population.ledger import exports_folder
 from populace.population.trials import revision_ref
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.loading import load_wave
-from populace.workers.base import dims_of
-from populace.workers.layout import DENSE_MODULES, AdapterLayout, AdapterSpec, layout_of
+from populace.workers.families import dims_of
+from populace.workers.layout import AdapterLayout, AdapterSpec, layout_of
 from populace.workers.slab import unpack_weights
 
 
@@ -47,7 +48,7 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
     flat = unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(layout, flat), folder / "adapter_model.safetensors", {"format": "pt"})
-    config = peft_config(ref.spec, base.folder)
+    config = peft_config(ref.spec, base.folder, layout.dims.dense_modules)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     return number
 
@@ -72,7 +73,7 @@ def share_export(population: Population, user: str, number: int, folder: Path, v
     return Bucket(population.store.url).presigned_link(key, valid_for)
 
 
-def peft_config(spec: AdapterSpec, base_folder: str) -> dict[str, object]:
+def peft_config(spec: AdapterSpec, base_folder: str, dense_modules: Sequence[str]) -> dict[str, object]:
     """`adapter_config.json`. The stacked gate_up has twice the rank and twice the alpha: the same scale."""
     gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
     return {
@@ -81,7 +82,7 @@ def peft_config(spec: AdapterSpec, base_folder: str) -> dict[str, object]:
         "base_model_name_or_path": base_folder,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
-        "target_modules": list(DENSE_MODULES),
+        "target_modules": list(dense_modules),
         "target_parameters": [gate_up, down],
         "rank_pattern": {gate_up: 2 * spec.expert_rank, down: spec.expert_rank},
         "alpha_pattern": {gate_up: 2 * spec.alpha, down: spec.alpha},
@@ -96,9 +97,11 @@ def peft_tensors(layout: AdapterLayout, flat: Tensor) -> dict[str, Tensor]:
     tensors = {}
     for layer in range(layout.dims.num_layers):
         prefix = f"base_model.model.model.layers.{layer}"
-        for module in DENSE_MODULES:
+        for module in layout.dims.dense_modules:
             for which, name in (("a", "lora_A"), ("b", "lora_B")):
                 tensors[f"{prefix}.self_attn.{module}.{name}.weight"] = layout.view(flat, module, layer, which)
+        if layer < layout.dims.num_dense_layers:
+            continue
         parts = {
             (module, which): layout.view(flat, module, layer, which)
             for module in ("gate_proj", "up_proj", "down_proj")

@@ -121,7 +121,7 @@ def _trajectory_group(event: Trajectory, chat: Chat, dims: BaseDims, train: Trai
     expert_ids: ExpertIds | None = None
     if len(event.expert_ids):
         given_ids = np.asarray(event.expert_ids, np.int64)
-        expected = (dims.num_layers, dims.experts_per_token)
+        expected = (dims.num_moe_layers, dims.experts_per_token)
         if given_ids.shape[1:] != expected:
             return f"expert_ids have shape {given_ids.shape[1:]} per token; this base has {expected}"
         # An id that this base doesn't have can't be mapped: its position routes natively, out of the loss.

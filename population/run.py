@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -23,8 +23,10 @@ from populace.population.live import View
 from populace.population.report import write_report
 from populace.population.rewards import find_reward, score_on_ray
 from populace.storage.errors import InvalidInput
-from populace.workers.group import ShardGroup
+from populace.workers.group import ShardGroup, ShardGroupLost
 from populace.workers.prepare import prepare_base
+
+Result = TypeVar("Result")
 
 IDLE_S = 1.0
 
@@ -41,47 +43,77 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     base = prepare_base(settings.base.model, view.stage)
     population = Population.create(settings.store, settings)
     chat = Chat(base.folder)
+    if experience is not None:
+        num_events = population.enqueue_many(experience(settings))
+        view.stage(f"enqueued {num_events} events")
     view.stage("starting Ray")
     _start_ray()
-    view.stage("loading the base into its shards")
-    group = ShardGroup(population.shard_settings(base, chat))
-    try:
-        if experience is not None:
-            num_events = population.enqueue_many(experience(settings))
-            view.stage(f"enqueued {num_events} events")
-        group.wait_until_ready()
-        ledger = population.ledger
-        ledger.refresh()
-        with _StopSignal(view) as stop:
-            view.stage("claiming the population")
-            ledger.claim(settings.run.takeover_s)
+    ledger = population.ledger
+    ledger.refresh()
+    with _StopSignal(view) as stop:
+        view.stage("claiming the population")
+        # Before the shards: only the owner may take over or remove those of a run that died.
+        ledger.claim(settings.run.takeover_s)
+        try:
+            group = _Group(ShardGroup(population.shard_settings(base, chat), settings.shard), view)
             try:
-                controller = Controller(settings, ledger, group, chat, score_on_ray)
-                _loop(controller, settings, view, stop)
+                group.wait_until_ready()
+                controller = Controller(settings, ledger, group.shards, chat, score_on_ray)
+                _loop(controller, group, settings, view, stop)
                 if settings.report is not None and not stop.is_set():
                     view.stage("measuring every adapter on every user's held-out tasks")
-                    write_report(controller, Path(settings.report), started)
+                    group.surviving(controller, lambda: write_report(controller, Path(settings.report or ""), started))
                     reported = True
             finally:
-                ledger.release()
-    finally:
-        group.stop()
+                group.shards.stop()
+        finally:
+            ledger.release()
     return population, reported
 
 
-def _loop(controller: Controller, settings: Settings, view: View, stop: threading.Event) -> None:
+class _Group:
+    """The shard group as a run sees it: it loads with a sign of life, and comes back when it dies."""
+
+    def __init__(self, shards: ShardGroup, view: View) -> None:
+        self.shards, self._view = shards, view
+        self._shown = -1
+
+    def wait_until_ready(self) -> None:
+        self._view.stage(f"loading the base into {self.shards.group.count} shards")
+        self.shards.wait_until_ready(self._tick)
+
+    def surviving(self, controller: Controller, call: Callable[[], Result]) -> Result:
+        """`call`, once more on a new group as often as the group dies in it."""
+        while True:
+            try:
+                return call()
+            except ShardGroupLost as error:
+                started = time.monotonic()
+                self._view.stage(f"{error}; starting the group again")
+                self.shards.start_again(self._tick)
+                if self.shards.num_restarts > 1:
+                    controller.suspect_unfinished()
+                self._view.stage(f"the group is back after {time.monotonic() - started:.1f} s")
+
+    def _tick(self, loaded: int, shards: int) -> None:
+        if loaded != self._shown and shards > 1:
+            self._shown = loaded
+            self._view.stage(f"{loaded} of {shards} shards are loaded")
+
+
+def _loop(controller: Controller, group: _Group, settings: Settings, view: View, stop: threading.Event) -> None:
     """Waves until there is a reason to stop; a run that ends by itself judges its last tips."""
     while not stop.is_set():
         if settings.run.max_waves is not None and controller.num_waves >= settings.run.max_waves:
             break
-        report = controller.run_once()
+        report = group.surviving(controller, controller.run_once)
         if report is not None:
             view.wave(report, controller)
         elif settings.run.until_drained:
             break
         else:
             stop.wait(IDLE_S)
-    if not stop.is_set() and (verdicts := controller.examiner.evaluate()):
+    if not stop.is_set() and (verdicts := group.surviving(controller, controller.examiner.evaluate)):
         view.stage(f"judged {len(verdicts)} tips")
 
 

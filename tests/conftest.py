@@ -52,7 +52,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {family: tiny.build(family, root / family) for family in ("mixtral", "qwen3_moe")}
+    return {family: tiny.build(family, root / family) for family in tiny.FAMILIES}
 
 
 @pytest.fixture

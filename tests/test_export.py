@@ -23,6 +23,7 @@ from populace.workers.batch import AdapterKey
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.slab import Slab
 from populace.workers.step import Step
+from tests import tiny
 from tests.streams import experience
 
 
@@ -35,7 +36,7 @@ def logits_of(controller: Controller, key: AdapterKey, ids: np.ndarray) -> torch
     return engine.base.logits(engine.base.hidden(step))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_peft_computes_the_same_logits(
     settings: Settings, start: Callable[..., Controller], bases: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
@@ -86,7 +87,8 @@ def test_expert_deltas_are_exported_to_their_own_experts(
     folder = tmp_path / "peft"
     folder.mkdir()
     save_file(peft_tensors(layout, torch.from_numpy(values)), folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(peft_config(slot.spec, str(bases["mixtral"]))))
+    config = peft_config(slot.spec, str(bases["mixtral"]), layout.dims.dense_modules)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     ids = np.arange(5, 60, dtype=np.int32)
     ours = logits_of(controller, key, ids)
     model = AutoModelForCausalLM.from_pretrained(bases["mixtral"], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Tiny random bases of both families, with a tokenizer: built in seconds, experts distinct, top-2."""
+"""Tiny random bases of every family, with a tokenizer: built in seconds, experts distinct, top-2."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -39,8 +46,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(family: str, folder: Path, seed: int = 0) -> Path:
-    """Save a tiny base of `family` (mixtral or qwen3_moe) into `folder`. Weights are large enough that experts
-    and routing matter: with the usual 0.02 a wrong expert would hide in rounding."""
+    """Save a tiny base of `family` into `folder`. Weights are large enough that experts and routing matter: with the
+    usual 0.02 a wrong expert would hide in rounding."""
     torch.manual_seed(seed)
     common = {
         "vocab_size": VOCABULARY,
@@ -56,10 +63,16 @@ def build(family: str, folder: Path, seed: int = 0) -> Path:
         "bos_token_id": 0,
         "pad_token_id": 1,
     }
-    model: MixtralForCausalLM | Qwen3MoeForCausalLM
+    latent = {
+        "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 8,
+        "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "moe_intermediate_size": 24, "intermediate_size": 48,
+    }  # fmt: skip
+    plain = {name: value for name, value in common.items() if name != "head_dim"}
+    model: PreTrainedModel
     if family == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**common, intermediate_size=48, num_local_experts=4))
-    else:
+    elif family == "qwen3_moe":
         model = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(
                 **common,
@@ -70,6 +83,12 @@ def build(family: str, folder: Path, seed: int = 0) -> Path:
                 decoder_sparse_step=1,
             )
         )
+    elif family == "olmoe":
+        model = OlmoeForCausalLM(OlmoeConfig(**plain, intermediate_size=24, num_experts=6))
+    else:
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**plain, **latent}))
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias.normal_(0, 0.1)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -96,7 +96,7 @@ class KvCache:
 
     def __init__(self, prefill: PackedAttention, repeats_G: Tensor, new_tokens_G: Tensor) -> None:
         """Caches of the prefilled prompts, each repeated for its samples."""
-        lengths_G = torch.tensor(prefill.lengths[: len(repeats_G)])
+        lengths_G = torch.tensor(prefill.lengths[: len(repeats_G)], dtype=torch.int64)
         starts_G = lengths_G.cumsum(0) - lengths_G
         owner_N = torch.repeat_interleave(torch.arange(len(lengths_G)), repeats_G)
         room_N = -(-(lengths_G + new_tokens_G)[owner_N] // LENGTH_STEP) * LENGTH_STEP
@@ -146,7 +146,7 @@ class CachedAttention:
     def __init__(self, cache: KvCache, running: Sequence[int]) -> None:
         """`running`: the sequence of each row; rows beyond are filling and attend to nothing."""
         row_N = torch.full_like(cache.length_N, -1)
-        row_N[torch.tensor(running)] = torch.arange(len(running))
+        row_N[torch.tensor(running, dtype=torch.int64)] = torch.arange(len(running))
         self.views = []
         for bucket in cache.buckets:
             is_live_B = bucket.drop_finished(row_N[bucket.number_B] >= 0)
@@ -159,7 +159,7 @@ class CachedAttention:
         num_kv, num_rows, width = k_WTX.shape
         # Heads that share a key/value head become its queries: no key is repeated in memory.
         q_TWGX = q_HTX.transpose(0, 1).reshape(num_rows, num_kv, -1, width)
-        out_TWGX = torch.zeros_like(q_TWGX)
+        out_TWGX = v_WTX.new_zeros(*q_TWGX.shape[:3], v_WTX.shape[2])
         for bucket, place_L, row_L, length_L, mask_B11M in self.views:
             keys, values = bucket.keys[layer], bucket.values[layer]
             keys[place_L, :, length_L] = k_WTX[:, row_L].transpose(0, 1)
@@ -168,4 +168,4 @@ class CachedAttention:
             q_BWGX[place_L] = q_TWGX[row_L]
             out_BWGX = scaled_dot_product_attention(q_BWGX, keys, values, attn_mask=mask_B11M, scale=scaling)
             out_TWGX[row_L] = out_BWGX[place_L]
-        return out_TWGX.reshape(num_rows, -1, width)
+        return out_TWGX.reshape(num_rows, -1, v_WTX.shape[2])

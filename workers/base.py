@@ -1,15 +1,13 @@
 """The frozen base: a Hugging Face MoE model whose projections, MoE blocks and attention are ours.
 
-Everything else (embeddings, norms, rotary positions, the order of a layer) stays the family's own code from
-`transformers`, so a family is supported once its projections and its gate are described in `FAMILIES`.
+Everything else (embeddings, norms, rotary positions, shared experts, the order of a layer) stays the family's own code
+from `transformers`. The model is built on the meta device and filled tensor by tensor with what this shard holds.
 
 Suffixes: T rows, D hidden, N targets, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from populace.kernels.lora import FrozenProduct, lora_product
 from populace.storage.errors import InvalidInput
-from populace.workers.layout import DENSE_MODULES, BaseDims
-from populace.workers.moe import MoeBlock
+from populace.workers.checkpoint import Checkpoint
+from populace.workers.exchange import ALONE, Exchange
+from populace.workers.families import FAMILIES, Family, check_checkpoint, dims_of
+from populace.workers.moe import Experts, MoeBlock
+from populace.workers.placement import place_shards
 from populace.workers.rows import PackedRows
 from populace.workers.step import Step, StepHolder
 
 _INTERFACE = "populace"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """How a family's config says what its gate does."""
-
-    num_experts: str
-    intermediate: str
-    """Config field of an expert's inner width."""
-    normalise: str | None
-    """Config field of top-k normalisation; None: always."""
-
-
-FAMILIES = {
-    "mixtral": Family(num_experts="num_local_experts", intermediate="intermediate_size", normalise=None),
-    "qwen3_moe": Family(num_experts="num_experts", intermediate="moe_intermediate_size", normalise="norm_topk_prob"),
-}
-
-
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The config of a checkpoint that can be a base; `InvalidInput` says why another can't."""
-    if not folder.is_dir():
-        raise InvalidInput(f"base {str(folder)!r} is not a folder; give a Hugging Face checkpoint's folder")
-    if not (folder / "config.json").is_file():
-        raise InvalidInput(f"base {str(folder)!r} has no config.json; give a Hugging Face checkpoint's folder")
-    if not any(folder.glob("*.safetensors")):
-        raise InvalidInput(
-            f"base {str(folder)!r} has no *.safetensors file; save it with model.save_pretrained(folder)"
-        )
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    if (family := config.get("model_type")) not in FAMILIES:
-        raise InvalidInput(f"base {str(folder)!r} is of family {family!r}; supported are {', '.join(sorted(FAMILIES))}")
-    return config
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -73,35 +40,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def dims_of(folder: Path) -> BaseDims:
-    """Shapes of a checkpoint from its config alone, without its weights."""
-    family = FAMILIES[check_checkpoint(folder)["model_type"]]
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    hidden, inner = config.hidden_size, getattr(config, family.intermediate)
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, key_value = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    return BaseDims(
-        num_layers=config.num_hidden_layers,
-        num_experts=getattr(config, family.num_experts),
-        experts_per_token=config.num_experts_per_tok,
-        shapes=(
-            ("q_proj", query, hidden),
-            ("k_proj", key_value, hidden),
-            ("v_proj", key_value, hidden),
-            ("o_proj", hidden, query),
-            ("gate_proj", inner, hidden),
-            ("up_proj", inner, hidden),
-            ("down_proj", hidden, inner),
-        ),
-    )
-
-
 class LoraLinear(nn.Module):
     """A frozen projection plus every row's own adapter."""
 
     def __init__(self, inner: nn.Linear, module: str, layer: int, holder: StepHolder) -> None:
         super().__init__()
-        self.base = FrozenProduct(w=inner.weight.data, bias_F=None if inner.bias is None else inner.bias.data)
+        # The parameters themselves, not their data: ZeRO-3 swaps that before and after this module's turn.
+        self.weight, self.bias = inner.weight, inner.bias
+        self.base = FrozenProduct(w=inner.weight, bias_F=inner.bias)
         self.module, self.layer, self.holder = module, layer, holder
 
     def forward(self, x_1TD: Tensor) -> Tensor:
@@ -111,31 +57,79 @@ class LoraLinear(nn.Module):
 
 
 class BaseModel:
-    """One shard of the base. Holds no adapter and no state between passes."""
+    """One shard of the base: everything but the experts, and its own of those. Holds no adapter and no state between
+    passes."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        config = check_checkpoint(folder)
-        family = FAMILIES[config["model_type"]]
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, rank: int = 0, num_shards: int = 1, exchange: Exchange = ALONE
+    ) -> None:
+        family, self.dims = FAMILIES[check_checkpoint(folder)["model_type"]], dims_of(folder)
+        self.placement = place_shards(self.dims.num_experts, num_shards)
+        self.shard = self.placement.shards[rank]
+        self.exchange, self.dtype = exchange, dtype
         AttentionInterface.register(_INTERFACE, _attend)
-        transformers_logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=_INTERFACE, local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        checkpoint = Checkpoint(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_INTERFACE)
         model.requires_grad_(False)
         model.eval()
-        self.dtype = dtype
-        self.decoder = model.model
-        self.head_VD: Tensor = model.lm_head.weight.data
-        self.embeddings_VD: Tensor = model.model.embed_tokens.weight.data
         self._holder = StepHolder()
-        normalise = family.normalise is None or bool(getattr(model.config, family.normalise))
-        self._replace_modules(model.config, normalise)
-        self.dims = dims_of(folder)
+        self.decoder = model.model
+        # Its buffers are computed, not stored.
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=model.config)
+        for layer, block in enumerate(self.decoder.layers):
+            self._load_layer(checkpoint, family, config, layer, block)
+        _fill(checkpoint, family, "model.embed_tokens", self.decoder.embed_tokens)
+        _fill(checkpoint, family, "model.norm", self.decoder.norm)
+        if not config.tie_word_embeddings:
+            _fill(checkpoint, family, "lm_head", model.lm_head)
+        self.embeddings_VD: Tensor = model.model.embed_tokens.weight
+        self.head_VD: Tensor = self.embeddings_VD if config.tie_word_embeddings else model.lm_head.weight
+        self.bytes_read = checkpoint.bytes_read
+
+    def _load_layer(self, checkpoint: Checkpoint, family: Family, config: Any, layer: int, block: Any) -> None:
+        """Read one layer's dense part and this shard's experts, and put our modules in the place of the family's."""
+        is_moe = hasattr(block.mlp, "experts")
+        if is_moe != (layer >= self.dims.num_dense_layers):
+            raise InvalidInput(
+                f"layer {layer} of the base has {'experts' if is_moe else 'no experts'}; only leading layers may be "
+                "without"
+            )
+        if is_moe:
+            act_fn = block.mlp.experts.act_fn
+            del block.mlp.experts
+        _fill(checkpoint, family, f"model.layers.{layer}", block)
+        attention = block.self_attn
+        attention.populace_holder = self._holder
+        for module in self.dims.dense_modules:
+            setattr(attention, module, LoraLinear(getattr(attention, module), module, layer, self._holder))
+        if is_moe:
+            experts = self._read_experts(checkpoint, family, layer, act_fn)
+            gate = family.gate(config, block.mlp.gate)
+            shared = getattr(block.mlp, "shared_experts", None)
+            moe_layer = layer - self.dims.num_dense_layers
+            block.mlp = MoeBlock(
+                experts, gate, shared, layer=layer, moe_layer=moe_layer, placement=self.placement, rank=self.shard.rank,
+                exchange=self.exchange, holder=self._holder,
+            )  # fmt: skip
+
+    def _read_experts(self, checkpoint: Checkpoint, family: Family, layer: int, act_fn: Any) -> Experts:
+        shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
+        inner, hidden = shapes["gate_proj"]
+        num_own = len(self.shard.experts)
+        gate_up_EOD = torch.empty(num_own, 2 * inner, hidden, dtype=self.dtype)
+        down_EDI = torch.empty(num_own, hidden, inner, dtype=self.dtype)
+        for place, expert in enumerate(self.shard.experts):
+            names = family.expert_on_disk(layer, expert)
+            gate, up, down = checkpoint.read(dict.fromkeys(names, self.dtype))
+            gate_up_EOD[place, :inner], gate_up_EOD[place, inner:], down_EDI[place] = gate, up, down
+        return Experts(gate_up_EOD=gate_up_EOD, down_EDI=down_EDI, act_fn=act_fn)
 
     @property
     def routing_shape(self) -> tuple[int, int]:
-        """(layers, experts per token)."""
-        return self.dims.num_layers, self.dims.experts_per_token
+        """(layers with experts, experts per token)."""
+        return self.dims.num_moe_layers, self.dims.experts_per_token
 
     def hidden(self, step: Step) -> Tensor:
         """The last hidden states of the step's rows, after the final norm: [T, D]."""
@@ -157,17 +151,18 @@ class BaseModel:
         """[T, V] fp32."""
         return linear(hidden_TD, self.head_VD).float()
 
-    def _replace_modules(self, config: Any, normalise: bool) -> None:
-        for layer, block in enumerate(self.decoder.layers):
-            if not hasattr(block.mlp, "experts"):
-                raise InvalidInput(
-                    f"layer {layer} of the base has no experts; layers that mix dense and MoE aren't supported"
-                )
-            attention = block.self_attn
-            attention.populace_holder = self._holder
-            for module in DENSE_MODULES:
-                setattr(attention, module, LoraLinear(getattr(attention, module), module, layer, self._holder))
-            block.mlp = MoeBlock(block.mlp, layer, config.num_experts_per_tok, normalise, self._holder)
+
+def _fill(checkpoint: Checkpoint, family: Family, prefix: str, module: nn.Module) -> None:
+    """Read the values of `module`'s parameters and stored buffers, which are on the meta device."""
+    parameters = dict(module.named_parameters())
+    wanted = {name: parameter.dtype for name, parameter in parameters.items()}
+    # What a family stores as a buffer (a selection bias) it wants in fp32.
+    wanted |= {name: torch.float32 for name, _ in module.named_buffers() if name in module.state_dict()}
+    values = checkpoint.read({family.on_disk(f"{prefix}.{name}"): dtype for name, dtype in wanted.items()})
+    for name, value in zip(wanted, values, strict=True):
+        owner, _, own_name = name.rpartition(".")
+        filled = nn.Parameter(value, requires_grad=False) if name in parameters else value
+        setattr(module.get_submodule(owner), own_name, filled)
 
 
 def _attend(

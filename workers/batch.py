@@ -1,6 +1,6 @@
 """What crosses the Ray boundary: plain frozen records of NumPy arrays, one noun per stage.
 
-    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch -> StepResult
+    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch -> ShardStep -> StepResult
 
 Suffixes: P prompt tokens, C completion tokens, L layers, K experts per token.
 """
@@ -125,9 +125,44 @@ class WaveBatch:
     adapters: tuple[AdapterBatch, ...]
 
 
+class AdapterParts(NamedTuple):
+    """What one shard keeps of an adapter, exact and fp32: the dense part under -1, experts under their numbers."""
+
+    weights: dict[int, Floats]
+    m: dict[int, Floats]
+    v: dict[int, Floats]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardUpdate:
+    """One shard's part of an `AdapterUpdate`."""
+
+    adapter: AdapterKey
+    status: str
+    state: tuple[float, float, float]
+    """Step, reward baseline, number of rewards: the same on every shard."""
+    experts: tuple[int, ...]
+    parts: AdapterParts | None
+    """None unless `status` is updated."""
+    metrics: dict[str, float]
+    """Empty but at the adapter's home."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStep:
+    """What a wave gave on one shard; updates in the order of the batch."""
+
+    updates: tuple[ShardUpdate, ...]
+    num_rows: int
+    out_of_route: tuple[int, int]
+    """As in `StepResult`, already of the whole group."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUpdate:
-    """What one adapter's step gave. `status`: updated, no_signal or non_finite; only `updated` has bytes."""
+    """What one adapter's step gave. `status`: updated, no_signal or non_finite; only `updated` has bytes: fp32
+    little-endian in `AdapterLayout` order, without the experts that no token ever reached; the moments are step,
+    baseline and reward count as three fp64, then m, then v."""
 
     adapter: AdapterKey
     status: str
@@ -142,6 +177,41 @@ class StepResult:
     updates: tuple[AdapterUpdate, ...]
     num_rows: int
     """Rows that went through the base, forward and backward."""
+    out_of_route: tuple[int, int] = (0, 0)
+    """Of all replayed selections (row and layer), how many the trainer's own gates would have made otherwise, and how
+    many there were."""
+
+
+def join_steps(steps: Sequence[ShardStep]) -> StepResult:
+    """What a wave gave, from what it gave on every shard of the group."""
+    return StepResult(
+        updates=tuple(_join_updates(shares) for shares in zip(*(step.updates for step in steps), strict=True)),
+        num_rows=sum(step.num_rows for step in steps),
+        out_of_route=steps[0].out_of_route,
+    )
+
+
+def _join_updates(shares: Sequence[ShardUpdate]) -> AdapterUpdate:
+    first, weights, moments = shares[0], b"", b""
+    if first.status == "updated":
+        parts = [share.parts for share in shares if share.parts is not None]
+        columns = [_in_order([own[kind] for own in parts]) for kind in range(3)]
+        weights = b"".join(columns[0])
+        moments = b"".join([np.array(first.state, np.float64).tobytes(), *columns[1], *columns[2]])
+    metrics = {name: value for share in shares for name, value in share.metrics.items()}
+    return AdapterUpdate(
+        adapter=first.adapter,
+        status=first.status,
+        weights=weights,
+        moments=moments,
+        experts=first.experts,
+        metrics=metrics,
+    )
+
+
+def _in_order(shares: Sequence[dict[int, Floats]]) -> list[memoryview]:
+    merged = {part: values for share in shares for part, values in share.items()}
+    return [merged[part].data for part in sorted(merged)]
 
 
 _EVIDENCE = pa.schema(

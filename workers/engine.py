@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -24,9 +25,12 @@ from populace.workers.batch import (
     Floats,
     RolloutGroup,
     RolloutRequest,
+    ShardStep,
     StepResult,
     WaveBatch,
+    join_steps,
 )
+from populace.workers.exchange import ALONE, Exchange
 from populace.workers.layout import BaseDims
 from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.optimizer import optimizer_name
@@ -36,6 +40,8 @@ from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.slab import Slab
 from populace.workers.step import Step
 from populace.workers.train_step import TrainerSettings, train_wave
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ class ShardSettings:
     """0: all processors."""
     eos_ids: frozenset[int]
     trainer: TrainerSettings
+    num_shards: int = 1
 
 
 def keep_freed_memory() -> None:
@@ -71,7 +78,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 class ShardEngine:
     """The methods of a shard group, in this process."""
 
-    def __init__(self, settings: ShardSettings, store: ObjectStore | None = None) -> None:
+    def __init__(
+        self, settings: ShardSettings, store: ObjectStore | None = None, rank: int = 0, exchange: Exchange = ALONE
+    ) -> None:
+        """One of `settings.num_shards`; the others are reached through `exchange`."""
         if settings.trainer.kernels.backend == "triton" and not os.environ.get("TRITON_INTERPRET"):
             raise InvalidInput(
                 "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on processors for now, "
@@ -80,11 +90,18 @@ class ShardEngine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
-        self.base = BaseModel(Path(settings.base_folder), resolve_dtype(settings.dtype))
-        self.slab = Slab(self.base.dims, settings.slots, self.base.dtype)
+        self.base = BaseModel(
+            Path(settings.base_folder), resolve_dtype(settings.dtype), rank, settings.num_shards, exchange
+        )
         self.kernels = settings.trainer.kernels
-        store = store or open_store(settings.store_url)
-        self.residency = Residency(self.slab, store, UserKeys(store, settings.population, Keyring()))
+        self._store = store or open_store(settings.store_url)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything hot."""
+        self.slab = Slab(self.base.dims, self.settings.slots, self.base.dtype, self.base.shard)
+        keys = UserKeys(self._store, self.settings.population, Keyring())
+        self.residency = Residency(self.slab, self._store, keys)
 
     @functools.cached_property
     def numerics(self) -> str:
@@ -125,39 +142,66 @@ class ShardEngine:
         return self.residency.num_hot
 
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
+        """Of a group of one shard; see `roll_out_share`."""
+        return join_shares([self.roll_out_share(requests)])
+
+    def roll_out_share(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup | None]:
+        """Answers to the requests of adapters that are at home here."""
         return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.kernels)
 
-    @torch.no_grad()
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]:
+        """Of a group of one shard; see `score_base_share`."""
+        return join_shares([self.score_base_share(groups)])
+
+    @torch.no_grad()
+    def score_base_share(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...] | None]:
         """Log-probabilities of every completion under the base alone, by its own routing: one tuple of [C] per
-        group. Runs in passes of `max_rows_per_pass`."""
-        scores: list[tuple[Floats, ...]] = []
-        for part in _parts(groups, self.settings.trainer.max_rows_per_pass):
-            rows = pack_rows(part, row_multiple=self.kernels.row_multiple)
+        group; None for those that other shards score. Runs in passes of `max_rows_per_pass` per shard."""
+        scores: list[tuple[Floats, ...] | None] = [None] * len(groups)
+        shard = self.base.shard
+        for part in _parts(groups, self.settings.trainer.max_rows_per_pass * shard.num_shards):
+            own = [number for number in part if number % shard.num_shards == shard.rank]
+            sequences = [_without_adapter(groups[number]) for number in own]
+            rows = pack_rows(sequences, row_multiple=self.kernels.row_multiple)
             step = Step.of(rows, PackedAttention(rows), None, self.kernels)
             logprob_N = token_logprobs(self.base, self.base.hidden(step), step)
             pieces = iter(torch.split(logprob_N, list(rows.target_counts)))
-            scores += [tuple(next(pieces).numpy() for _ in group.branches) for group in part]
+            for number, sequence in zip(own, sequences, strict=True):
+                scores[number] = tuple(next(pieces).numpy() for _ in sequence.branches)
         return scores
 
     def train_wave(self, batch: WaveBatch, trainer: TrainerSettings | None = None) -> StepResult:
-        """`trainer`: other settings than this shard's own, for replays."""
-        return train_wave(self.base, self.slab, batch, trainer or self.settings.trainer)
+        """Of a group of one shard; see `train_share`. `trainer`: other settings than this shard's own, for replays."""
+        return join_steps([train_wave(self.base, self.slab, batch, trainer or self.settings.trainer)])
+
+    def train_share(self, batch: WaveBatch) -> ShardStep:
+        """This shard's part of a wave."""
+        return train_wave(self.base, self.slab, batch, self.settings.trainer)
 
 
-def _parts(groups: Sequence[RolloutGroup], max_rows: int) -> list[list[SequenceGroup]]:
-    parts: list[list[SequenceGroup]] = []
+def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:
+    """Every answer from the shard that has it."""
+    return [next(answer for answer in answers if answer is not None) for answers in zip(*shares, strict=True)]
+
+
+def _without_adapter(group: RolloutGroup) -> SequenceGroup:
+    return SequenceGroup(
+        slot=(-1, -1),
+        prompt_ids=group.prompt_ids,
+        branches=tuple(sample.completion_ids for sample in group.samples),
+        temperature=group.temperature,
+    )
+
+
+def _parts(groups: Sequence[RolloutGroup], max_rows: int) -> list[list[int]]:
+    """Numbers of the groups of each pass."""
+    parts: list[list[int]] = []
     rows = max_rows
-    for group in groups:
-        sequence = SequenceGroup(
-            slot=(-1, -1),
-            prompt_ids=group.prompt_ids,
-            branches=tuple(sample.completion_ids for sample in group.samples),
-            temperature=group.temperature,
-        )
-        if not parts or rows + sequence.num_rows > max_rows:
+    for number, group in enumerate(groups):
+        num_rows = _without_adapter(group).num_rows
+        if not parts or rows + num_rows > max_rows:
             parts.append([])
             rows = 0
-        parts[-1].append(sequence)
-        rows += sequence.num_rows
+        parts[-1].append(number)
+        rows += num_rows
     return parts

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DENSE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -52,10 +51,20 @@ class BaseDims:
     """The shapes of a base that adapters depend on."""
 
     num_layers: int
+    num_dense_layers: int = 0
+    """Leading layers without experts."""
     num_experts: int
     experts_per_token: int
     shapes: tuple[tuple[str, int, int], ...]
     """(module, F, D) for every module that carries LoRA."""
+
+    @property
+    def dense_modules(self) -> tuple[str, ...]:
+        return tuple(module for module, _, _ in self.shapes if module not in EXPERT_MODULES)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +83,16 @@ class AdapterLayout:
 
     def __init__(self, dims: BaseDims, rank: int, expert_rank: int) -> None:
         self.dims, self.rank, self.expert_rank = dims, rank, expert_rank
-        self.dense, self.dense_size = self._places(DENSE_MODULES, rank)
-        self.expert, self.expert_size = self._places(EXPERT_MODULES, expert_rank)
+        self.dense, self.dense_size = self._places(dims.dense_modules, rank, 0)
+        self.expert, self.expert_size = self._places(EXPERT_MODULES, expert_rank, dims.num_dense_layers)
         self.size = self.dense_size + dims.num_experts * self.expert_size
 
-    def _places(self, modules: tuple[str, ...], rank: int) -> tuple[dict[tuple[str, int, str], TensorPlace], int]:
+    def _places(
+        self, modules: tuple[str, ...], rank: int, first_layer: int
+    ) -> tuple[dict[tuple[str, int, str], TensorPlace], int]:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
         places, offset = {}, 0
-        for layer in range(self.dims.num_layers):
+        for layer in range(first_layer, self.dims.num_layers):
             for module in modules:
                 out, inp = shapes[module]
                 for which, shape in (("a", (rank, inp)), ("b", (out, rank))):
@@ -115,25 +126,31 @@ def stored_rank(rank: int, dtype: torch.dtype) -> int:
     return math.ceil(rank / multiple) * multiple
 
 
-def unpad(row_N: Tensor, stored: AdapterLayout, exact: AdapterLayout) -> Tensor:
-    """A row of a slab without what pads its ranks; the row itself where nothing does."""
+def unpad(row_N: Tensor, stored: AdapterLayout, exact: AdapterLayout, dense: bool = True) -> Tensor:
+    """A row of a slab without what pads its ranks; the row itself where nothing does. `dense` False leaves the dense
+    part out, undefined."""
     if exact is stored:
         return row_N
     flat = row_N.new_empty(exact.size)
-    for place in (*exact.dense.values(), *exact.expert.values()):
+    for place in _places(exact, dense):
         source = stored.view(row_N, place.module, place.layer, place.which)
         exact.view(flat, place.module, place.layer, place.which).copy_(source[..., : place.shape[0], : place.shape[1]])
     return flat
 
 
-def pad_into(row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout) -> None:
+def pad_into(row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout, dense: bool = True) -> None:
     """The inverse of `unpad`; what pads is not written."""
     if exact is stored:
-        row_N.copy_(flat)
+        start = 0 if dense else exact.dense_size
+        row_N[start:].copy_(flat[start:])
         return
-    for place in (*exact.dense.values(), *exact.expert.values()):
+    for place in _places(exact, dense):
         target = stored.view(row_N, place.module, place.layer, place.which)
         target[..., : place.shape[0], : place.shape[1]] = exact.view(flat, place.module, place.layer, place.which)
+
+
+def _places(layout: AdapterLayout, dense: bool) -> list[TensorPlace]:
+    return [*(layout.dense.values() if dense else ()), *layout.expert.values()]
 
 
 @functools.lru_cache(maxsize=64)

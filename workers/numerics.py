@@ -12,7 +12,7 @@ from populace.kernels.lora import FrozenProduct
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, token_logprobs
 from populace.workers.batch import AdapterKey
-from populace.workers.layout import DENSE_MODULES, AdapterSpec
+from populace.workers.layout import AdapterSpec
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.slab import Slab
 from populace.workers.step import Kernels, Step
@@ -54,28 +54,29 @@ def _broken(base: BaseModel, kernels: Kernels) -> Iterator[str]:
 
 def _products(base: BaseModel) -> Iterator[tuple[str, FrozenProduct]]:
     """One of each shape: the layers of a base are alike."""
-    block = base.decoder.layers[0]
-    for module in DENSE_MODULES:
+    block = base.decoder.layers[base.dims.num_dense_layers]
+    for module in base.dims.dense_modules:
         yield module, getattr(block.self_attn, module).base
-    yield "gate_up_proj", FrozenProduct(w=block.mlp.gate_up_EOD[0])
-    yield "down_proj", FrozenProduct(w=block.mlp.down_EDI[0])
-    yield "gate", FrozenProduct(w=block.mlp.gate_ED)
+    yield "gate_up_proj", FrozenProduct(w=block.mlp.experts.gate_up_EOD[0])
+    yield "down_proj", FrozenProduct(w=block.mlp.experts.down_EDI[0])
+    yield "gate", FrozenProduct(w=block.mlp.gate.w_ED)
     yield "lm_head", FrozenProduct(w=base.head_VD)
 
 
 def _gradient(base: BaseModel, kernels: Kernels, lengths: tuple[int, int, int], mates: int) -> Tensor:
-    """The gradient of one adapter beside mates of its own rank and of another."""
-    slab = Slab(base.dims, mates + 1, base.dtype)
+    """This shard's part of the gradient of one adapter beside mates of its own rank and of another."""
+    slab = Slab(base.dims, mates + 1, base.dtype, base.shard)
     groups = []
     for number in range(mates + 1):
         key = AdapterKey(str(number), 0)
         spec = AdapterSpec(rank=3 + 9 * (number % 2), expert_rank=1 + 8 * (number % 2), alpha=8.0, learning_rate=1e-3)
         slot = slab.take(key, spec, seed=number)
-        arena = slab.arenas[slot.arena]
-        arena.weights[slot.row] = _noise(1, arena.layout.size, torch.float32, seed=number)[0] * 0.02
+        noise_N = _noise(1, slab.exact_layout(spec).size, torch.float32, seed=number)[0] * 0.02
+        slab.load(key, noise_N.numpy().tobytes(), None, tuple(range(base.dims.num_experts)))
         random = np.random.default_rng(number)
         prompt, *branches = (random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in lengths)
-        groups.append(SequenceGroup(slot=(slot.arena, slot.row), prompt_ids=prompt, branches=tuple(branches)))
+        if slab.is_home(key):
+            groups.append(SequenceGroup(slot=(slot.arena, slot.row), prompt_ids=prompt, branches=tuple(branches)))
     rows = pack_rows(sorted(groups, key=lambda group: group.slot), row_multiple=kernels.row_multiple)
     step = Step.of(rows, PackedAttention(rows), slab, kernels)
     token_logprobs(base, base.hidden(step), step).square().sum().backward()  # type: ignore[no-untyped-call]

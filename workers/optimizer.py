@@ -20,6 +20,7 @@ from torch import Tensor
 from populace.configs.schema import OptimizerSettings
 from populace.storage.errors import PopulaceError
 from populace.workers.batch import AdapterKey
+from populace.workers.exchange import ALONE, Exchange
 from populace.workers.layout import AdapterLayout
 from populace.workers.slab import Slab, Slot
 
@@ -32,14 +33,20 @@ def optimizer_name(settings: OptimizerSettings) -> str:
     return f"deepspeed-{version('deepspeed')}-cpuadam" if settings.offload else "slab-adamw"
 
 
-def update_adapters(slab: Slab, keys: Sequence[AdapterKey], settings: OptimizerSettings) -> dict[AdapterKey, float]:
+def update_adapters(
+    slab: Slab, keys: Sequence[AdapterKey], settings: OptimizerSettings, exchange: Exchange = ALONE
+) -> dict[AdapterKey, float]:
     """Clip and step every adapter whose gradient is finite, in place; returns all gradient norms. A norm that is not
-    finite means that its adapter was left as it was."""
+    finite means that its adapter was left as it was, on every shard."""
     norms = {}
     apply = _cpu_adam if settings.offload else _fused_adamw
-    for key in keys:
+    squares_AP = torch.zeros(len(keys), 1 + slab.dims.num_experts, dtype=torch.float64)
+    for number, key in enumerate(keys):
+        for part, square in part_squares(slab, slab.slots[key]).items():
+            squares_AP[number, 1 + part] = square
+    # Every part lies on one shard, so this sum is exact.
+    for key, squares_E1 in zip(keys, exchange.add(squares_AP).tolist(), strict=True):
         slot = slab.slots[key]
-        squares_E1 = part_squares(slab, slot)
         norm = norms[key] = math.sqrt(math.fsum(squares_E1)) if all(map(math.isfinite, squares_E1)) else math.nan
         if math.isnan(norm):
             continue
@@ -53,17 +60,21 @@ def update_adapters(slab: Slab, keys: Sequence[AdapterKey], settings: OptimizerS
     return norms
 
 
-def part_squares(slab: Slab, slot: Slot) -> list[float]:
-    """Sums of squares of an adapter's gradient: of its dense part, then of each expert's."""
+def part_squares(slab: Slab, slot: Slot) -> dict[int, float]:
+    """Sums of squares of what this shard has of an adapter's gradient: the dense part's under -1, each expert's under
+    its number."""
     arena = slab.arenas[slot.arena]
     grad_N, dense = arena.grads[slot.row], arena.layout.dense_size
-    parts = [grad_N[:dense].unsqueeze(0), grad_N[dense:].view(slab.dims.num_experts, -1)]
-    squares: list[float] = []
-    for part_EN in parts:
+    parts = [(list(slab.shard.experts), grad_N[dense:].view(len(slab.shard.experts), -1))]
+    if slab.shard.is_home(slot.arena, slot.row):
+        parts.append(([-1], grad_N[:dense].unsqueeze(0)))
+    squares: dict[int, float] = {}
+    for names, part_EN in parts:
         whole = part_EN.shape[1] // BLOCK * BLOCK
         norms = [torch.linalg.vector_norm(part_EN[:, :whole].view(len(part_EN), -1, BLOCK), dim=2)] if whole else []
         norms.append(torch.linalg.vector_norm(part_EN[:, whole:], dim=1, keepdim=True))
-        squares += [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
+        sums = [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
+        squares |= dict(zip(names, sums, strict=True))
     return squares
 
 
@@ -75,18 +86,26 @@ def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
     """What this step moves, by learning rate. Where A and B have the same, few large pieces instead of hundreds."""
     arena, spec = slab.arenas[slot.arena], slot.spec
     flats = (arena.weights[slot.row], arena.grads[slot.row], arena.m[slot.row], arena.v[slot.row])
-    ranges = _ranges(arena.layout, frozenset(slot.state.experts), spec.b_learning_rate_ratio != 1.0)
+    own = slab.shard.experts
+    places = tuple(expert - own.start for expert in sorted(slot.state.experts) if expert in own)
+    is_home = slab.shard.is_home(slot.arena, slot.row)
+    ranges = _ranges(arena.layout, places, is_home, spec.b_learning_rate_ratio != 1.0)
     rates = {"a": spec.learning_rate, "b": spec.learning_rate * spec.b_learning_rate_ratio}
     return [
         (rates[which], [(flats[0][s:e], flats[1][s:e], flats[2][s:e], flats[3][s:e]) for s, e in bounds])
         for which, bounds in ranges.items()
+        if bounds
     ]
 
 
 @functools.lru_cache(maxsize=4096)
-def _ranges(layout: AdapterLayout, experts: frozenset[int], apart: bool) -> dict[str, list[tuple[int, int]]]:
-    """Ranges of the flat buffer by `a` and `b`; all under `a` unless they are wanted apart."""
-    parts = [(0, layout.dense)] + [(layout.expert_range(expert)[0], layout.expert) for expert in sorted(experts)]
+def _ranges(
+    layout: AdapterLayout, experts: tuple[int, ...], dense: bool, apart: bool
+) -> dict[str, list[tuple[int, int]]]:
+    """Ranges of the flat buffer by `a` and `b`; all under `a` unless they are wanted apart. `experts` by their place in
+    the layout."""
+    parts = [(0, layout.dense)] if dense else []
+    parts += [(layout.expert_range(expert)[0], layout.expert) for expert in experts]
     found: dict[str, list[tuple[int, int]]] = {"a": []}
     for base, places in parts:
         for place in places.values():

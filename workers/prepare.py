@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from transformers.utils import logging as transformers_logging
 
 from populace.storage.errors import Damaged, InvalidInput, PopulaceError
-from populace.workers.base import check_checkpoint
+from populace.workers.families import check_checkpoint
 
 SMOLLM2 = "smollm2-moe"
 NUM_EXPERTS = 4

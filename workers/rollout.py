@@ -42,10 +42,12 @@ class _Sequence:
 @torch.no_grad()
 def roll_out(
     base: BaseModel, slab: Slab, requests: Sequence[RolloutRequest], eos_ids: frozenset[int], kernels: Kernels
-) -> list[RolloutGroup]:
-    """Answer every request with its adapter; the adapters must be in the slab. Groups come in the order of the
-    requests."""
-    ordered = sorted(range(len(requests)), key=lambda index: _slot(slab, requests[index]))
+) -> list[RolloutGroup | None]:
+    """Answer every request whose adapter is at home on this shard; all adapters must be in the slab. Groups come in the
+    order of the requests, None for those of other shards. The shards of a group decode in step, because each one's rows
+    need the others' experts."""
+    own = [index for index, request in enumerate(requests) if slab.is_home(request.adapter)]
+    ordered = sorted(own, key=lambda index: _slot(slab, requests[index]))
     rows = pack_rows(
         [SequenceGroup(slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()) for i in ordered],
         row_multiple=kernels.row_multiple,
@@ -61,21 +63,23 @@ def roll_out(
         for number, (i, sample) in enumerate((i, k) for i in ordered for k in range(requests[i].num_samples))
     ]
     sequences = list(running)
-    samples_G = torch.tensor([requests[i].num_samples for i in ordered])
-    cache = KvCache(attention, samples_G, torch.tensor([requests[i].max_new_tokens for i in ordered]))
-    last_G = torch.tensor(rows.group_lengths[: len(ordered)]).cumsum(0) - 1
+    samples_G = torch.tensor([requests[i].num_samples for i in ordered], dtype=torch.int64)
+    new_G = torch.tensor([requests[i].max_new_tokens for i in ordered], dtype=torch.int64)
+    cache = KvCache(attention, samples_G, new_G)
+    last_G = torch.tensor(rows.group_lengths[: len(ordered)], dtype=torch.int64).cumsum(0) - 1
     hidden_BD = torch.repeat_interleave(hidden_TD[last_G], samples_G, dim=0)
     while True:
-        _choose(_logits(base, hidden_BD, running, requests, kernels), running, requests, eos_ids)
+        if running:
+            _choose(_logits(base, hidden_BD, running, requests, kernels), running, requests, eos_ids)
         running = [item for item in running if not item.finished]
-        if not running:
+        if not base.exchange.any(bool(running)):
             break
         attention_now = CachedAttention(cache, [item.number for item in running])
         step = Step.of(_decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True)
         hidden_BD = base.hidden(step)[: len(running)]
         for item, ids in zip(running, step.recorded_TLK()[: len(running)].numpy(), strict=True):
             item.expert_ids.append(ids)
-        cache.length_N[[item.number for item in running]] += 1
+        cache.length_N[torch.tensor([item.number for item in running], dtype=torch.int64)] += 1
     return _groups(requests, sequences, prompt_expert_ids, eos_ids, base.routing_shape)
 
 
@@ -131,11 +135,11 @@ def _inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels) -> PackedRows:
     """One row per sequence: its newest token at its next position."""
-    filling = -len(running) % kernels.row_multiple
+    filling = -len(running) % kernels.row_multiple if running else kernels.row_multiple
     num_rows = len(running) + filling
     slots = [item.slot for item in running] + [(-1, -1)] * filling
     slot_T2 = torch.tensor(slots)
-    positions = cache.length_N[[item.number for item in running]]
+    positions = cache.length_N[torch.tensor([item.number for item in running], dtype=torch.int64)]
     return PackedRows(
         token_T=torch.tensor([item.tokens[-1] for item in running] + [0] * filling),
         position_T=pad(positions, (0, filling)),
@@ -158,10 +162,10 @@ def _groups(
     prompt_expert_ids: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int16]]],
     eos_ids: frozenset[int],
     routing_shape: tuple[int, int],
-) -> list[RolloutGroup]:
-    samples: dict[int, list[Sample]] = {index: [] for index in range(len(requests))}
+) -> list[RolloutGroup | None]:
+    samples: dict[int, list[Sample]] = {}
     for item in sequences:
-        samples[item.request].append(
+        samples.setdefault(item.request, []).append(
             Sample(
                 completion_ids=np.asarray(item.tokens, dtype=np.int32),
                 logprobs=np.asarray(item.logprobs, dtype=np.float32),
@@ -178,6 +182,8 @@ def _groups(
             samples=tuple(samples[index]),
             temperature=request.temperature or 1.0,
         )
+        if index in samples
+        else None
         for index, request in enumerate(requests)
     ]
 

@@ -77,7 +77,9 @@ def pack_rows(
     groups: Sequence[SequenceGroup], routing_shape: tuple[int, int] | None = None, row_multiple: int = 1
 ) -> PackedRows:
     """`groups` must be sorted by slot. `routing_shape` is (L, K) where any group brings expert ids."""
-    if missing := -sum(group.num_rows for group in groups) % row_multiple:
+    # A shard that has no rows of its own still runs along with the others.
+    missing = -sum(group.num_rows for group in groups) % row_multiple if groups else row_multiple
+    if missing:
         filling = SequenceGroup(slot=(-1, -1), prompt_ids=np.zeros(missing, np.int32), branches=())
         groups = [*groups, filling]
     tokens, positions, branches, slots, lengths = [], [], [], [], []

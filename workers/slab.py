@@ -3,20 +3,23 @@
 One arena per pair of stored ranks; an arena is four fp32 tensors [S, N] with one adapter per row in
 `AdapterLayout` order. A wave of mixed ranks touches several arenas and pads nothing to the largest.
 
+A shard's slab has room for the dense part and for its own experts. All shards of a group take the same slots for the
+same adapters; the dense part is only filled at the adapter's home, and memory that is never written costs nothing.
+
 Suffixes: S slots, N elements of a stored adapter, E experts.
 """
 
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from populace.kernels.lora import LoraWeights
-from populace.workers.batch import AdapterKey
+from populace.workers.batch import AdapterKey, AdapterParts
 from populace.workers.layout import (
     EXPERT_MODULES,
     AdapterLayout,
@@ -28,6 +31,7 @@ from populace.workers.layout import (
     stored_rank,
     unpad,
 )
+from populace.workers.placement import Shard, place_shards
 
 Blob = bytes | memoryview
 
@@ -51,7 +55,7 @@ class Arena:
         self.weights, self.grads, self.m, self.v = (_untouched_zeros(slots, self.layout.size) for _ in range(4))
         self.dense_scale_S = torch.zeros(slots)
         self.expert_scale_S = torch.zeros(slots)
-        self.free = list(range(slots))[::-1]
+        self.free = set(range(slots))
         self.used: set[int] = set()
         """Rows that ever held an adapter; the others are zeros that cost no memory yet."""
         self._views: dict[tuple[str, int], LoraWeights] = {}
@@ -85,8 +89,10 @@ class Slot:
 class Slab:
     """Slots of one shard, addressed by adapter revision. At most `slots` are taken at a time."""
 
-    def __init__(self, dims: BaseDims, slots: int, dtype: torch.dtype) -> None:
+    def __init__(self, dims: BaseDims, slots: int, dtype: torch.dtype, shard: Shard | None = None) -> None:
         self.dims, self.capacity, self.dtype = dims, slots, dtype
+        self.shard = shard or place_shards(dims.num_experts, 1).shards[0]
+        self.own_dims = replace(dims, num_experts=len(self.shard.experts))
         self.arenas: list[Arena] = []
         self._arena_of: dict[tuple[int, int], int] = {}
         self.slots: dict[AdapterKey, Slot] = {}
@@ -95,7 +101,23 @@ class Slab:
         return [arena.lora(module, layer) for arena in self.arenas]
 
     def exact_layout(self, spec: AdapterSpec) -> AdapterLayout:
+        """Of a whole adapter, as its blobs are."""
         return layout_of(self.dims, spec.rank, spec.expert_rank)
+
+    def is_home(self, key: AdapterKey) -> bool:
+        """Whether the rows and the dense part of this adapter are here."""
+        slot = self.slots[key]
+        return self.shard.is_home(slot.arena, slot.row)
+
+    def own_parts(self, slot: Slot) -> dict[int, tuple[int, int]]:
+        """Ranges of the slot's row that this shard keeps: expert -> (start, end), the dense part under -1."""
+        layout = self.arenas[slot.arena].layout
+        parts = {-1: (0, layout.dense_size)} if self.shard.is_home(slot.arena, slot.row) else {}
+        return parts | {expert: layout.expert_range(place) for place, expert in enumerate(self.shard.experts)}
+
+    def clear_gradient(self, key: AdapterKey) -> None:
+        slot = self.slots[key]
+        self._own_range(slot, self.arenas[slot.arena].grads).zero_()
 
     def take(self, key: AdapterKey, spec: AdapterSpec, seed: int) -> Slot:
         """A slot for `key`, with zero moments. Its weights are to be filled by `initialise` or `load`."""
@@ -103,17 +125,19 @@ class Slab:
         ranks = (stored_rank(spec.rank, self.dtype), stored_rank(spec.expert_rank, self.dtype))
         if ranks not in self._arena_of:
             self._arena_of[ranks] = len(self.arenas)
-            self.arenas.append(Arena(self.dims, *ranks, self.capacity))
+            self.arenas.append(Arena(self.own_dims, *ranks, self.capacity))
         index = self._arena_of[ranks]
         arena = self.arenas[index]
-        row = arena.free.pop()
+        # The lowest, so that it follows from which slots are taken, on every shard alike.
+        row = min(arena.free)
+        arena.free.remove(row)
         slot = self.slots[key] = Slot(arena=index, row=row, spec=spec, seed=seed, state=SlotState())
         if row in arena.used:
             for flat in (arena.weights, arena.m, arena.v):
-                flat[row].zero_()
+                self._own_range(slot, flat).zero_()
         arena.used.add(row)
-        arena.dense_scale_S[row] = spec.scale_of("q_proj")
-        arena.expert_scale_S[row] = spec.scale_of("gate_proj")
+        arena.dense_scale_S[row] = spec.alpha / spec.rank
+        arena.expert_scale_S[row] = spec.alpha / spec.expert_rank
         return slot
 
     def initialise(self, key: AdapterKey) -> None:
@@ -123,7 +147,7 @@ class Slab:
 
     def drop(self, key: AdapterKey) -> None:
         slot = self.slots.pop(key)
-        self.arenas[slot.arena].free.append(slot.row)
+        self.arenas[slot.arena].free.add(slot.row)
 
     def rename(self, old: AdapterKey, new: AdapterKey) -> None:
         """The slot's content became another revision."""
@@ -153,37 +177,47 @@ class Slab:
         """Start the optimizer of `key` anew: what a revision that stopped being the tip continues with."""
         slot = self.slots[key]
         for flat in (self.arenas[slot.arena].m, self.arenas[slot.arena].v):
-            flat[slot.row].zero_()
+            self._own_range(slot, flat).zero_()
         slot.state.step, slot.state.baseline, slot.state.num_rewards = 0, 0.0, 0
 
-    def dump(self, key: AdapterKey, experts: tuple[int, ...]) -> tuple[bytes, bytes]:
-        """(weights, moments) blobs: fp32 little-endian in exact layout, dense part then the given experts; the
-        moments start with step, baseline and reward count as three fp64, then m, then v."""
+    def dump(self, key: AdapterKey) -> AdapterParts:
+        """What this shard has of an adapter, without what pads its ranks. Where nothing does, it shares the slab's
+        memory."""
         slot = self.slots[key]
-        arena, exact = self.arenas[slot.arena], self.exact_layout(slot.spec)
-        parts = [
-            part
-            for flat in (arena.weights, arena.m, arena.v)
-            for part in _parts(self.exact(slot, flat[slot.row]), exact, experts)
-        ]
-        num_parts = len(parts) // 3
-        state = np.array([slot.state.step, slot.state.baseline, slot.state.num_rewards], np.float64)
-        return b"".join(parts[:num_parts]), b"".join([state.tobytes(), *parts[num_parts:]])
+        arena, own = self.arenas[slot.arena], self._own_layout(slot.spec)
+        parts = {-1: (0, own.dense_size)} if self.is_home(key) else {}
+        parts |= {
+            expert: own.expert_range(place)
+            for place, expert in enumerate(self.shard.experts)
+            if expert in slot.state.experts
+        }
+        flats = [self.exact(slot, flat[slot.row]) for flat in (arena.weights, arena.m, arena.v)]
+        return AdapterParts(
+            *({part: flat[start:end].numpy() for part, (start, end) in parts.items()} for flat in flats)
+        )
 
     def exact(self, slot: Slot, row_N: Tensor) -> Tensor:
-        """A row of the slot's arena without what pads its ranks."""
-        return unpad(row_N, self.arenas[slot.arena].layout, self.exact_layout(slot.spec))
+        """What this shard keeps of a row of the slot's arena, without what pads its ranks."""
+        is_home = self.shard.is_home(slot.arena, slot.row)
+        return unpad(row_N, self.arenas[slot.arena].layout, self._own_layout(slot.spec), is_home)
+
+    def _own_layout(self, spec: AdapterSpec) -> AdapterLayout:
+        return layout_of(self.own_dims, spec.rank, spec.expert_rank)
 
     def _fill(self, slot: Slot, flat: Tensor, exact_N: Tensor) -> None:
-        pad_into(flat[slot.row], self.arenas[slot.arena].layout, exact_N, self.exact_layout(slot.spec))
+        """Copy what this shard keeps of a whole adapter into its slot."""
+        exact, own = self.exact_layout(slot.spec), self._own_layout(slot.spec)
+        if own is not exact:
+            experts = self.shard.experts
+            start, end = exact.expert_range(experts.start)[0], exact.expert_range(experts[-1])[1]
+            exact_N = torch.cat([exact_N[: exact.dense_size], exact_N[start:end]])
+        is_home = self.shard.is_home(slot.arena, slot.row)
+        pad_into(flat[slot.row], self.arenas[slot.arena].layout, exact_N, own, is_home)
 
-
-def _parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]) -> list[memoryview]:
-    """The dense part and the given experts, as they lie in memory."""
-    if len(experts) == layout.dims.num_experts:
-        return [flat.numpy().data]
-    ranges = [(0, layout.dense_size), *(layout.expert_range(expert) for expert in experts)]
-    return [flat[start:end].numpy().data for start, end in ranges]
+    def _own_range(self, slot: Slot, flat: Tensor) -> Tensor:
+        """The part of a slot's row that this shard keeps: all of it, or all but the dense part."""
+        is_home = self.shard.is_home(slot.arena, slot.row)
+        return flat[slot.row, 0 if is_home else self.arenas[slot.arena].layout.dense_size :]
 
 
 def _scatter_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...], parts: Tensor) -> None:

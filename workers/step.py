@@ -34,6 +34,9 @@ class Step:
     plan: SegmentPlan
     routing: list[Tensor] | None = field(default=None)
     """Where given, every MoE block appends its selection, [T, K] int16, in layer order."""
+    route_counts: list[Tensor] = field(default_factory=list)
+    """Of every MoE block with a record to replay: rows that were recorded, and those of them that it would send
+    elsewhere."""
 
     @staticmethod
     def of(
@@ -53,6 +56,9 @@ class Step:
             plan=plan_segments(rows.arena_T, rows.slot_T, accumulates=accumulates),
             routing=[] if record_routing else None,
         )
+
+    def count_out_of_route(self, is_recorded_T: Tensor, differs_T: Tensor) -> None:
+        self.route_counts.append(torch.stack([is_recorded_T.sum(), (is_recorded_T & differs_T).sum()]))
 
     def lora(self, module: str, layer: int) -> Sequence[LoraWeights]:
         return () if self.slab is None else self.slab.lora(module, layer)

@@ -4,6 +4,9 @@ What depends on one adapter alone stays so: its loss denominator, clipping, step
 moments. A wave that is too large for memory runs in passes; a pass holds whole adapters, or the i-th share of an
 adapter that is larger than a pass, so that how an adapter is split never depends on who else is there.
 
+Every shard of a group runs this with the same batch: it plans all passes, and puts into each the rows of those adapters
+whose home it is. A shard without any runs along with filling, because rows of the others come to its experts.
+
 Suffixes: A adapters of a pass, N target tokens, T rows.
 """
 
@@ -15,11 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, token_logprobs
-from populace.workers.batch import AdapterBatch, AdapterKey, AdapterUpdate, StepResult, WaveBatch
+from populace.workers.batch import AdapterBatch, AdapterKey, ShardStep, ShardUpdate, WaveBatch
 from populace.workers.losses import Baseline, LossSettings, WeightedGroup, token_losses, weigh_groups
 from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.optimizer import update_adapters
@@ -90,6 +94,12 @@ class _Tally:
     loss: float = 0.0
     largest_gap: float = -np.inf
     """Of log-probabilities between rollout and trainer."""
+    kl: float = 0.0
+    """Sum over the tokens that have a log-probability from rollout; see `_divergence`."""
+    num_compared: int = 0
+    num_masked: int = 0
+    """Tokens out of the loss because their routing could not be mapped."""
+    num_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -97,11 +107,15 @@ class _Passes:
     """Sums over all passes of a wave."""
 
     tallies: dict[AdapterKey, _Tally] = field(default_factory=dict)
+    """Of the adapters whose home is here."""
     num_rows: int = 0
+    route_counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """Replayed selections, and those of them that the trainer would have made otherwise."""
 
 
-def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerSettings) -> StepResult:
-    """Update every adapter of the batch in its slot and return the new bytes.
+def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerSettings) -> ShardStep:
+    """Update every adapter of the batch in its slot and return what is new on this shard (it may share the slab's
+    memory).
 
     An adapter without signal, or with a gradient that is not finite, keeps its weights and moments bit for bit
     and says so in its status; the others go on.
@@ -112,20 +126,22 @@ def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerS
         if lesson.items:
             lessons.append(lesson)
     done = _Passes()
-    for turn, shares in _shares(lessons, settings.max_rows_per_pass):
-        _forward_backward(base, slab, shares, settings, done, accumulates=turn > 0)
-    norms = update_adapters(slab, list(done.tallies), settings.optimizer)
+    for turn, shares in _shares(lessons, settings.max_rows_per_pass, base.shard.num_shards):
+        own = [share for share in shares if slab.is_home(share.lesson.key)]
+        _forward_backward(base, slab, own, settings, done, accumulates=turn > 0)
+    norms = update_adapters(slab, [lesson.key for lesson in lessons], settings.optimizer, base.exchange)
     updates = tuple(
         _update(slab, item, baselines[item.adapter], done.tallies.get(item.adapter), norms.get(item.adapter))
         for item in batch.adapters
     )
-    return StepResult(updates=updates, num_rows=done.num_rows)
+    replayed, otherwise = base.exchange.add(done.route_counts).tolist()
+    return ShardStep(updates=updates, num_rows=done.num_rows, out_of_route=(int(otherwise), int(replayed)))
 
 
 def _prepare(slab: Slab, batch: AdapterBatch, settings: LossSettings) -> tuple[_Lesson, Baseline]:
     """The groups with signal and the baseline afterwards. Clears the adapter's gradient."""
     slot = slab.slots[batch.adapter]
-    slab.arenas[slot.arena].grads[slot.row].zero_()
+    slab.clear_gradient(batch.adapter)
     before = Baseline(value=slot.state.baseline, num_rewards=slot.state.num_rewards)
     weighted, baseline = weigh_groups(batch.groups, before, settings)
     place = (slot.arena, slot.row)
@@ -148,8 +164,8 @@ def _sequence(weighted: WeightedGroup, slot: tuple[int, int]) -> SequenceGroup:
     )
 
 
-def _shares(lessons: Sequence[_Lesson], max_rows: int) -> Iterator[tuple[int, list[_Share]]]:
-    """(turn, shares) of each pass: the i-th shares of all adapters come before any (i+1)-th."""
+def _shares(lessons: Sequence[_Lesson], max_rows: int, num_shards: int) -> Iterator[tuple[int, list[_Share]]]:
+    """(turn, shares) of each pass of the whole group: the i-th shares of all adapters come before any (i+1)-th."""
     by_turn: dict[int, list[_Share]] = {}
     for lesson in sorted(lessons, key=lambda lesson: lesson.slot):
         for turn, share in enumerate(_split(lesson, max_rows)):
@@ -158,7 +174,7 @@ def _shares(lessons: Sequence[_Lesson], max_rows: int) -> Iterator[tuple[int, li
         current: list[_Share] = []
         num_rows = 0
         for share in shares:
-            if current and num_rows + share.num_rows > max_rows:
+            if current and num_rows + share.num_rows > max_rows * num_shards:
                 yield turn, current
                 current, num_rows = [], 0
             current.append(share)
@@ -188,11 +204,17 @@ def _forward_backward(
     *,
     accumulates: bool,
 ) -> None:
-    """One pass; leaves gradients in the slab and its sums in `done`."""
+    """One pass with this shard's shares; leaves gradients in the slab and its sums in `done`."""
     items = [item for share in shares for item in share.items]
     rows = pack_rows([item.sequence for item in items], base.routing_shape, settings.kernels.row_multiple)
     step = Step.of(rows, PackedAttention(rows), slab, settings.kernels, accumulates=accumulates)
     logprob_N = token_logprobs(base, base.hidden(step), step)
+    if step.route_counts:
+        done.route_counts += torch.stack(step.route_counts).sum(0)
+    done.num_rows += rows.num_rows
+    if not items:
+        logprob_N.sum().backward()  # type: ignore[no-untyped-call]
+        return
 
     advantage_N, behaviour_N, base_N, policy_N = (
         torch.from_numpy(np.concatenate(column)) for column in zip(*map(_token_columns, items), strict=True)
@@ -205,15 +227,30 @@ def _forward_backward(
     loss_N.sum().backward()  # type: ignore[no-untyped-call]
 
     starts_A = np.cumsum([0, *counts_A[:-1]])
-    gap_N = (logprob_N.detach() - behaviour_N).abs()
-    gap_N = torch.where(gap_N.isnan() | rows.target_masked_N, -torch.inf, gap_N)
-    loss_A = np.add.reduceat(loss_N.detach().double().numpy(), starts_A)
-    gap_A = np.maximum.reduceat(gap_N.numpy(), starts_A)
-    for share, loss, gap in zip(shares, loss_A.tolist(), gap_A.tolist(), strict=True):
+    gap_N = logprob_N.detach() - behaviour_N
+    is_compared_N = ~(gap_N.isnan() | rows.target_masked_N)
+    columns = (
+        np.add.reduceat(loss_N.detach().double().numpy(), starts_A),
+        np.maximum.reduceat(torch.where(is_compared_N, gap_N.abs(), -torch.inf).numpy(), starts_A),
+        np.add.reduceat(torch.where(is_compared_N, _divergence(gap_N.double()), 0.0).numpy(), starts_A),
+        np.add.reduceat(is_compared_N.numpy(), starts_A, dtype=np.int64),
+        np.add.reduceat(rows.target_masked_N.numpy(), starts_A, dtype=np.int64),
+        counts_A,
+    )
+    for share, loss, gap, kl, num_compared, num_masked, num_tokens in zip(shares, *columns, strict=True):
         tally = done.tallies.setdefault(share.lesson.key, _Tally())
-        tally.loss += loss
-        tally.largest_gap = max(tally.largest_gap, gap)
-    done.num_rows += rows.num_rows
+        tally.loss += float(loss)
+        tally.largest_gap = max(tally.largest_gap, float(gap))
+        tally.kl += float(kl)
+        tally.num_compared += int(num_compared)
+        tally.num_masked += int(num_masked)
+        tally.num_tokens += int(num_tokens)
+
+
+def _divergence(gap_N: Tensor) -> Tensor:
+    """KL(rollout || trainer) by sampled tokens: r - 1 - log r, never negative, with r = pi_trainer / pi_rollout (k3 in
+    http://joschu.net/blog/kl-approx.html). `gap_N` is log r."""
+    return torch.expm1(gap_N) - gap_N
 
 
 Column = NDArray[np.float32] | NDArray[np.bool_]
@@ -238,22 +275,26 @@ def _token_columns(item: _Item) -> tuple[Column, Column, Column, Column]:
 
 def _update(
     slab: Slab, batch: AdapterBatch, baseline: Baseline, tally: _Tally | None, norm: float | None
-) -> AdapterUpdate:
+) -> ShardUpdate:
     """What became of one adapter. Takes over the new baseline where there is an update."""
     key, state = batch.adapter, slab.slots[batch.adapter].state
-    metrics = _metrics(batch, tally, norm)
+    metrics = _metrics(batch, tally, norm) if slab.is_home(key) else {}
     status = "updated"
     if norm is not None and not np.isfinite(norm):
         status = "non_finite"
     elif norm is None and baseline.num_rewards == state.num_rewards:
         # A first logged reward moves no weight, but the baseline that it sets is learnt state too.
         status = "no_signal"
-    if status != "updated":
-        return AdapterUpdate(adapter=key, status=status, weights=b"", moments=b"", experts=(), metrics=metrics)
-    state.baseline, state.num_rewards = baseline.value, baseline.num_rewards
-    experts = tuple(sorted(state.experts))
-    weights, moments = slab.dump(key, experts)
-    return AdapterUpdate(adapter=key, status=status, weights=weights, moments=moments, experts=experts, metrics=metrics)
+    if status == "updated":
+        state.baseline, state.num_rewards = baseline.value, baseline.num_rewards
+    return ShardUpdate(
+        adapter=key,
+        status=status,
+        state=(state.step, state.baseline, state.num_rewards),
+        experts=tuple(sorted(state.experts)) if status == "updated" else (),
+        parts=slab.dump(key) if status == "updated" else None,
+        metrics=metrics,
+    )
 
 
 def _metrics(batch: AdapterBatch, tally: _Tally | None, norm: float | None) -> dict[str, float]:
@@ -270,5 +311,12 @@ def _metrics(batch: AdapterBatch, tally: _Tally | None, norm: float | None) -> d
     if kls:
         metrics["kl_to_base"] = float(np.mean(kls))
     if tally is not None and norm is not None:
-        metrics |= {"loss": tally.loss, "grad_norm": norm, "logprob_gap_max": tally.largest_gap}
+        metrics |= {
+            "loss": tally.loss,
+            "grad_norm": norm,
+            "logprob_gap_max": tally.largest_gap,
+            "masked_share": tally.num_masked / tally.num_tokens,
+        }
+        if tally.num_compared:
+            metrics["rollout_kl"] = tally.kl / tally.num_compared
     return {name: value for name, value in metrics.items() if np.isfinite(value)}

@@ -377,7 +377,7 @@ def bench_s3(folder: Path) -> list[Figure]:
 
 def real_adapter_bytes() -> int:
     """Bytes of a `smollm2-moe` adapter of rank 4, expert rank 1, in fp32."""
-    from populace.workers.base import dims_of
+    from populace.workers.families import dims_of
     from populace.workers.layout import layout_of
     from populace.workers.prepare import prepare_base
 

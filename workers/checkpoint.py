@@ -1,0 +1,55 @@
+"""A Hugging Face checkpoint's safetensors files, read lazily: by name, only what is asked for.
+
+Files are memory-mapped and closed again after every read, so that pages which were copied don't stay resident.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from populace.storage.errors import InvalidInput
+
+_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """Names and places of a folder's tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        """Size on disk of everything that `read` returned."""
+        self._file_of: dict[str, str] = {}
+        if (folder / _INDEX).is_file():
+            self._file_of = json.loads((folder / _INDEX).read_text())["weight_map"]
+        else:
+            for path in sorted(folder.glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    self._file_of |= dict.fromkeys(file.keys(), path.name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._file_of)
+
+    def read(self, wanted: Mapping[str, torch.dtype]) -> list[Tensor]:
+        """Copies of these tensors in these dtypes; `InvalidInput` names one that isn't there."""
+        for name in wanted:
+            if name not in self._file_of:
+                raise InvalidInput(
+                    f"base {str(self.folder)!r} has no tensor {name!r}; save it with model.save_pretrained(folder)"
+                )
+        found: dict[str, Tensor] = {}
+        for file_name in sorted({self._file_of[name] for name in wanted}):
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                for name, dtype in wanted.items():
+                    if self._file_of[name] == file_name:
+                        mapped = file.get_tensor(name)
+                        self.bytes_read += mapped.nbytes
+                        found[name] = mapped.to(dtype, copy=True)
+        return [found[name] for name in wanted]

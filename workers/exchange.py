@@ -1,0 +1,141 @@
+"""What the shards of a group tell each other in the middle of a pass: rows to the owners of their experts and back, and
+a few numbers. All shards of a group make the same calls in the same order.
+
+Suffixes: N rows sent, M rows received, S shards, D width.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from populace.storage.errors import PopulaceError
+
+
+class ExchangeBroken(PopulaceError):
+    """Another shard of the group is gone, or did not answer in time: the group can only start again as one."""
+
+
+class Exchange(Protocol):
+    def counts(self, send_S: list[int]) -> list[int]:
+        """How many rows each shard is about to send here."""
+
+    def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
+        """[M, D]: the first `send_S[0]` rows go to shard 0 and so on; received rows lie in the order of the senders."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether any shard says yes."""
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum over all shards, on all shards; exact where only one of them has anything but zero."""
+
+
+class _Alone:
+    """A group of one."""
+
+    def counts(self, send_S: list[int]) -> list[int]:
+        return send_S
+
+    def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
+        return x_ND
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def add(self, values: Tensor) -> Tensor:
+        return values
+
+
+ALONE: Exchange = _Alone()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the shards of one group meet. Every start of a group has its own."""
+
+    address: str
+    """`host:port` of rank 0."""
+    timeout_s: float
+
+    @staticmethod
+    def here(timeout_s: float) -> Rendezvous:
+        """An address of this machine that other nodes can reach, with a port that is free now."""
+        host = os.environ.get("POPULACE_HOST") or _own_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return Rendezvous(address=f"{host}:{probe.getsockname()[1]}", timeout_s=timeout_s)
+
+
+def _own_address() -> str:
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())
+
+
+class DeepSpeedExchange:
+    """`deepspeed.comm` between processes: gloo on processors, nccl on GPUs."""
+
+    def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous) -> None:
+        self._comm = _deepspeed_comm()
+        os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(num_shards), "0"
+        with _broken_if_it_fails():
+            self._comm.init_distributed(
+                dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(seconds=rendezvous.timeout_s),
+                init_method=f"tcp://{rendezvous.address}",
+                rank=rank,
+                world_size=num_shards,
+            )
+
+    def counts(self, send_S: list[int]) -> list[int]:
+        sent = torch.tensor(send_S)
+        received = torch.empty_like(sent)
+        with _broken_if_it_fails():
+            self._comm.all_to_all_single(received, sent)
+        return [int(count) for count in received.tolist()]
+
+    def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
+        received_MD = x_ND.new_empty(sum(receive_S), *x_ND.shape[1:])
+        with _broken_if_it_fails():
+            self._comm.all_to_all_single(
+                received_MD, x_ND.contiguous(), output_split_sizes=receive_S, input_split_sizes=send_S
+            )
+        return received_MD
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.add(torch.tensor([float(flag)])))
+
+    def add(self, values: Tensor) -> Tensor:
+        total = values.clone()
+        with _broken_if_it_fails():
+            self._comm.all_reduce(total)
+        return total
+
+
+def _deepspeed_comm() -> Any:
+    try:
+        import deepspeed.comm
+    except ImportError as error:
+        raise PopulaceError(
+            f"shard.count above 1 needs deepspeed, which can't be loaded ({error}); install it with "
+            "`pip install deepspeed --no-build-isolation`, or set shard.count=1"
+        ) from error
+    return deepspeed.comm
+
+
+@contextmanager
+def _broken_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch's process groups raise, whatever happened
+        raise ExchangeBroken(f"another shard of the group is gone or late ({error})") from error
