@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow bench-store bench-step aot lint types format clean
+.PHONY: demo test test-slow bench-store bench-step bench-shards aot lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -25,6 +25,9 @@ bench-store: .venv/dev
 
 bench-step: .venv/dev
 	$(BIN)/python -m tests.benchmarks.step
+
+bench-shards: .venv/dev
+	$(BIN)/python -m tests.benchmarks.shards
 
 # Compiles the Triton kernels for GPUs that need not be here.
 aot: .venv/dev

@@ -26,6 +26,9 @@ class GroupSettings:
     """Shards that the experts are split over; above 1 needs DeepSpeed (`pip install populace[deepspeed]`)."""
     cpus: float = 1.0
     """Processors that Ray reserves for a shard. How many it uses is `run.threads`."""
+    dense: str = "replicated"
+    """What is no expert's: `replicated` on every shard, or `zero3`: cut over the shards by DeepSpeed ZeRO-3 and
+    gathered layer by layer, which saves memory and costs time. Embeddings and head stay whole."""
     max_restarts: int = 3
     """How often in a row a group that died is started again before the run gives up."""
     timeout_s: float = 300.0
@@ -178,6 +181,7 @@ class Settings:
 
 _CHOICES = {
     "base.dtype": ("auto", "bfloat16", "float32"),
+    "shard.dense": ("replicated", "zero3"),
     "train.backend": ("grouped", "triton", "reference"),
     "train.numerics": ("invariant", "fast"),
     "train.over_long": ("cut", "reject"),
@@ -253,6 +257,8 @@ def problems(settings: Settings) -> list[str]:
     for path in _NOT_NEGATIVE:
         if not setting(settings, path) >= 0:  # type: ignore[operator]
             found.append(f"{path} is {setting(settings, path)}; use zero or more")
+    if settings.shard.dense == "zero3" and settings.shard.count == 1:
+        found.append("shard.dense is 'zero3' and shard.count is 1; there is nothing to cut, use replicated")
     if settings.scheduler.slots < 2 * settings.scheduler.max_adapters_per_wave:
         found.append(
             f"scheduler.slots is {settings.scheduler.slots}; use at least twice max_adapters_per_wave "

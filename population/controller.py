@@ -79,7 +79,7 @@ class Controller:
         self.examiner = Examiner(self.trials, ledger)
         self.dims, self.numerics = workers.describe()
         self.num_waves = 0
-        self._suspects: dict[str, int] = {}
+        self._suspects: dict[str, tuple[int, int]] = {}
         self.suspect_unfinished()
 
     def run_once(self) -> WaveReport | None:

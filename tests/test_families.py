@@ -102,7 +102,7 @@ warm = base.BaseModel(Path(sys.argv[4]), torch.float32)  # code and allocator, b
 open("/proc/self/clear_refs", "w").write("5")  # peak := now
 before = now()
 model = base.BaseModel(folder, torch.float32, rank, shards)
-held = sum(p.numel() * 4 for p in model.decoder.parameters()) + model.head_VD.numel() * 4
+held = sum(p.numel() * 4 for p in (*model.decoder.parameters(), model.head_VD, model.embeddings_VD))
 for layer in model.decoder.layers:
     held += (layer.mlp.experts.gate_up_EOD.numel() + layer.mlp.experts.down_EDI.numel()) * 4
 print(json.dumps({"grown": peak() - before, "held": held, "read": model.bytes_read}))
@@ -110,13 +110,13 @@ print(json.dumps({"grown": peak() - before, "held": held, "read": model.bytes_re
 
 
 def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_path: Path) -> None:
-    """100 MB of experts, so that the interpreter's own memory does not hide them."""
+    """200 MB of experts, so that the interpreter's own memory does not hide them."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=500, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=512, num_local_experts=8, num_experts_per_tok=2,
+        vocab_size=500, hidden_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     tensors = tensors_of(config_of(str(tmp_path)))

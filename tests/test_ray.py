@@ -124,8 +124,8 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
     kills = 0
     while kills < 10:
         process = subprocess.Popen([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, stdout=log, stderr=log)
-        # Once the claim is there the waves begin; they take about a second together with their commits.
-        _wait_for_new_claim(process, tmp_path / "store")
+        # Once the shards are there the waves begin; they take about a second together with their commits.
+        _wait_for_first_wave(process, tmp_path / "store")
         time.sleep(chance.uniform(0.0, 2.5))
         if process.poll() is not None:
             break
@@ -164,9 +164,9 @@ def _renamed(task, event_id: str):  # type: ignore[no-untyped-def]
     return dataclasses.replace(task, event_id=event_id)
 
 
-def _wait_for_new_claim(process: subprocess.Popen[bytes], store: Path) -> None:
-    """Until this run writes its first revision record."""
-    before = len(list(store.glob("ray/revisions/*/*.json")))
+def _wait_for_first_wave(process: subprocess.Popen[bytes], store: Path) -> None:
+    """Until this run writes its first revision record after its claims of both partitions."""
+    before = len(list(store.glob("ray/revisions/*/*.json"))) + 2
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if len(list(store.glob("ray/revisions/*/*.json"))) > before:
@@ -183,7 +183,7 @@ def test_ctrl_c_ends_after_the_current_wave_and_releases(head: dict[str, str], c
         stdout=subprocess.PIPE,
         text=True,
     )
-    _wait_for_new_claim(process, tmp_path / "store")
+    _wait_for_first_wave(process, tmp_path / "store")
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out

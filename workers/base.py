@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from populace.kernels.lora import FrozenProduct, lora_product
 from populace.storage.errors import InvalidInput
 from populace.workers.checkpoint import Checkpoint
-from populace.workers.exchange import ALONE, Exchange
+from populace.workers.exchange import ALONE, Exchange, partition_dense
 from populace.workers.families import FAMILIES, Family, check_checkpoint, dims_of
 from populace.workers.moe import Experts, MoeBlock
 from populace.workers.placement import place_shards
@@ -50,10 +50,12 @@ class LoraLinear(nn.Module):
         self.base = FrozenProduct(w=inner.weight, bias_F=inner.bias)
         self.module, self.layer, self.holder = module, layer, holder
 
-    def forward(self, x_1TD: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., T, D] -> [..., T, F], with leading dimensions of 1."""
         step = self.holder.step
         weights = [step.lora(self.module, self.layer)]
-        return lora_product(x_1TD[0], self.base, weights, step.plan, step.kernels.backend).unsqueeze(0)
+        y_TF = lora_product(x.flatten(0, -2), self.base, weights, step.plan, step.kernels.backend)
+        return y_TF.view(*x.shape[:-1], -1)
 
 
 class BaseModel:
@@ -61,8 +63,16 @@ class BaseModel:
     passes."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, rank: int = 0, num_shards: int = 1, exchange: Exchange = ALONE
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        rank: int = 0,
+        num_shards: int = 1,
+        exchange: Exchange = ALONE,
+        *,
+        dense: str = "replicated",
     ) -> None:
+        """`dense`: see `shard.dense` in configs/schema.py."""
         family, self.dims = FAMILIES[check_checkpoint(folder)["model_type"]], dims_of(folder)
         self.placement = place_shards(self.dims.num_experts, num_shards)
         self.shard = self.placement.shards[rank]
@@ -86,7 +96,11 @@ class BaseModel:
             _fill(checkpoint, family, "lm_head", model.lm_head)
         self.embeddings_VD: Tensor = model.model.embed_tokens.weight
         self.head_VD: Tensor = self.embeddings_VD if config.tie_word_embeddings else model.lm_head.weight
+        # The rows of a step come embedded.
+        self.decoder.embed_tokens = nn.Identity()
         self.bytes_read = checkpoint.bytes_read
+        if dense == "zero3":
+            partition_dense(self.decoder)
 
     def _load_layer(self, checkpoint: Checkpoint, family: Family, config: Any, layer: int, block: Any) -> None:
         """Read one layer's dense part and this shard's experts, and put our modules in the place of the family's."""

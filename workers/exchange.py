@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from populace.storage.errors import PopulaceError
 
@@ -122,6 +122,19 @@ class DeepSpeedExchange:
         return total
 
 
+def partition_dense(module: nn.Module) -> None:
+    """Leave of every parameter of `module` this shard's part only (DeepSpeed ZeRO-3, https://arxiv.org/abs/1910.02054):
+    a submodule's are gathered for its turn, forward and backward. All shards must be there, each with the whole."""
+    _deepspeed_comm()
+    import deepspeed
+
+    # Parameters are gathered when they are needed, one submodule at a time: none is small enough to stay.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    with _broken_if_it_fails():
+        deepspeed.initialize(model=module, config=config)
+
+
 def _deepspeed_comm() -> Any:
     try:
         import deepspeed.comm
@@ -130,6 +143,9 @@ def _deepspeed_comm() -> Any:
             f"shard.count above 1 needs deepspeed, which can't be loaded ({error}); install it with "
             "`pip install deepspeed --no-build-isolation`, or set shard.count=1"
         ) from error
+    # Its all-reduce through shared memory, which we don't use, takes a compiler and minutes to build, and lets the
+    # others spin for ever when one process dies.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed.comm
 
 

@@ -64,7 +64,7 @@ class GroupLimitedGate:
         return linear(x_TD.float(), self.w_ED.float()).sigmoid()
 
     def select(self, affinity_TE: Tensor) -> Tensor:
-        choice_TGE = (affinity_TE + self.bias_E).unflatten(-1, (self.num_groups, -1))
+        choice_TGE = (affinity_TE + self.bias_E).view(len(affinity_TE), self.num_groups, -1)
         best_TG = choice_TGE.topk(2, dim=-1).values.sum(-1)
         kept_TG = torch.zeros_like(best_TG, dtype=torch.bool)
         kept_TG.scatter_(1, best_TG.topk(self.top_groups, dim=-1).indices, True)

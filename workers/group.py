@@ -54,7 +54,7 @@ class ShardGroup:
     """The methods of `ShardEngine`, on Ray actors."""
 
     def __init__(self, settings: ShardSettings, group: GroupSettings) -> None:
-        self.settings, self.group = replace(settings, num_shards=group.count), group
+        self.settings, self.group = replace(settings, num_shards=group.count, dense=group.dense), group
         self.num_restarts = 0
         self._shards: list[ActorHandle] = []
         self._places: PlacementGroup | None = None
@@ -76,13 +76,13 @@ class ShardGroup:
                 tick(len(self._loading) - len(waiting), len(self._loading))
 
     def start_again(self, tick: Callable[[int, int], None] | None = None) -> None:
-        """After `ShardGroupLost`: a new group in its place, with nothing hot. Raises `ShardGroupLost` itself once it was
+        """After `ShardGroupLost`: a new group in its place, with nothing hot. Raises it itself once it was
         started `shard.max_restarts` times without a wave that was trained in between."""
         self.num_restarts += 1
         if self.num_restarts > self.group.max_restarts:
             raise ShardGroupLost(
-                f"the shard group was started again {self.group.max_restarts} times in a row and died each time; see "
-                "the logs of its actors in the Ray dashboard, then start the run again: it continues"
+                f"the shard group was started again {self.group.max_restarts} times in a row and died each time; "
+                "its actors' logs in the Ray dashboard say why; start the run again then, it continues"
             )
         self._discard()
         self._place()
@@ -171,7 +171,7 @@ class ShardGroup:
                 free = ray.available_resources().get("CPU", 0.0)
                 raise InvalidInput(
                     f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}, but the cluster has "
-                    f"{free:g} CPUs free; add nodes, lower one of the two, or raise shard.place_timeout_s to wait longer"
+                    f"{free:g} CPUs free; add nodes, lower one of the two, or raise shard.place_timeout_s"
                 )
 
     def _create(self) -> None:
