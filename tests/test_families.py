@@ -115,8 +115,8 @@ def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_p
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=500, hidden_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=1024, num_local_experts=8, num_experts_per_tok=2,
+        vocab_size=500, hidden_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=512, num_local_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     tensors = tensors_of(config_of(str(tmp_path)))

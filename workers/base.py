@@ -136,8 +136,8 @@ class BaseModel:
         down_EDI = torch.empty(num_own, hidden, inner, dtype=self.dtype)
         for place, expert in enumerate(self.shard.experts):
             names = family.expert_on_disk(layer, expert)
-            gate, up, down = checkpoint.read(dict.fromkeys(names, self.dtype))
-            gate_up_EOD[place, :inner], gate_up_EOD[place, inner:], down_EDI[place] = gate, up, down
+            targets = (gate_up_EOD[place, :inner], gate_up_EOD[place, inner:], down_EDI[place])
+            checkpoint.read_into(dict(zip(names, targets, strict=True)))
         return Experts(gate_up_EOD=gate_up_EOD, down_EDI=down_EDI, act_fn=act_fn)
 
     @property

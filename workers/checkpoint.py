@@ -6,7 +6,7 @@ Files are memory-mapped and closed again after every read, so that pages which w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes_read = 0
-        """Size on disk of everything that `read` returned."""
+        """Size on disk of everything that was read."""
         self._file_of: dict[str, str] = {}
         if (folder / _INDEX).is_file():
             self._file_of = json.loads((folder / _INDEX).read_text())["weight_map"]
@@ -39,17 +39,26 @@ class Checkpoint:
 
     def read(self, wanted: Mapping[str, torch.dtype]) -> list[Tensor]:
         """Copies of these tensors in these dtypes; `InvalidInput` names one that isn't there."""
-        for name in wanted:
+        found: dict[str, Tensor] = {}
+        for name, mapped in self._mapped(wanted):
+            found[name] = mapped.to(wanted[name], copy=True)
+        return [found[name] for name in wanted]
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """The same, straight into memory that is there."""
+        for name, mapped in self._mapped(targets):
+            targets[name].copy_(mapped)
+
+    def _mapped(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
             if name not in self._file_of:
                 raise InvalidInput(
                     f"base {str(self.folder)!r} has no tensor {name!r}; save it with model.save_pretrained(folder)"
                 )
-        found: dict[str, Tensor] = {}
-        for file_name in sorted({self._file_of[name] for name in wanted}):
+        for file_name in sorted({self._file_of[name] for name in names}):
             with safe_open(self.folder / file_name, framework="pt") as file:
-                for name, dtype in wanted.items():
+                for name in names:
                     if self._file_of[name] == file_name:
                         mapped = file.get_tensor(name)
                         self.bytes_read += mapped.nbytes
-                        found[name] = mapped.to(dtype, copy=True)
-        return [found[name] for name in wanted]
+                        yield name, mapped

@@ -7,6 +7,7 @@ from a dead one goes on with them instead of loading the base again. Only the ow
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -162,12 +163,11 @@ class ShardGroup:
     def _wait_for_places(self, tick: Callable[[int, int], None] | None) -> None:
         if self._places is None or self._shards:
             return
-        waited_s = 0.0
-        while not self._places.wait(0.5):
-            waited_s += 0.5
+        deadline, placed = time.monotonic() + self.group.place_timeout_s, self._places.ready()
+        while not ray.wait([placed], timeout=0.5)[0]:
             if tick is not None:
                 tick(0, self.group.count)
-            if waited_s >= self.group.place_timeout_s:
+            if time.monotonic() > deadline:
                 free = ray.available_resources().get("CPU", 0.0)
                 raise InvalidInput(
                     f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}, but the cluster has "
@@ -211,12 +211,13 @@ class ShardGroup:
             answers: list[Any] = ray.get(list(references))
             return answers
         except (RayActorError, ActorUnschedulableError, ExchangeBroken) as error:
-            raise ShardGroupLost(f"a shard died ({error}); start the run again, it continues") from error
+            reason = str(error).strip().splitlines()
+            raise ShardGroupLost(f"a shard died: {reason[-1].strip() if reason else type(error).__name__}") from error
         except Exception:
             # One shard refused. Where the others went on, slots no longer agree: nothing stays hot.
             _, late = ray.wait(waiting, num_returns=len(waiting), timeout=_STRAGGLER_TIMEOUT_S) if waiting else ([], [])
             if late:
-                raise ShardGroupLost("a shard refused what the others wait for; start the run again") from None
+                raise ShardGroupLost("a shard refused what the others wait for") from None
             if len(references) > 1:
                 ray.get([shard.reset.remote() for shard in self._shards])
             raise
