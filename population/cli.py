@@ -217,13 +217,14 @@ def plan(
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
         return
-    table = Table("", "", "", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users")
+    table = Table("", "figure", "value", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users")
     section = ""
     for line in found.lines:
-        if line.section != section:
+        is_new, section = line.section != section, line.section
+        if is_new:
             table.add_section()
-            section = line.section
-        table.add_row(line.name, planner.readable(line.value, line.unit), f"[dim]{line.section}[/]", line.source)
+        value = planner.readable(line.value, line.unit)
+        table.add_row(section if is_new else "", line.name, value, f"[dim]{line.source}[/]")
     console.print(table)
     console.print(f"{'[green]fits[/]' if found.fits else '[red]does not fit[/]'}; bottleneck: {found.bottleneck}")
     console.print(f"what moves it: {found.knob}", soft_wrap=True)

@@ -145,7 +145,7 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     left = device.memory_bytes * 0.95 - base_bytes - dense_bytes - slab - slab_moments
     row_bytes = _activations_per_row(dims)
     add("device", "activations per row", row_bytes, "B")
-    cache_row = BF16 * dims.num_layers * 2 * _key_value_width(dims)
+    cache_row = BF16 * dims.num_layers * _cache_width(dims)
     sequences = request.events_per_update * request.samples_per_event
     cache = sequences * (request.prompt_tokens + request.completion_tokens) * cache_row
     add("device", "KV cache of one user's rollouts", cache, "B")
@@ -219,10 +219,12 @@ def _hidden(dims: BaseDims) -> int:
     return next(inp for module, _, inp in dims.shapes if module == "gate_proj")
 
 
-def _key_value_width(dims: BaseDims) -> float:
-    """Mean of the widths of keys and values as the cache keeps them: after the projections."""
-    shapes = {module: out for module, out, _ in dims.shapes}
-    return shapes["k_proj"] if "k_proj" in shapes else shapes["kv_b_proj"] / 2
+def _cache_width(dims: BaseDims) -> int:
+    """Width of a token's keys and values as the cache keeps them: per head, also where attention is latent."""
+    outs, inputs = ({module: size[place] for module, *size in dims.shapes} for place in (0, 1))
+    if "k_proj" in outs:
+        return outs["k_proj"] + outs["v_proj"]
+    return outs.get("q_b_proj", outs.get("q_proj", 0)) + inputs["o_proj"]
 
 
 def _activations_per_row(dims: BaseDims) -> float:
@@ -258,7 +260,7 @@ def readable(value: float, unit: str) -> str:
         return "-"
     if unit == "s":
         return f"{value:,.3g} s"
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor and (unit or value >= 1e4):
-            return f"{value / factor:.3g} {prefix}{unit}"
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{'' if unit == 'B' else ' '}{unit}".rstrip()
     return f"{value:,.3g} {unit}".rstrip()
