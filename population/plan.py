@@ -11,11 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from populace.population.ledger import HEARTBEAT_S
 from populace.storage.errors import InvalidInput
-from populace.workers.layout import BaseDims, layout_of
+from populace.workers.layout import BaseDims, layout_of, stored_rank
 from populace.workers.placement import is_expert, place_shards
 
-HOURS_PER_YEAR = 24 * 365.25
+DAYS_PER_YEAR = 365.25
 FP32, BF16 = 4, 2
 
 
@@ -126,27 +129,30 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     reached = 1 - math.exp(-choices)
     elements = layout.dense_size + reached * dims.num_experts * layout.expert_size
     add("adapter", "parameters of an adapter", layout.size, "")
-    add("adapter", "tokens per update", tokens, "tokens", "given")
+    add("adapter", "tokens per update", tokens, "tokens")
     add("adapter", "experts that an update reaches", reached * dims.num_experts, "experts")
     weights = add("adapter", "weights of a revision (fp32)", FP32 * elements, "B")
     moments = add("adapter", "moments of a tip (fp32)", 2 * FP32 * elements, "B")
     # Token, log-probability under rollout and base, and int16 expert ids.
     token_bytes = 12 + 2 * dims.num_moe_layers * dims.experts_per_token
-    evidence = add("adapter", "evidence of a revision", tokens * token_bytes, "B")
+    sequences = request.events_per_update * request.samples_per_event
+    recorded = sequences * (request.prompt_tokens + request.completion_tokens)  # a prompt stands beside every sample
+    evidence = add("adapter", "evidence of a revision", recorded * token_bytes, "B")
     revision = add("adapter", "bytes per revision", weights + moments + evidence, "B")
 
     # One device.
     expert_bytes = BF16 * expert_elements / dims.num_experts
     base_bytes = add("device", "experts of the base (bf16)", expert_bytes * most_experts, "B")
     dense_bytes = add("device", "dense part of the base, replicated (bf16)", BF16 * dense_elements, "B")
-    slot = FP32 * layout.size / request.devices
+    # A slab pads ranks, keeps room for the dense part on every device, and for its own experts.
+    stored = layout_of(dims, *(stored_rank(rank, torch.bfloat16) for rank in (request.rank, request.expert_rank)))
+    slot = FP32 * (stored.dense_size + most_experts * stored.expert_size)
     slab = add("device", "slab: weights and gradients", 2 * slot * request.slots, "B")
     slab_moments = add("device", "slab: moments", 2 * slot * request.slots, "B")
     left = device.memory_bytes * 0.95 - base_bytes - dense_bytes - slab - slab_moments
     row_bytes = _activations_per_row(dims)
     add("device", "activations per row", row_bytes, "B")
     cache_row = BF16 * dims.num_layers * _cache_width(dims)
-    sequences = request.events_per_update * request.samples_per_event
     cache = sequences * (request.prompt_tokens + request.completion_tokens) * cache_row
     add("device", "KV cache of one user's rollouts", cache, "B")
     room_rows = max(left, 0.0) * request.devices / row_bytes
@@ -167,24 +173,28 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     away = (request.devices - 1) / request.devices
     layer_row = dims.experts_per_token * _hidden(dims) * BF16 * away
     add("wave", "bytes on the wire per layer and row, there and back", 2 * layer_row, "B")
-    products = add("wave", "training: products", 4 * active * rows / rate, "s")
+    # A pass of the base alone for its log-probabilities, then forward and backward (a frozen base: dX only).
+    products = add("wave", "training: products", 6 * active * rows / rate, "s")
     streams = add("wave", "training: reading weights", passes * 3 * (base_bytes + dense_bytes) / bandwidth, "s")
-    # Forward and backward, there and back.
-    wires = add("wave", "training: exchange", 4 * layer_row * dims.num_moe_layers * rows / request.devices / wire, "s")
+    # There and back, three times.
+    wires = add("wave", "training: exchange", 6 * layer_row * dims.num_moe_layers * rows / request.devices / wire, "s")
     optimizer = add(
-        "wave", "optimizer on the slab", 7 * FP32 * layout.size * adapters / request.devices / bandwidth, "s"
+        "wave", "optimizer on the slab", 7 * FP32 * stored.size * adapters / request.devices / bandwidth, "s"
     )
     decode_rows = adapters * sequences / request.devices
+    # Read in a step: the base, the adapters, and on average half of the cache at its fullest.
+    adapter_bytes = FP32 * stored.size * adapters / request.devices
+    read = base_bytes + dense_bytes + adapter_bytes + cache * adapters / request.devices / 2
     step = max(
         2 * active * adapters * sequences / rate,
-        (base_bytes + dense_bytes) / bandwidth,
+        read / bandwidth,
         2 * layer_row * dims.num_moe_layers * decode_rows / wire,
     )
     rollout = add("wave", "rollout", step * request.completion_tokens, "s")
     moved = adapters * (weights + moments + revision)
     loads = add("wave", "paging in and committing", moved / request.store_bandwidth, "s")
     training = max(products, streams, wires) + optimizer
-    wave_s = add("wave", "time of a wave (paging beside it)", max(training + rollout, loads), "s")
+    wave_s = add("wave", "time of a wave (one stage after the other)", training + rollout + loads, "s")
 
     # The population.
     per_day = request.users * request.updates_per_user_and_day
@@ -196,12 +206,14 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     add("population", "updates possible per day", able, "")
     add("store", "stored: tips with moments, kept revisions, evidence",
         request.users * (moments + request.kept_revisions * (weights + evidence)), "B")  # fmt: skip
-    yearly = per_day * 365.25
+    yearly = per_day * DAYS_PER_YEAR
     add("store", "written per year", yearly * revision, "B")
     waves_per_year = yearly / adapters if adapters else math.inf
     # Attempt, pack and wave record of each partition that a wave touches.
     touched = min(request.partitions, adapters)
-    add("store", "PUT requests per year", waves_per_year * 3 * touched, "requests")
+    add("store", "PUT requests per year, waves", waves_per_year * 3 * touched, "requests")
+    signs = request.partitions * DAYS_PER_YEAR * 86_400 / HEARTBEAT_S
+    add("store", "PUT requests per year, signs of life", signs, "requests")
     add("store", "GET requests per year (all adapters cold)", yearly * 2, "requests")
     costs = {
         "training: products": products,

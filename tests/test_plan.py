@@ -36,9 +36,10 @@ def test_the_figures_of_qwen3_30b_are_those_worked_out_by_hand() -> None:
     tokens = 4 * (256 + 8 * 256)
     assert found.value("tokens per update") == tokens
     assert found.value("weights of a revision (fp32)") == pytest.approx(4 * (dense + experts * expert), rel=1e-9)
-    assert found.value("evidence of a revision") == tokens * (12 + 2 * layers * 8)
+    assert found.value("evidence of a revision") == 4 * 8 * (256 + 256) * (12 + 2 * layers * 8)
     assert found.value("experts of the base (bf16)") == 2 * layers * 16 * 3 * hidden * inner
-    assert found.value("slab: moments") == 2 * 4 * 64 * (dense + experts * expert) / 8
+    # A bf16 slab stores rank 1 as 8; every device has room for the dense part and for 16 experts.
+    assert found.value("slab: moments") == 2 * 4 * 64 * (dense + 16 * 8 * expert)
     assert found.value("KV cache of one user's rollouts") == 32 * 512 * 2 * layers * 1024
     assert found.value("bytes on the wire per layer and row, there and back") == 2 * 8 * hidden * 2 * 7 / 8
     assert found.value("GET requests per year (all adapters cold)") == 2 * 1e6 * 365.25
