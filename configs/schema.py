@@ -29,7 +29,7 @@ class GroupSettings:
     dense: str = "replicated"
     """What is no expert's: `replicated` on every shard, or `zero3`: cut over the shards by DeepSpeed ZeRO-3 and
     gathered layer by layer, which saves memory and costs time. Embeddings and head stay whole."""
-    max_restarts: int = 3
+    max_restarts: int = 5
     """How often in a row a group that died is started again before the run gives up."""
     timeout_s: float = 300.0
     """A shard that lets the others wait this long in the middle of a pass is taken to be dead."""

@@ -80,7 +80,11 @@ class _Group:
 
     def wait_until_ready(self) -> None:
         self._view.stage(f"loading the base into {self.shards.group.count} shards")
-        self.shards.wait_until_ready(self._tick)
+        try:
+            self.shards.wait_until_ready(self._tick)
+        except ShardGroupLost as error:
+            self._view.stage(f"{error}; starting the group again")
+            self.shards.start_again(self._tick)
 
     def surviving(self, controller: Controller, call: Callable[[], Result]) -> Result:
         """`call`, once more on a new group as often as the group dies in it."""

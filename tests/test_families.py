@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from populace.storage.errors import InvalidInput
 from populace.workers.attention import PackedAttention
+from populace.workers.base import BaseModel
 from populace.workers.checkpoint import Checkpoint
 from populace.workers.engine import ShardEngine
 from populace.workers.families import dims_of, dims_of_config
@@ -135,3 +138,36 @@ def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_p
         read.append(found["read"])
     replicated = 4 * sum(size for name, size in tensors.items() if ".experts." not in name)
     assert sum(read) == 4 * sum(tensors.values()) + replicated
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("quantization_config", {"quant_method": "fp8"}, r"is quantised \(quantization_config.quant_method is 'fp8'\)"),
+        ("sliding_window", 128, r"sliding_window is 128\), which isn't supported"),
+        ("model_type", "gpt_oss", "is of family 'gpt_oss'; supported are"),
+    ],
+)
+def test_a_checkpoint_that_would_be_computed_wrongly_is_refused(
+    bases: dict[str, Path], tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(bases["mixtral"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(InvalidInput, match=message):
+        dims_of(folder)
+
+
+def test_a_missing_or_unreadable_tensor_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(bases["mixtral"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    whole = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidInput, match=f"has no tensor '{name}'"):
+        BaseModel(folder, torch.float32)
+    save_file({**tensors, name: whole.to(torch.float8_e4m3fn)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidInput, match=r"is torch.float8_e4m3fn; convert the checkpoint"):
+        BaseModel(folder, torch.float32)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
 from populace.storage.errors import InvalidInput, PopulaceError
@@ -19,6 +20,7 @@ from populace.storage.objects import MemoryStore
 from populace.workers.batch import AdapterKey, AdapterRef, StepResult, WaveBatch
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.group import NAMESPACE, ShardGroup, ShardGroupLost
+from populace.workers.shard import NotTheOwner
 from populace.workers.train_step import TrainerSettings
 from tests import tiny
 from tests.test_fused_step import batch_of, spec_of
@@ -287,12 +289,19 @@ def test_a_second_controller_goes_on_with_the_loaded_shards(
     second = start(settings("mixtral"), 2)
     assert ray.get([shard.pid.remote() for shard in second._shards]) == pids
     assert second.num_hot() == 0, "what an unknown commit left in a slot is not trusted"
+    admit(second, NUMBERS)
+    with pytest.raises(NotTheOwner, match="another controller has taken over"):
+        first.train_wave(wave_of(NUMBERS, 0))
+    first.stop()
+    assert second.num_hot() == len(NUMBERS), "the old owner could neither disturb nor remove them"
     third = ShardGroup(settings("qwen3_moe"), GroupSettings(count=2, cpus=0.5))
     try:
         with pytest.raises(ShardGroupLost, match="a shard died"):
             second.num_hot()
     finally:
         third.stop()
+    left = [item for item in placement_group_table().values() if item["state"] != "REMOVED"]
+    assert not [item for item in left if item["name"].startswith("test-")], "no place stays reserved"
 
 
 def test_a_group_that_finds_no_room_says_so(settings: Callable[..., ShardSettings]) -> None:

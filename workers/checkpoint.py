@@ -16,6 +16,7 @@ from torch import Tensor
 from populace.storage.errors import InvalidInput
 
 _INDEX = "model.safetensors.index.json"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checkpoint:
@@ -51,7 +52,7 @@ class Checkpoint:
 
     def _mapped(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            if name not in self._file_of:
+            if name not in self._file_of or not (self.folder / self._file_of[name]).is_file():
                 raise InvalidInput(
                     f"base {str(self.folder)!r} has no tensor {name!r}; save it with model.save_pretrained(folder)"
                 )
@@ -60,5 +61,10 @@ class Checkpoint:
                 for name in names:
                     if self._file_of[name] == file_name:
                         mapped = file.get_tensor(name)
+                        if mapped.dtype not in _DTYPES:
+                            raise InvalidInput(
+                                f"tensor {name!r} of base {str(self.folder)!r} is {mapped.dtype}; convert the "
+                                "checkpoint to bfloat16"
+                            )
                         self.bytes_read += mapped.nbytes
                         yield name, mapped

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ class ShardEngine:
         group; None for those that other shards score. Runs in passes of `max_rows_per_pass` per shard."""
         scores: list[tuple[Floats, ...] | None] = [None] * len(groups)
         shard = self.base.shard
-        for part in _parts(groups, self.settings.trainer.max_rows_per_pass * shard.num_shards):
+        for part in _parts(groups, self.settings.trainer.max_rows_per_pass, shard.num_shards):
             own = [number for number in part if number % shard.num_shards == shard.rank]
             sequences = [_without_adapter(groups[number]) for number in own]
             rows = pack_rows(sequences, row_multiple=self.kernels.row_multiple)
@@ -202,15 +203,16 @@ def _without_adapter(group: RolloutGroup) -> SequenceGroup:
     )
 
 
-def _parts(groups: Sequence[RolloutGroup], max_rows: int) -> list[list[int]]:
-    """Numbers of the groups of each pass."""
+def _parts(groups: Sequence[RolloutGroup], max_rows: int, num_shards: int) -> list[list[int]]:
+    """Numbers of the groups of each pass, with at most `max_rows` rows for each shard, which take them in turn."""
     parts: list[list[int]] = []
-    rows = max_rows
+    rows = Counter[int]()
     for number, group in enumerate(groups):
         num_rows = _without_adapter(group).num_rows
-        if not parts or rows + num_rows > max_rows:
+        shard = number % num_shards
+        if not parts or (rows[shard] and rows[shard] + num_rows > max_rows):
             parts.append([])
-            rows = 0
+            rows = Counter()
         parts[-1].append(number)
-        rows += num_rows
+        rows[shard] += num_rows
     return parts

@@ -81,14 +81,14 @@ def _own_address() -> str:
 
 
 class DeepSpeedExchange:
-    """`deepspeed.comm` between processes: gloo on processors, nccl on GPUs."""
+    """`deepspeed.comm` between processes, by gloo: shards compute on processors."""
 
     def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous) -> None:
         self._comm = _deepspeed_comm()
         os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(num_shards), "0"
         with _broken_if_it_fails():
             self._comm.init_distributed(
-                dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+                dist_backend="gloo",
                 auto_mpi_discovery=False,
                 verbose=False,
                 timeout=timedelta(seconds=rendezvous.timeout_s),

@@ -141,6 +141,17 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     if (family := config.get("model_type")) not in FAMILIES:
         raise InvalidInput(f"base {str(folder)!r} is of family {family!r}; supported are {', '.join(sorted(FAMILIES))}")
+    if (quantised := config.get("quantization_config")) is not None:
+        method = quantised.get("quant_method", "unknown")
+        raise InvalidInput(
+            f"base {str(folder)!r} is quantised (quantization_config.quant_method is {method!r}); convert it to "
+            "bfloat16 and save it without quantization_config"
+        )
+    if (window := config.get("sliding_window")) is not None and config.get("use_sliding_window", True):
+        raise InvalidInput(
+            f"base {str(folder)!r} attends over a sliding window (sliding_window is {window}), which isn't supported; "
+            "set it to null if your sequences are shorter"
+        )
     return config
 
 

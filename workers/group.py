@@ -1,21 +1,26 @@
 """The shard group: the actors that together hold one base. It is placed, loaded, called, fails and starts again as one.
 
-The actors are detached and named `<population>/shard-<rank>` in the namespace `populace`: a controller that takes over
-from a dead one goes on with them instead of loading the base again. Only the owner of a population may start its group.
+The actors are detached and named `<population>-<store's digest>/shard-<rank>` in the namespace `populace`: a controller
+that takes over from a dead one goes on with them instead of loading the base again. Only the owner of a population may
+start its group; from then on the actors obey that group's token alone, so a controller that was fenced can't disturb
+them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import ray
 from ray import PlacementGroupID
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -39,7 +44,7 @@ from populace.workers.batch import (
 from populace.workers.engine import ShardSettings, join_shares
 from populace.workers.exchange import ExchangeBroken
 from populace.workers.layout import BaseDims
-from populace.workers.shard import RemoteShard
+from populace.workers.shard import NotTheOwner, RemoteShard, versions
 
 NAMESPACE = "populace"
 _ATTACH_TIMEOUT_S = 10.0
@@ -57,6 +62,8 @@ class ShardGroup:
     def __init__(self, settings: ShardSettings, group: GroupSettings) -> None:
         self.settings, self.group = replace(settings, num_shards=group.count, dense=group.dense), group
         self.num_restarts = 0
+        self._token = secrets.token_hex(16)
+        self._prefix = f"{settings.population}-{sha256(settings.store_url.encode()).hexdigest()[:8]}/shard-"
         self._shards: list[ActorHandle] = []
         self._places: PlacementGroup | None = None
         self._loading: list[Any] = []
@@ -77,23 +84,29 @@ class ShardGroup:
                 tick(len(self._loading) - len(waiting), len(self._loading))
 
     def start_again(self, tick: Callable[[int, int], None] | None = None) -> None:
-        """After `ShardGroupLost`: a new group in its place, with nothing hot. Raises it itself once it was
-        started `shard.max_restarts` times without a wave that was trained in between."""
-        self.num_restarts += 1
-        if self.num_restarts > self.group.max_restarts:
-            raise ShardGroupLost(
-                f"the shard group was started again {self.group.max_restarts} times in a row and died each time; "
-                "its actors' logs in the Ray dashboard say why; start the run again then, it continues"
-            )
-        self._discard()
-        self._place()
-        self.wait_until_ready(tick)
+        """After `ShardGroupLost`: a new group in its place, with nothing hot; once more if it dies while it loads.
+        Raises it itself once it was started `shard.max_restarts` times without a wave that was trained in between."""
+        while True:
+            self.num_restarts += 1
+            if self.num_restarts > self.group.max_restarts:
+                break
+            self._discard()
+            self._place()
+            try:
+                self.wait_until_ready(tick)
+                return
+            except ShardGroupLost as error:
+                logger.warning("%s while the group was loading", error)
+        raise ShardGroupLost(
+            f"the shard group was started again {self.group.max_restarts} times in a row and died each time; "
+            "its actors' logs in the Ray dashboard say why; start the run again then, it continues"
+        )
 
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
-        """Of the base, and the numerics fingerprint; bits are promised where every shard promises them."""
+        """Of the base, and the numerics fingerprint; bits are promised where every shard promises the same ones."""
         descriptions: list[tuple[BaseDims, dict[str, str]]] = self._all("describe")
         dims, numerics = descriptions[0]
-        if any(other["numerics"] == "fast" for _, other in descriptions):
+        if any(other != numerics for _, other in descriptions):
             numerics = {**numerics, "numerics": "fast"}
         return dims, numerics
 
@@ -124,41 +137,41 @@ class ShardGroup:
         return result
 
     def stop(self) -> None:
-        self._discard()
+        """Remove the group, unless another owner has adopted it meanwhile."""
+        with contextlib.suppress(NotTheOwner):
+            self._discard()
 
     def _name(self, rank: int) -> str:
-        return f"{self.settings.population}/shard-{rank}"
+        return f"{self._prefix}{rank}"
 
     def _attach(self) -> bool:
         """Go on with the actors of a controller that died, if they are what this one would start; else remove them."""
         names = ray.util.list_named_actors(all_namespaces=True)
-        prefix = f"{self.settings.population}/shard-"
-        found = sorted(
-            item["name"] for item in names if item["namespace"] == NAMESPACE and item["name"].startswith(prefix)
-        )
-        shards = [ray.get_actor(name, namespace=NAMESPACE) for name in found]
-        if found == sorted(map(self._name, range(self.group.count))):
-            shards = [ray.get_actor(self._name(rank), namespace=NAMESPACE) for rank in range(self.group.count)]
+        own = [item["name"] for item in names if item["namespace"] == NAMESPACE]
+        found: dict[str, ActorHandle] = {}
+        for name in own:
+            if name.startswith(self._prefix):
+                with contextlib.suppress(ValueError):  # it died since it was listed
+                    found[name] = ray.get_actor(name, namespace=NAMESPACE)
+        wanted = [self._name(rank) for rank in range(self.group.count)]
+        if found.keys() == set(wanted):
+            shards = [found[name] for name in wanted]
             try:
-                answers = [shard.is_loaded_with.remote(self.settings) for shard in shards]
+                answers = [shard.adopt.remote(self.settings, versions(), self._token) for shard in shards]
                 if all(ray.get(answers, timeout=_ATTACH_TIMEOUT_S)):
-                    ray.get([shard.reset.remote() for shard in shards], timeout=_ATTACH_TIMEOUT_S)
                     self._shards = shards
                     return True
-            except (RayActorError, GetTimeoutError) as error:
+            except RayError as error:
                 logger.warning("the shards of an earlier run don't answer (%s); starting new ones", error)
-        for shard in shards:
+        for shard in found.values():
             ray.kill(shard)
-        for name, places in _placement_groups():
-            if name == prefix:
-                remove_placement_group(places)
+        self._remove_places()
         return False
 
     def _place(self) -> None:
         """Ask for room: one bundle per shard, on as many nodes as there are."""
         bundles = [{"CPU": self.group.cpus} for _ in range(self.group.count)]
-        name = f"{self.settings.population}/shard-"
-        self._places = placement_group(bundles, strategy="SPREAD", lifetime="detached", name=name)
+        self._places = placement_group(bundles, strategy="SPREAD", lifetime="detached", name=self._prefix)
 
     def _wait_for_places(self, tick: Callable[[int, int], None] | None) -> None:
         if self._places is None or self._shards:
@@ -183,23 +196,39 @@ class ShardGroup:
                 name=self._name(rank), namespace=NAMESPACE, lifetime="detached", num_cpus=self.group.cpus,
                 scheduling_strategy=place, runtime_env=environment,
             )  # fmt: skip
-            self._shards.append(options.remote(self.settings, rank))
+            self._shards.append(options.remote(self.settings, rank, self._token))
         rendezvous = None
         if self.group.count > 1:
-            (rendezvous,) = self._get([self._shards[0].rendezvous.remote(self.group.timeout_s)])
+            answer = self._shards[0].rendezvous.remote(self.group.timeout_s)
+            if not ray.wait([answer], timeout=self.group.timeout_s)[0]:
+                raise ShardGroupLost(f"a shard did not start in {self.group.timeout_s:g} s")
+            (rendezvous,) = self._get([answer])
         self._loading = [shard.load.remote(rendezvous) for shard in self._shards]
 
     def _discard(self) -> None:
+        """Kill the actors and give their places back; `NotTheOwner` if another owner has adopted them meanwhile."""
         for shard in self._shards:
+            try:
+                ray.get(shard.call.remote(self._token, "num_hot"), timeout=_ATTACH_TIMEOUT_S)
+            except NotTheOwner:
+                self._shards, self._places, self._loading = [], None, []
+                raise
+            except Exception as error:  # dead, hung, or not loaded: whatever it is, it goes
+                logger.debug("%s before it was killed: %s", shard, error)
             ray.kill(shard)
-        if self._places is not None:
-            remove_placement_group(self._places)
+        self._remove_places()
         self._shards, self._places, self._loading = [], None, []
+
+    def _remove_places(self) -> None:
+        """An adopted group's places are known by their name only."""
+        for name, places in _placement_groups():
+            if name == self._prefix:
+                remove_placement_group(places)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Every shard runs it; they need each other for most."""
         shared = [ray.put(argument) for argument in arguments]
-        return self._get([getattr(shard, method).remote(*shared) for shard in self._shards])
+        return self._get([shard.call.remote(self._token, method, *shared) for shard in self._shards])
 
     def _get(self, references: Sequence[Any]) -> list[Any]:
         """All answers, or the first error: at once, because after it the others may wait for ever."""
@@ -210,17 +239,34 @@ class ShardGroup:
                 ray.get(ready)
             answers: list[Any] = ray.get(list(references))
             return answers
-        except (RayActorError, ActorUnschedulableError, ExchangeBroken) as error:
-            reason = str(error).strip().splitlines()
-            raise ShardGroupLost(f"a shard died: {reason[-1].strip() if reason else type(error).__name__}") from error
-        except Exception:
-            # One shard refused. Where the others went on, slots no longer agree: nothing stays hot.
+        except NotTheOwner:
+            raise
+        except Exception as error:
+            # What Ray raises by itself says that a process or its answer is gone; all else, that a shard refused.
+            if isinstance(error, ExchangeBroken) or (
+                isinstance(error, RayError) and not isinstance(error, RayTaskError)
+            ):
+                raise ShardGroupLost(f"a shard died: {_last_line(error)}") from error
             _, late = ray.wait(waiting, num_returns=len(waiting), timeout=_STRAGGLER_TIMEOUT_S) if waiting else ([], [])
             if late:
-                raise ShardGroupLost("a shard refused what the others wait for") from None
+                raise ShardGroupLost(f"a shard refused what the others wait for: {_last_line(error)}") from error
             if len(references) > 1:
-                ray.get([shard.reset.remote() for shard in self._shards])
+                self._reset()
             raise
+
+    def _reset(self) -> None:
+        """Where one shard refused and others went on, slots no longer agree: nothing stays hot."""
+        try:
+            ray.get([shard.call.remote(self._token, "reset") for shard in self._shards])
+        except NotTheOwner:
+            raise
+        except RayError as error:
+            raise ShardGroupLost(f"a shard died: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _placement_groups() -> list[tuple[str, PlacementGroup]]:

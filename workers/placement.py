@@ -31,7 +31,10 @@ class Shard:
 
     def is_home(self, arena: int, row: int) -> bool:
         """Whether the adapter in this slot has its rows and its dense tensors here."""
-        return (arena + row) % self.num_shards == self.rank
+        return self.home_of(arena, row) == self.rank
+
+    def home_of(self, arena: int, row: int) -> int:
+        return (arena + row) % self.num_shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+from typing import Any
 
 import ray
+import torch
 
+from populace.storage.errors import PopulaceError
 from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.exchange import ALONE, DeepSpeedExchange, Rendezvous
+from populace.workers.numerics import NUMERICS_REVISION
+
+
+class NotTheOwner(PopulaceError):
+    """These shards have another owner by now."""
+
+
+def versions() -> dict[str, str]:
+    """Of the code that runs in an actor."""
+    return {"populace": version("populace"), "kernels": str(NUMERICS_REVISION), "torch": torch.__version__}
 
 
 class ShardActor(ShardEngine):
     """A `ShardEngine` in its own process. Methods run one at a time, in the order they are called."""
 
-    def __init__(self, settings: ShardSettings, rank: int) -> None:
+    def __init__(self, settings: ShardSettings, rank: int, token: str) -> None:
+        """`token`: of the group that may give orders."""
         # Ray gives a worker OMP_NUM_THREADS=num_cpus; a shard uses what its settings say, or the machine.
-        import torch
-
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         keep_freed_memory()
-        self._start = settings, rank
+        self._start, self._token, self._is_loaded = (settings, rank), token, False
 
     def rendezvous(self, timeout_s: float) -> Rendezvous:
         """Where the group can meet on this shard's node."""
@@ -30,13 +43,24 @@ class ShardActor(ShardEngine):
         settings, rank = self._start
         exchange = ALONE if rendezvous is None else DeepSpeedExchange(rank, settings.num_shards, rendezvous)
         super().__init__(settings, None, rank, exchange)
+        self._is_loaded = True
+
+    def call(self, token: str, method: str, *arguments: Any) -> Any:
+        """Run a method of `ShardEngine` for the group that owns this shard."""
+        if token != self._token:
+            raise NotTheOwner("another controller has taken over this population's shards; this one must stop")
+        return getattr(self, method)(*arguments)
+
+    def adopt(self, settings: ShardSettings, versions_wanted: dict[str, str], token: str) -> bool:
+        """Go on for a new owner, with nothing hot, if this is what it would start; else False."""
+        if not self._is_loaded or self.settings != settings or versions() != versions_wanted:
+            return False
+        self._token = token
+        self.reset()
+        return True
 
     def pid(self) -> int:
         return os.getpid()
-
-    def is_loaded_with(self, settings: ShardSettings) -> bool:
-        """Whether this shard can go on for a new controller that would start it with these settings."""
-        return hasattr(self, "slab") and self.settings == settings
 
 
 RemoteShard = ray.remote(ShardActor)

@@ -12,7 +12,8 @@ Suffixes: A adapters of a pass, N target tokens, T rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,7 +127,8 @@ def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerS
         if lesson.items:
             lessons.append(lesson)
     done = _Passes()
-    for turn, shares in _shares(lessons, settings.max_rows_per_pass, base.shard.num_shards):
+    homes = {lesson.key: slab.shard.home_of(*lesson.slot) for lesson in lessons}
+    for turn, shares in _shares(lessons, settings.max_rows_per_pass, homes):
         own = [share for share in shares if slab.is_home(share.lesson.key)]
         _forward_backward(base, slab, own, settings, done, accumulates=turn > 0)
     norms = update_adapters(slab, [lesson.key for lesson in lessons], settings.optimizer, base.exchange)
@@ -164,21 +166,25 @@ def _sequence(weighted: WeightedGroup, slot: tuple[int, int]) -> SequenceGroup:
     )
 
 
-def _shares(lessons: Sequence[_Lesson], max_rows: int, num_shards: int) -> Iterator[tuple[int, list[_Share]]]:
-    """(turn, shares) of each pass of the whole group: the i-th shares of all adapters come before any (i+1)-th."""
+def _shares(
+    lessons: Sequence[_Lesson], max_rows: int, homes: Mapping[AdapterKey, int]
+) -> Iterator[tuple[int, list[_Share]]]:
+    """(turn, shares) of each pass of the whole group, with at most `max_rows` rows on each shard: the i-th shares of
+    all adapters come before any (i+1)-th. `homes`: the shard of each adapter's rows."""
     by_turn: dict[int, list[_Share]] = {}
     for lesson in sorted(lessons, key=lambda lesson: lesson.slot):
         for turn, share in enumerate(_split(lesson, max_rows)):
             by_turn.setdefault(turn, []).append(share)
     for turn, shares in sorted(by_turn.items()):
         current: list[_Share] = []
-        num_rows = 0
+        rows = Counter[int]()
         for share in shares:
-            if current and num_rows + share.num_rows > max_rows * num_shards:
+            home = homes[share.lesson.key]
+            if rows[home] and rows[home] + share.num_rows > max_rows:
                 yield turn, current
-                current, num_rows = [], 0
+                current, rows = [], Counter()
             current.append(share)
-            num_rows += share.num_rows
+            rows[home] += share.num_rows
         yield turn, current
 
 
