@@ -66,18 +66,11 @@ class Rendezvous:
     timeout_s: float
 
     @staticmethod
-    def here(timeout_s: float) -> Rendezvous:
-        """An address of this machine that other nodes can reach, with a port that is free now."""
-        host = os.environ.get("POPULACE_HOST") or _own_address()
+    def at(host: str, timeout_s: float) -> Rendezvous:
+        """A port of this machine that is free now; `host`: its address as other nodes reach it."""
         with socket.socket() as probe:
             probe.bind((host, 0))
             return Rendezvous(address=f"{host}:{probe.getsockname()[1]}", timeout_s=timeout_s)
-
-
-def _own_address() -> str:
-    import ray.util
-
-    return str(ray.util.get_node_ip_address())
 
 
 class DeepSpeedExchange:

@@ -36,7 +36,7 @@ class ShardActor(ShardEngine):
 
     def rendezvous(self, timeout_s: float) -> Rendezvous:
         """Where the group can meet on this shard's node."""
-        return Rendezvous.here(timeout_s)
+        return Rendezvous.at(str(ray.util.get_node_ip_address()), timeout_s)
 
     def load(self, rendezvous: Rendezvous | None) -> None:
         """Meet the others and load this shard's part of the base. Without a rendezvous it is the only shard."""
