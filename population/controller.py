@@ -77,7 +77,7 @@ class Controller:
         self.settings, self.ledger, self.workers, self.chat = settings, ledger, workers, chat
         self.trials = Trials(settings, workers, chat, score)
         self.examiner = Examiner(self.trials, ledger)
-        self.dims, self.numerics = workers.describe()
+        self.meet_workers()
         self.num_waves = 0
         self._suspects: dict[str, tuple[int, int]] = {}
         self.suspect_unfinished()
@@ -125,6 +125,10 @@ class Controller:
             clock.lap("repack")
         self.ledger.checkpoint(self.settings.run.checkpoint_every_records)
         return _report(wave, result, num_revisions, num_settled, verdicts, clock.seconds)
+
+    def meet_workers(self) -> None:
+        """Learn what computes: also after a group was started again, maybe on other machines."""
+        self.dims, self.numerics = self.workers.describe()
 
     def suspect_unfinished(self) -> None:
         """Try the events of attempts that died with their controller, or with the shards, one user at a time."""

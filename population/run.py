@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import ray
+from rich.markup import escape
 
 from populace.configs.schema import Settings
 from populace.population.chat import Chat
@@ -83,17 +84,20 @@ class _Group:
         try:
             self.shards.wait_until_ready(self._tick)
         except ShardGroupLost as error:
-            self._view.stage(f"{error}; starting the group again")
+            self._view.stage(f"{escape(str(error))}; starting the group again")
             self.shards.start_again(self._tick)
 
     def surviving(self, controller: Controller, call: Callable[[], Result]) -> Result:
         """`call`, once more on a new group as often as the group dies in it."""
+        is_new = False
         while True:
             try:
+                if is_new:
+                    controller.meet_workers()
                 return call()
             except ShardGroupLost as error:
-                started = time.monotonic()
-                self._view.stage(f"{error}; starting the group again")
+                is_new, started = True, time.monotonic()
+                self._view.stage(f"{escape(str(error))}; starting the group again")
                 self.shards.start_again(self._tick)
                 if self.shards.num_restarts > 1:
                     controller.suspect_unfinished()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from populace.population.plan import Plan, Request, plan, readable
 from populace.storage.errors import InvalidInput
 from populace.workers.families import dims_of_config
 from populace.workers.footprint import config_of, tensors_of
+from populace.workers.layout import BaseDims
 
 REQUEST = Request(
     device="h100", devices=8, users=1e6, updates_per_user_and_day=1.0, rank=8, expert_rank=1, events_per_update=4,
@@ -21,9 +23,14 @@ REQUEST = Request(
 )  # fmt: skip
 
 
-def plan_for(base: str, **changes: object) -> Plan:
+@functools.cache
+def shapes_of(base: str) -> tuple[BaseDims, dict[str, int]]:
     config = config_of(base)
-    return plan(dims_of_config(config), tensors_of(config), dataclasses.replace(REQUEST, **changes))
+    return dims_of_config(config), tensors_of(config)
+
+
+def plan_for(base: str, **changes: object) -> Plan:
+    return plan(*shapes_of(base), dataclasses.replace(REQUEST, **changes))
 
 
 def test_the_figures_of_qwen3_30b_are_those_worked_out_by_hand() -> None:

@@ -113,8 +113,9 @@ def open_population(config: Path) -> Population:
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
-    head: dict[str, str], config: Path, tmp_path: Path
+    head: dict[str, str], config: Path, tmp_path: Path, num_kills: int
 ) -> None:
     environment = on_head(head)
     seed = int(os.environ.get("POPULACE_TEST_SEED", time.time_ns() % 10**6))
@@ -122,7 +123,7 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
     chance = random.Random(seed)
     log = open(tmp_path / "run.log", "wb")  # noqa: SIM115
     kills = 0
-    while kills < 10:
+    while kills < num_kills:
         process = subprocess.Popen([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, stdout=log, stderr=log)
         # Once the shards are there the waves begin; they take about a second together with their commits.
         _wait_for_first_wave(process, tmp_path / "store")
@@ -143,12 +144,12 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
             (user, [_renamed(task, f"round-{kills}-{task.event_id}") for task in tasks[:4]])
             for user, tasks in experience(population.settings)
         )
-    assert kills == 10, "the run ended before it could be killed"
+    assert kills == num_kills, "the run ended before it could be killed"
     done = subprocess.run([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     population = open_population(config)
     outcome = account(population)
-    assert sum(len(events) for events in outcome.acknowledged.values()) == 50 + 10 * 20
+    assert sum(len(events) for events in outcome.acknowledged.values()) == 50 + num_kills * 20
     assert outcome.is_exact(), outcome
     assert population.status().pending_events == 0
     for user in population.users():
