@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from populace.configs.load import load_settings
 from populace.configs.schema import Settings
+from populace.population.client import Population
 from populace.population.experience import Task
 
 WORDS = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
@@ -24,3 +30,29 @@ def experience(settings: Settings, num_users: int = 5, num_tasks: int = 10) -> I
                 for index in range(num_tasks)
             ],
         )
+
+
+def write_config(path: Path, base: Path, name: str, **more: dict[str, Any]) -> Path:
+    """A run on a tiny base with a store beside `path`; `more` adds sections, or settings to a section."""
+    sections: dict[str, Any] = {
+        "name": name,
+        "store": f"file://{path.parent}/store",
+        "partitions": 2,
+        "experience": "tests.streams:experience",
+        "base": {"model": str(base), "dtype": "float32"},
+        "adapter": {"rank": 4, "learning_rate": 0.01},
+        "rollout": {"samples_per_task": 4, "max_new_tokens": 6},
+        "scheduler": {"max_adapters_per_wave": 4, "events_per_update": 1, "slots": 8},
+        "evaluation": {"every_waves": 3},
+        "rewards": {"functions": {"letters": "tests.rewards:letters"}},
+        "run": {"takeover_s": 2.5, "threads": 1},
+    }
+    for section, settings in more.items():
+        sections[section] = {**sections.get(section, {}), **settings}
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def open_population(config: Path) -> Population:
+    settings = load_settings(config)
+    return Population.open(settings.store, settings)

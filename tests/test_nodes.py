@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
 from ray.cluster_utils import Cluster
 
 from populace.configs.load import load_settings
@@ -22,7 +21,7 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.storage.errors import Fenced
 from tests.accounting import account
-from tests.streams import experience
+from tests.streams import experience, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
 POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
@@ -58,31 +57,9 @@ def add_node(cluster: Cluster) -> Any:
 
 @pytest.fixture
 def config(bases: dict[str, Path], tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "name": "nodes",
-                "store": f"file://{tmp_path}/store",
-                "partitions": 2,
-                "experience": "tests.streams:experience",
-                "base": {"model": str(bases["mixtral"]), "dtype": "float32"},
-                "shard": {"count": 2, "cpus": 1.0, "timeout_s": 20.0, "max_restarts": 5},
-                "adapter": {"rank": 4, "learning_rate": 0.01},
-                "rollout": {"samples_per_task": 4, "max_new_tokens": 6},
-                "scheduler": {"max_adapters_per_wave": 4, "events_per_update": 1, "slots": 8},
-                "evaluation": {"every_waves": 3},
-                "rewards": {"functions": {"letters": "tests.rewards:letters"}},
-                "run": {"takeover_s": 2.5, "threads": 1, "until_drained": False},
-            }
-        )
-    )
-    return path
-
-
-def open_population(config: Path) -> Population:
-    settings: Settings = load_settings(config)
-    return Population.open(settings.store, settings)
+    shard = {"count": 2, "cpus": 1.0, "timeout_s": 20.0, "max_restarts": 5}
+    path, base = tmp_path / "config.yaml", bases["mixtral"]
+    return write_config(path, base, "nodes", shard=shard, run={"until_drained": False})
 
 
 def more_experience(population: Population, number: int) -> int:
@@ -209,9 +186,10 @@ def test_an_actor_that_outlives_its_raylet_is_fenced(cluster: Cluster, config: P
     wait_for(tmp_path / "trained", 60)
     population.ledger.refresh()
     node = next(node for node in cluster.list_all_nodes() if not node.is_head())
-    node.kill_raylet()
     population.ledger.claim(0.2)
-    os.kill(pid, 0)  # it is still there: a worker notices only after a second or so
+    # A worker notices that its raylet is gone only after a second or so: all that takes long comes before.
+    node.kill_raylet()
+    os.kill(pid, 0)
     (tmp_path / "go").touch()
     wait_for(tmp_path / "outcome", 30)
     assert (tmp_path / "outcome").read_text().startswith("fenced"), (tmp_path / "outcome").read_text()

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import pytest
 import ray
-import yaml
 
-from populace.configs.load import load_settings
-from populace.configs.schema import Settings
-from populace.population.client import Population
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from tests.accounting import account
+from tests.streams import experience, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
 POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
@@ -82,34 +79,11 @@ def _wait_for_dashboard(process: subprocess.Popen[bytes], environment: dict[str,
 
 @pytest.fixture
 def config(bases: dict[str, Path], tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "name": "ray",
-                "store": f"file://{tmp_path}/store",
-                "partitions": 2,
-                "experience": "tests.streams:experience",
-                "base": {"model": str(bases["mixtral"]), "dtype": "float32"},
-                "adapter": {"rank": 4, "learning_rate": 0.01},
-                "rollout": {"samples_per_task": 4, "max_new_tokens": 6},
-                "scheduler": {"max_adapters_per_wave": 4, "events_per_update": 1, "slots": 8},
-                "evaluation": {"every_waves": 3},
-                "rewards": {"functions": {"letters": "tests.rewards:letters"}},
-                "run": {"takeover_s": 2.5, "threads": 1},
-            }
-        )
-    )
-    return path
+    return write_config(tmp_path / "config.yaml", bases["mixtral"], "ray")
 
 
 def on_head(environment: dict[str, str]) -> dict[str, str]:
     return {**environment, "RAY_ADDRESS": HEAD}
-
-
-def open_population(config: Path) -> Population:
-    settings: Settings = load_settings(config)
-    return Population.open(settings.store, settings)
 
 
 @pytest.mark.timeout(1200)
@@ -138,8 +112,6 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
             if population.ledger.pseudonym(user) in population.ledger.catalog:
                 population.verify(user)
         # New experience while nobody trains keeps every round busy.
-        from tests.streams import experience
-
         population.enqueue_many(
             (user, [_renamed(task, f"round-{kills}-{task.event_id}") for task in tasks[:4]])
             for user, tasks in experience(population.settings)
