@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from populace.workers.placement import place_shards
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.step import Step
 from tests import tiny
+from tests.loading import measure
 
 Make = Callable[..., ShardEngine]
 
@@ -89,29 +87,6 @@ def test_a_trillion_parameters_are_placed_on_64_devices_of_80_gb() -> None:
     assert max(held) < 80e9
 
 
-_LOAD = """
-import json, resource, sys
-from pathlib import Path
-import torch
-from populace.workers import base
-def peak():
-    fields = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(fields["VmHWM"].split()[0]) * 1024
-def now():
-    fields = dict(line.split(":") for line in open("/proc/self/status"))
-    return int(fields["VmRSS"].split()[0]) * 1024
-folder, rank, shards = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-warm = base.BaseModel(Path(sys.argv[4]), torch.float32)  # code and allocator, before anything is counted
-open("/proc/self/clear_refs", "w").write("5")  # peak := now
-before = now()
-model = base.BaseModel(folder, torch.float32, rank, shards)
-held = sum(p.numel() * 4 for p in (*model.decoder.parameters(), model.head_VD, model.embeddings_VD))
-for layer in model.decoder.layers:
-    held += (layer.mlp.experts.gate_up_EOD.numel() + layer.mlp.experts.down_EDI.numel()) * 4
-print(json.dumps({"grown": peak() - before, "held": held, "read": model.bytes_read}))
-"""
-
-
 def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_path: Path) -> None:
     """200 MB of experts, so that the interpreter's own memory does not hide them."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -126,11 +101,7 @@ def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_p
     placement = place_shards(8, 2)
     read = []
     for rank in range(2):
-        process = subprocess.run(
-            [sys.executable, "-c", _LOAD, str(tmp_path), str(rank), "2", str(bases["mixtral"])],
-            capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-        )  # fmt: skip
-        found = json.loads(process.stdout.splitlines()[-1])
+        found = measure(tmp_path, rank, 2, bases["mixtral"])
         share = 4 * sum(tensors[name] for name in placement.tensors_of(rank, tensors))
         assert found["read"] == share, "bytes read are the share's, to the byte"
         assert found["held"] >= 0.99 * share

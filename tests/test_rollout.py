@@ -14,20 +14,17 @@ from transformers import AutoModelForCausalLM
 from populace.workers.attention import PackedAttention
 from populace.workers.base import token_logprobs
 from populace.workers.batch import (
-    AdapterBatch,
     AdapterKey,
     RolloutGroup,
     RolloutRequest,
-    ScoredSample,
     StepResult,
-    TrainGroup,
     WaveBatch,
 )
 from populace.workers.engine import ShardEngine
-from populace.workers.gates import Gate
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.step import Step
 from tests import tiny
+from tests.routing import NoisyGate, learn_from
 from tests.test_fused_step import admit
 
 Make = Callable[..., ShardEngine]
@@ -191,27 +188,6 @@ def test_positions_with_unknown_experts_route_natively_and_leave_the_loss(make_e
     assert rows.target_masked_N.nonzero().flatten().tolist() == [3]
 
 
-class NoisySelection:
-    """A gate whose selection is disturbed, as other kernels or an engine of another make would disturb it."""
-
-    def __init__(self, gate: Gate, noise: float) -> None:
-        self.gate, self.noise, self.w_ED = gate, noise, gate.w_ED
-        self._generator = torch.Generator().manual_seed(1)
-
-    def affinity(self, x_TD: torch.Tensor) -> torch.Tensor:
-        affinity_TE = self.gate.affinity(x_TD)
-        self._noisy_TE = affinity_TE.detach() * (
-            1 + self.noise * torch.randn(affinity_TE.shape, generator=self._generator)
-        )
-        return affinity_TE
-
-    def select(self, affinity_TE: torch.Tensor) -> torch.Tensor:
-        return self.gate.select(self._noisy_TE)
-
-    def weigh(self, affinity_TK: torch.Tensor) -> torch.Tensor:
-        return self.gate.weigh(affinity_TK)
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_replay_keeps_the_trainer_with_the_rollout_when_the_router_is_noisy(make_engine: Make, family: str) -> None:
     engine = make_engine(family)
@@ -222,7 +198,7 @@ def test_replay_keeps_the_trainer_with_the_rollout_when_the_router_is_noisy(make
     def train(noise: float, replay: bool) -> StepResult:
         for layer in engine.base.decoder.layers[engine.base.dims.num_dense_layers :]:
             gate = getattr(layer.mlp.gate, "gate", layer.mlp.gate)
-            layer.mlp.gate = NoisySelection(gate, noise) if noise else gate
+            layer.mlp.gate = NoisyGate(gate, noise, 1) if noise else gate
         engine.reset()
         admit(engine, numbers)
         return engine.train_wave(WaveBatch(adapters=tuple(learn_from(group, replay) for group in groups)))
@@ -251,23 +227,3 @@ def test_tokens_whose_routing_cannot_be_mapped_are_counted(make_engine: Make) ->
     batch = dataclasses.replace(batch, groups=(dataclasses.replace(batch.groups[0], samples=samples),))
     (update,) = engine.train_wave(WaveBatch(adapters=(batch,))).updates
     assert update.metrics["masked_share"] == pytest.approx(1 / update.metrics["tokens"])
-
-
-def learn_from(group: RolloutGroup, replay: bool) -> AdapterBatch:
-    """A rollout as a task to learn from, with or without its routing record."""
-    samples = tuple(
-        ScoredSample(
-            sample=sample if replay else dataclasses.replace(sample, expert_ids=None),
-            reward=float(place),
-            base_logprobs=None,
-        )
-        for place, sample in enumerate(group.samples)
-    )
-    task = TrainGroup(
-        event_id=group.event_id,
-        kind="task",
-        prompt_ids=group.prompt_ids,
-        prompt_expert_ids=group.prompt_expert_ids if replay else None,
-        samples=samples,
-    )
-    return AdapterBatch(adapter=group.adapter, groups=(task,))

@@ -109,12 +109,6 @@ class Slab:
         slot = self.slots[key]
         return self.shard.is_home(slot.arena, slot.row)
 
-    def own_parts(self, slot: Slot) -> dict[int, tuple[int, int]]:
-        """Ranges of the slot's row that this shard keeps: expert -> (start, end), the dense part under -1."""
-        layout = self.arenas[slot.arena].layout
-        parts = {-1: (0, layout.dense_size)} if self.shard.is_home(slot.arena, slot.row) else {}
-        return parts | {expert: layout.expert_range(place) for place, expert in enumerate(self.shard.experts)}
-
     def clear_gradient(self, key: AdapterKey) -> None:
         slot = self.slots[key]
         self._own_range(slot, self.arenas[slot.arena].grads).zero_()

@@ -5,9 +5,7 @@ The step's base is a random Mixtral of 48 M parameters; loading is also measured
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +18,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import ray
-import torch
-from torch import Tensor
 
 from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
 from populace.storage.objects import MemoryStore
@@ -30,13 +26,11 @@ from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
     RolloutRequest,
-    ScoredSample,
-    TrainGroup,
     WaveBatch,
 )
 from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
+from populace.workers.families import dims_of
 from populace.workers.footprint import config_of, tensors_of
-from populace.workers.gates import Gate
 from populace.workers.group import NAMESPACE, ShardGroup
 from populace.workers.layout import AdapterSpec
 from populace.workers.placement import place_shards
@@ -44,6 +38,8 @@ from populace.workers.prepare import find_prepared
 from populace.workers.train_step import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.step import build_base, demonstration
+from tests.loading import measure
+from tests.routing import NoisyGate, learn_from
 
 matplotlib.use("Agg")
 USERS, TOKENS = 32, 64
@@ -131,60 +127,15 @@ def steps(folder: Path, store: Path) -> Iterator[Figure]:
             group.stop()
 
 
-_LOAD = """
-import json, sys, time
-from pathlib import Path
-import torch
-from populace.workers import base
-def status(name):
-    return int(dict(line.split(":") for line in open("/proc/self/status"))[name].split()[0]) * 1024
-base.BaseModel(Path(sys.argv[4]), torch.float32)  # code and allocator, before anything is counted
-open("/proc/self/clear_refs", "w").write("5")
-before, start = status("VmRSS"), time.perf_counter()
-model = base.BaseModel(Path(sys.argv[1]), torch.float32, int(sys.argv[2]), int(sys.argv[3]))
-print(json.dumps({"grown": status("VmHWM") - before, "seconds": time.perf_counter() - start, "read": model.bytes_read}))
-"""
-
-
 def loading(folder: Path, name: str, tiny: Path) -> Iterator[Figure]:
-    tensors = tensors_of(config_of(str(folder)))
-    num_experts = config_of(str(folder)).num_local_experts
+    tensors, num_experts = tensors_of(config_of(str(folder))), dims_of(folder).num_experts
     for shards in (1, 2):
         placement = place_shards(num_experts, shards)
-        grown, read = [], []
+        grown = []
         for rank in range(shards):
-            arguments = [str(folder), str(rank), str(shards), str(tiny)]
-            done = subprocess.run(
-                [sys.executable, "-c", _LOAD, *arguments], capture_output=True, text=True, check=True,
-                env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-            )  # fmt: skip
-            found = json.loads(done.stdout.splitlines()[-1])
             share = sum(tensors[tensor] for tensor in placement.tensors_of(rank, tensors))
-            grown.append(found["grown"] / (4 * share))
-            read.append(found["read"] / (4 * share))
+            grown.append(measure(folder, rank, shards, tiny)["grown"] / (4 * share))
         yield figure(f"{name}: peak memory of loading over a shard's share, {shards} shards", grown, "x", at_most=1.10)
-
-
-class NoisyGate:
-    """A family's gate with noise in its router, as other kernels or an older revision of the numbers would make it."""
-
-    def __init__(self, gate: Gate, noise: float, seed: int) -> None:
-        self.gate, self.noise = gate, noise
-        self._generator = torch.Generator().manual_seed(seed)
-        self.w_ED = gate.w_ED
-
-    def affinity(self, x_TD: Tensor) -> Tensor:
-        affinity_TE = self.gate.affinity(x_TD)
-        draws_TE = torch.randn(affinity_TE.shape, generator=self._generator)
-        # Relative noise of the selection alone: who is chosen changes, not what the chosen count for.
-        self._noisy_TE = affinity_TE.detach() * (1 + self.noise * draws_TE)
-        return affinity_TE
-
-    def select(self, affinity_TE: Tensor) -> Tensor:
-        return self.gate.select(self._noisy_TE)
-
-    def weigh(self, affinity_TK: Tensor) -> Tensor:
-        return self.gate.weigh(affinity_TK)
 
 
 def routing(folder: Path, figures_folder: Path) -> Iterator[Figure]:
@@ -200,42 +151,18 @@ def routing(folder: Path, figures_folder: Path) -> Iterator[Figure]:
                 layer.mlp.gate = NoisyGate(gate, noise, number)
             engine.reset()
             engine.page_in(REFS, True)
-            result = engine.train_wave(_logged(groups, name == "replay"))
+            lessons = tuple(learn_from(group, name == "replay") for group in groups)
+            result = engine.train_wave(WaveBatch(adapters=lessons))
             table[name].append(float(np.mean([update.metrics["rollout_kl"] for update in result.updates])))
-        table["out of route"].append(result_share(engine, groups, gates, noise))
+            if name == "replay":
+                otherwise, replayed = result.out_of_route
+                table["out of route"].append(otherwise / replayed)
     for name in ("replay", "no replay"):
         for noise, kl in zip(NOISES, table[name], strict=True):
             yield figure(f"KL(rollout, trainer), router noise {noise:g}, {name}", [kl], "nats")
     for noise, share in zip(NOISES, table["out of route"], strict=True):
         yield figure(f"selections out of route, router noise {noise:g}", [share], "")
     _draw(table, figures_folder)
-
-
-def result_share(engine: ShardEngine, groups: Sequence[Any], gates: Sequence[Gate], noise: float) -> float:
-    for number, (layer, gate) in enumerate(zip(engine.base.decoder.layers, gates, strict=True)):
-        layer.mlp.gate = NoisyGate(gate, noise, number)
-    engine.reset()
-    engine.page_in(REFS, True)
-    otherwise, replayed = engine.train_wave(_logged(groups, True)).out_of_route
-    return otherwise / replayed
-
-
-def _logged(groups: Sequence[Any], with_routes: bool) -> WaveBatch:
-    batches = []
-    for group in groups:
-        samples = tuple(
-            ScoredSample(
-                sample=sample if with_routes else replace(sample, expert_ids=None), reward=float(place),
-                base_logprobs=None,
-            )
-            for place, sample in enumerate(group.samples)
-        )  # fmt: skip
-        routes = group.prompt_expert_ids if with_routes else None
-        task = TrainGroup(
-            event_id=group.event_id, kind="task", prompt_ids=group.prompt_ids, prompt_expert_ids=routes, samples=samples
-        )
-        batches.append(AdapterBatch(adapter=group.adapter, groups=(task,)))
-    return WaveBatch(adapters=tuple(batches))
 
 
 def _draw(table: dict[str, list[float]], folder: Path) -> None:
@@ -279,10 +206,10 @@ def main(names: Sequence[str]) -> None:
                 num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error", namespace=NAMESPACE,
                 runtime_env={"env_vars": variables},
             )  # fmt: skip
-        for part, measure in parts.items():
+        for part, take in parts.items():
             if names and part not in names:
                 continue
-            for item in measure():
+            for item in take():
                 figures.append(item)
                 print(f"{item.name}: {item.median:.3g} ({item.min:.3g} to {item.max:.3g}) {item.unit}", flush=True)
     if not names:
