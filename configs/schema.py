@@ -97,11 +97,68 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True)
+class TenantSettings:
+    """A group of users. Users whose id begins with `NAME/` belong to the tenant of that name."""
+
+    weight: float = 1.0
+    """Its share of the waves, against the other tenants that have something waiting."""
+
+
+@dataclass(frozen=True)
 class SchedulerSettings:
+    """Who is updated next, and what one wave may take; try values out with `populace simulate`."""
+
     max_adapters_per_wave: int = 16
     events_per_update: int = 2
     slots: int = 64
     """Adapters that a shard holds in device memory at most."""
+    max_tokens_per_wave: int = 1 << 20
+    """Prompt and completion tokens of one wave, estimated at three bytes of text each."""
+    max_rank_per_wave: int | None = None
+    """Sum of the ranks of a wave's adapters."""
+    max_load_mb_per_wave: float | None = None
+    """Adapters that one wave may page in, in megabytes."""
+    min_events: int = 1
+    """Fewer events than this wait for more, until they have waited for `patience_s`."""
+    patience_s: float = 60.0
+    cool_down_s: float = 0.0
+    """Least time between two updates of a user."""
+    residency_bonus_s: float = 2.0
+    """A user whose adapter is hot counts as having waited this much longer."""
+    evidence_bonus_s: float = 2.0
+    """So does a user with twice the events of an update, and others in proportion."""
+    weight: float = 1.0
+    """Of the users that belong to no tenant."""
+    tenants: dict[str, TenantSettings] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResidencySettings:
+    """Where adapters are kept besides the slots: in a shard's memory (warm), on its local disk (near), and in the store
+    (cold)."""
+
+    warm_mb: float = 512.0
+    near_mb: float = 0.0
+    """0: nothing is kept on the local disk."""
+    near_folder: str = "/tmp/populace-near"
+    """Sealed blobs by digest; safe to delete at any time."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How experience gets in."""
+
+    linger_ms: float = 0.0
+    """How long a segment waits for more events before it is written. Events that come while the one before is being
+    written share the next one anyway."""
+    max_waiting_mb: float = 64.0
+    """More than this waiting to be written is refused with `Overloaded`, which says when to try again."""
+    cache_mb: float = 64.0
+    """Segments that a controller keeps in memory."""
+    compact_every_segments: int = 2000
+    """How far a partition's experience log grows before what is consumed is cut off."""
+    gateway: bool = False
+    """Whether a run starts the gateway actor, which gathers many small producers inside the Ray cluster."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +206,12 @@ class RunSettings:
     """Opening a population replays at most about this many records per partition."""
     threads: int = 0
     """Threads of a shard's tensor operations; 0 means all processors."""
+    pipelined: bool = True
+    """Plan, page and roll out the next waves while this one trains, and publish behind it. False: one after another."""
+    controller: str = "main"
+    """Controllers of different names share a population's partitions, and take over from those that die."""
+    store_retry_s: float = 5.0
+    """How often a run whose store is away looks whether it is back."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +239,8 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     rewards: RewardSettings = field(default_factory=RewardSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    residency: ResidencySettings = field(default_factory=ResidencySettings)
+    stream: StreamSettings = field(default_factory=StreamSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
 
@@ -209,6 +274,13 @@ _POSITIVE = [
     "scheduler.max_adapters_per_wave",
     "scheduler.events_per_update",
     "scheduler.slots",
+    "scheduler.max_tokens_per_wave",
+    "scheduler.min_events",
+    "scheduler.weight",
+    "stream.max_waiting_mb",
+    "stream.cache_mb",
+    "stream.compact_every_segments",
+    "run.store_retry_s",
     "evaluation.every_waves",
     "evaluation.samples_per_task",
     "evaluation.max_tasks",
@@ -223,6 +295,13 @@ _NOT_NEGATIVE = [
     "optimizer.weight_decay",
     "run.threads",
     "evaluation.tolerance",
+    "scheduler.patience_s",
+    "scheduler.cool_down_s",
+    "scheduler.residency_bonus_s",
+    "scheduler.evidence_bonus_s",
+    "residency.warm_mb",
+    "residency.near_mb",
+    "stream.linger_ms",
     "shard.max_restarts",
 ]
 _FRACTIONS = [
@@ -232,6 +311,35 @@ _FRACTIONS = [
     "evaluation.heldout_share",
     "evaluation.confidence",
 ]
+
+
+def _scheduler_problems(settings: Settings) -> list[str]:
+    """Budgets must have room for any one user, or somebody would wait for ever."""
+    scheduler, found = settings.scheduler, []
+    most = settings.train.max_sequence_length * scheduler.events_per_update
+    most += settings.rollout.samples_per_task * settings.rollout.max_new_tokens * scheduler.events_per_update
+    if scheduler.max_tokens_per_wave < most:
+        found.append(
+            f"scheduler.max_tokens_per_wave is {scheduler.max_tokens_per_wave}; one user's update can have {most} "
+            "tokens (events_per_update times the longest sequence and its samples), use at least that"
+        )
+    rank = max([settings.adapter.rank, *settings.user_ranks.values()])
+    if scheduler.max_rank_per_wave is not None and scheduler.max_rank_per_wave < rank:
+        found.append(
+            f"scheduler.max_rank_per_wave is {scheduler.max_rank_per_wave}; an adapter has rank {rank}, use that"
+        )
+    if scheduler.max_load_mb_per_wave is not None and not scheduler.max_load_mb_per_wave > 0:
+        found.append(f"scheduler.max_load_mb_per_wave is {scheduler.max_load_mb_per_wave}; use a number above zero")
+    for name, tenant in scheduler.tenants.items():
+        if not tenant.weight > 0:
+            found.append(f"scheduler.tenants[{name!r}].weight is {tenant.weight}; use a number above zero")
+        if not name or "/" in name:
+            found.append(
+                f"scheduler.tenants has {name!r}; a tenant's name has no slash, its users' ids begin with NAME/"
+            )
+    if not settings.run.controller or not all(char.isalnum() or char in "-_." for char in settings.run.controller):
+        found.append(f"run.controller is {settings.run.controller!r}; use letters, digits, '-', '_' and '.'")
+    return found
 
 
 def setting(settings: Settings, path: str) -> object:
@@ -264,6 +372,7 @@ def problems(settings: Settings) -> list[str]:
             f"scheduler.slots is {settings.scheduler.slots}; use at least twice max_adapters_per_wave "
             f"({settings.scheduler.max_adapters_per_wave}), so that a tip and its serving revision fit together"
         )
+    found += _scheduler_problems(settings)
     for user, rank in settings.user_ranks.items():
         if rank < 1:
             found.append(f"user_ranks[{user!r}] is {rank}; use a rank of at least 1")

@@ -10,33 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from populace.configs.schema import RolloutSettings, Settings, problems
 from populace.population.chat import Chat
-from populace.population.experience import (
-    Command,
-    Forget,
-    LogEvent,
-    Messages,
-    Pin,
-    Rollback,
-    check_event,
-    check_prompt,
-    check_user,
-    encode_event,
-)
-from populace.population.ledger import Ledger
+from populace.population.experience import Command, Forget, LogEvent, Messages, Pin, Rollback, check_prompt, check_user
+from populace.population.ledger import Ledger, Reading
 from populace.population.meta import PopulationMeta, check_name, verify_digest
-from populace.population.trials import revision_ref
-from populace.storage.errors import InvalidInput, ObjectNotFound, OwnerAlive
+from populace.population.producer import Producer
+from populace.population.stream import partition_of
+from populace.population.trials import estimate_tokens, revision_ref
+from populace.storage.commit import RevisionLogReader
+from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.keys import Keyring, PublicKey
 from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store
 from populace.storage.probe import require_safe
-from populace.storage.records import Rotate, Verdict
+from populace.storage.records import Batch, Position, Rotate, Settled, SettledEvent, Verdict, WaveManifest
 from populace.storage.repack import RepackReport, RetentionRule
 from populace.storage.states import AdapterState, RevisionState
 from populace.storage.verify import Findings, verify_partition
@@ -45,6 +38,7 @@ from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec
 from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.prepare import PreparedBase, find_base, find_prepared
+from populace.workers.residency import ResidencyBudget
 from populace.workers.train_step import TrainerSettings
 
 
@@ -60,6 +54,8 @@ class PopulationStatus:
     promoted: int
     rejected: int
     pending_events: int
+    oldest_wait_s: float
+    """Of the user who has waited longest for an update."""
     heldout_tasks: int
     settled_events: int
     forgotten: int
@@ -83,13 +79,30 @@ class RevisionInfo:
     verdicts: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkedEvent:
+    """An event that was given up, and why."""
+
+    user: str
+    position: Position
+    """Its place in the experience log of the user's partition."""
+    reason: str
+    detail: str
+    """What the user's reward said."""
+
+
 class Population:
-    """A population in a store. Opening reads its logs; nothing here writes a revision log without saying so."""
+    """A population in a store. Nothing here writes a revision log without saying so."""
 
     def __init__(self, settings: Settings, store: ObjectStore, meta: PopulationMeta) -> None:
         self.settings, self.store, self.meta = settings, store, meta
-        self.ledger = Ledger(store, meta)
+        self.producer = Producer(store, meta, rewards=settings.rewards.functions, settings=settings.stream)
         self._engine: ShardEngine | None = None
+
+    @functools.cached_property
+    def ledger(self) -> Ledger:
+        """Logs and catalog; who only enqueues needs neither."""
+        return Ledger(self.store, self.meta, reading=reading_of(self.settings), producer=self.producer)
 
     @staticmethod
     def create(store: str | ObjectStore, settings: Settings | None = None, **fields: Any) -> Population:
@@ -128,41 +141,36 @@ class Population:
         return Population(settings, opened, meta)
 
     def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
-        """Make a user's events durable, in order; returns their number. All are checked before any is written.
-        Sending an event again (same id, same content) is harmless."""
-        return self.enqueue_many([(user, events)])
+        """Make a user's events durable, in order; returns their number. See `Producer.enqueue`."""
+        return self.producer.enqueue(user, events)
 
     def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
         """`enqueue` for many users at once; their events share segments."""
-        events_of: dict[str, list[LogEvent]] = {}
-        num_events = 0
-        for user, events in pairs:
-            check_user(user)
-            if not isinstance(events, Iterable):
-                raise InvalidInput(f"events of user {user!r} are {events!r}; give a list of events")
-            own = events_of.setdefault(user, [])
-            for event in events:
-                check_event(event, self.settings.rewards.functions)
-                encode_event(event)
-                own.append(event)
-                num_events += 1
-        self.ledger.enqueue(events_of)
-        return num_events
+        return self.producer.enqueue_many(pairs)
+
+    async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
+        """`enqueue` for asyncio."""
+        return await self.producer.enqueue_async(user, events)
+
+    async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
+        """`enqueue_many` for asyncio."""
+        return await self.producer.enqueue_many_async(pairs)
 
     def status(self) -> PopulationStatus:
         self.ledger.refresh()
-        catalog, queues = self.ledger.catalog, self.ledger.pending.queues.values()
+        catalog, pending = self.ledger.catalog, self.ledger.pending
         decisions = catalog.count_decisions()
         return PopulationStatus(
             name=self.meta.name,
             base=self.meta.base,
-            users=len(queues),
+            users=len({*pending.pseudonyms(), *(adapter.pseudonym for adapter in catalog)}),
             adapters=len(catalog),
             revisions=catalog.revisions.size,
             promoted=decisions["promote"],
             rejected=decisions["reject"],
-            pending_events=self.ledger.pending.num_pending(),
-            heldout_tasks=sum(len(queue.heldout) for queue in queues),
+            pending_events=pending.num_pending(),
+            oldest_wait_s=round(pending.oldest_wait_s(), 1),
+            heldout_tasks=pending.num_heldout(),
             settled_events=catalog.num_settled.total(),
             forgotten=len(catalog.forgotten()),
             running=any(catalog.owned.values()),
@@ -260,13 +268,33 @@ class Population:
         interrupted, do it again."""
         with self._claimed() as ledger:
             master = ledger.rewrap_keys()
-        self.ledger.secrets = ledger.secrets
+        self.producer.secrets = ledger.secrets
         return master
 
+    def parked(self, user: str | None = None) -> list[ParkedEvent]:
+        """Events that were given up because they failed too often, of one user or of everybody. Reads the whole
+        history."""
+        self.ledger.refresh()
+        wanted = None if user is None else self.ledger.pseudonym(check_user(user))
+        found = []
+        for partition in self.ledger.readers:
+            for pseudonym, item in parked_events(self.store, self.meta, partition):
+                if wanted in (None, pseudonym):
+                    with contextlib.suppress(Forgotten):
+                        detail = self.ledger.seals.detail(pseudonym, item)
+                        name = self.ledger.keys.get(pseudonym).user
+                        found.append(
+                            ParkedEvent(user=name, position=item.event.position, reason=item.reason, detail=detail)
+                        )
+        return found
+
     @contextlib.contextmanager
-    def _claimed(self) -> Iterator[Ledger]:
+    def _claimed(self, user: str | None = None) -> Iterator[Ledger]:
+        """The population's only owner, or that of one user's partition."""
         ledger = Ledger(self.store, self.meta)
-        ledger.claim(self.settings.run.takeover_s)
+        partitions = None if user is None else [partition_of(user, self.meta.partitions)]
+        ledger.claim(self.settings.run.takeover_s, partitions)
+        ledger.read_experience()
         try:
             yield ledger
         finally:
@@ -277,7 +305,7 @@ class Population:
         """Put a command into the user's stream; with no controller alive, obey it here."""
         self.ledger.enqueue({user: [command]})
         try:
-            with self._claimed() as ledger:
+            with self._claimed(user) as ledger:
                 done = ledger.obey_commands()
         except OwnerAlive:
             return False
@@ -354,6 +382,11 @@ class Population:
             store_url=self.store.url,
             population=self.meta.name,
             slots=self.settings.scheduler.slots,
+            residency=ResidencyBudget(
+                warm_bytes=int(self.settings.residency.warm_mb * 1e6),
+                near_bytes=int(self.settings.residency.near_mb * 1e6),
+                near_folder=self.settings.residency.near_folder,
+            ),
             threads=self.settings.run.threads,
             eos_ids=chat.eos_ids,
             trainer=TrainerSettings.of(self.settings.train, self.settings.optimizer),
@@ -373,6 +406,29 @@ class Population:
         if self._engine is None:
             self._engine = ShardEngine(self.shard_settings(base, chat), self.store)
         return self._engine, chat
+
+
+def reading_of(settings: Settings) -> Reading:
+    """How a process with these settings looks at experience."""
+    return Reading(
+        cache_bytes=int(settings.stream.cache_mb * 1e6),
+        price=functools.partial(estimate_tokens, rollout=settings.rollout),
+        events_per_update=settings.scheduler.events_per_update,
+        tenants=tuple(settings.scheduler.tenants),
+    )
+
+
+def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> Iterator[tuple[str, SettledEvent]]:
+    """(pseudonym, event) of everything that was parked in a partition, oldest first."""
+    reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
+    for _, whole in reader.read_new():
+        for record in whole.records if isinstance(whole, Batch) else [whole]:
+            settled: list[tuple[str, SettledEvent]] = []
+            if isinstance(record, WaveManifest):
+                settled = [(entry.pseudonym, item) for entry in record.revisions for item in entry.settled]
+            elif isinstance(record, Settled):
+                settled = [(record.pseudonym, item) for item in record.events]
+            yield from ((pseudonym, item) for pseudonym, item in settled if item.reason.startswith("parked: "))
 
 
 def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:

@@ -2,9 +2,18 @@
 
     enqueue -> experience log -> pending index -> form_wave -> page in -> roll out -> score -> train
                                                                                                |
-                                        evaluate <- apply to the catalog <- commit <-----------+
+                                        evaluate <- apply to the catalog <- publish <----------+
 
-`run_once` is this picture. Every stage is a call that returns a value to it; no stage calls the next one.
+`run_once` is this picture for one wave. Around it the next waves are already on their way and the last one is still
+being published:
+
+    wave n+2   plan, prefetch
+    wave n+1                    roll out
+    wave n                                 score, train
+    wave n-1                                             publish
+
+A user is in one of these at most, so that no update waits for another. Calls to the workers go through one lane, in the
+order in which they are made. Every stage returns a value to `run_once`; no stage calls the next one.
 """
 
 from __future__ import annotations
@@ -12,37 +21,38 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from statistics import fmean
+
+import numpy as np
 
 from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.exams import Examiner
 from populace.population.ledger import Ledger
+from populace.population.outcomes import MAX_TRIES, MemberOutcome, account_for
+from populace.population.pending import PENDING, REASONS
 from populace.population.prepare import Prepared, prepare_member
-from populace.population.scheduler import Budget, Wave, WaveMember, form_wave
+from populace.population.publish import Publication, Publisher
+from populace.population.scheduler import Budget, Policy, Served, Wave, WaveMember, form_wave, wave_of
 from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
-from populace.storage.commit import RevisionDraft
 from populace.storage.errors import PopulaceError
-from populace.storage.loading import blob_context
 from populace.storage.records import AdapterCreated, Attempt, Record, Settled, SettledEvent, Tombstone, Verdict
 from populace.storage.repack import RetentionRule
 from populace.storage.states import AdapterState
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
-    AdapterUpdate,
+    AdapterRef,
+    Paging,
     ScoredSample,
     StepResult,
     TrainGroup,
     WaveBatch,
-    encode_evidence,
 )
-from populace.workers.layout import AdapterSpec
-
-MAX_LONE_ATTEMPTS = 3
+from populace.workers.layout import AdapterSpec, layout_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,138 +69,303 @@ class WaveReport:
     """Share of replayed selections that the trainer's own gates would have made otherwise; None without any."""
     verdicts: tuple[Verdict, ...]
     seconds: Mapping[str, float]
-    """Stage -> wall time."""
+    """Stage -> wall time that this turn spent in it; what other waves' stages took beside it isn't in here."""
+    paging: Paging
+    """Where the wave's adapters were found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredRollouts:
-    """Rewarded rollouts by (user, event), and the events whose reward failed."""
+class PlannedWave:
+    """A wave whose attempt is logged and whose adapters are on their way into memory."""
 
-    groups: dict[tuple[str, str], TrainGroup]
-    failed: dict[tuple[str, str], str]
+    wave: Wave
+    adapters: dict[str, AdapterState]
+    prepared: tuple[Prepared, ...]
+    refs: tuple[AdapterRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollingWave:
+    """A wave whose rollouts are under way, or done."""
+
+    planned: PlannedWave
+    rollouts: Future[list[Rollout]]
+    paging: list[Paging]
+    """One, once the adapters are hot."""
 
 
 class Controller:
-    """Owns the population's partitions while it lives. `ledger` must be claimed."""
+    """Owns partitions of a population while it lives. `ledger` must have claimed or joined."""
 
     def __init__(self, settings: Settings, ledger: Ledger, workers: Workers, chat: Chat, score: Score) -> None:
         self.settings, self.ledger, self.workers, self.chat = settings, ledger, workers, chat
         self.trials = Trials(settings, workers, chat, score)
         self.examiner = Examiner(self.trials, ledger)
+        self.publisher = Publisher(ledger, settings_as_dict(settings), chat.template_digest())
+        self._lane = ThreadPoolExecutor(1, thread_name_prefix="populace-workers")
         self.meet_workers()
         self.num_waves = 0
+        self._served = Served.nothing(1 + len(settings.scheduler.tenants))
+        self._planned: PlannedWave | None = None
+        self._rolling: RollingWave | None = None
+        self._publication: Publication | None = None
+        self._renaming: Future[None] | None = None
+        self._busy: set[str] = set()
+        """Users in an uncommitted wave."""
         self._suspects: dict[str, tuple[int, int]] = {}
         self.suspect_unfinished()
 
     def run_once(self) -> WaveReport | None:
-        """One wave from pending experience to committed revisions; None when nobody has any."""
+        """One wave from pending experience to revisions; None when nobody has any. When the run is pipelined the
+        wave may still be on its way into the store when this returns; `quiesce` waits for it."""
         clock = _Clock()
-        self.ledger.read_experience()
-        self._obey_commands()
-        self._park_killers()
-        budget = Budget(
-            max_adapters=self.settings.scheduler.max_adapters_per_wave,
-            events_per_update=self.settings.scheduler.events_per_update,
-        )
-        wave = form_wave(self.ledger.pending.queues.values(), budget, alone=self._suspected_users())
-        if wave is None:
-            return None
-        adapters = self._admit(wave)
-        clock.lap("form")
-        self.workers.page_in([tip_ref(adapters[member.pseudonym]) for member in wave.members], True)
-        clock.lap("page")
-        prepared = [self._prepare(member, adapters[member.pseudonym]) for member in wave.members]
-        rollouts = self.trials.roll_out([request for item in prepared for request in item.requests])
-        clock.lap("rollout")
-        scored = self._score(rollouts, {member.pseudonym: member for member in wave.members})
-        clock.lap("score")
-        batch, settled = self._batch(wave, prepared, scored)
         try:
-            result = self.workers.train_wave(batch)
+            current, self._rolling = self._rolling or self._roll_out(self._plan()), None
+            clock.lap("plan")
+            if current is None:
+                return None
+            rollouts = current.rollouts.result()
+            self.ledger.pending.mark_hot(current.paging[0].hot)
+            clock.lap("rollout")
+            self._look_ahead()
+            clock.lap("plan")
+            batch, outcomes = self._batch(current.planned, self._score(current.planned, rollouts))
+            clock.lap("score")
+            training = self._lane.submit(self.workers.train_wave, batch)
+            self.settle()
+            clock.lap("publish")
+            result = training.result()
             clock.lap("train")
-            num_revisions, num_settled = self._commit(wave, batch, result, settled)
+            self._publication = self.publisher.start(
+                current.planned.wave, current.planned.adapters, outcomes, result, self.numerics
+            )
+            self.num_waves += 1
+            if self._rolling is None:
+                self.quiesce()
+            clock.lap("publish")
+            verdicts = self._keep_up(clock)
         except BaseException:
-            # A slot whose commit isn't known is dirty: whatever is in it must not be trained on or served.
-            with contextlib.suppress(PopulaceError):
-                self.workers.evict([item.adapter for item in batch.adapters])
+            self.abandon()
             raise
-        clock.lap("commit")
-        self.num_waves += 1
-        verdicts: list[Verdict] = []
-        if self.num_waves % self.settings.evaluation.every_waves == 0:
-            verdicts = self.examiner.evaluate()
-            clock.lap("evaluate")
-        if self.num_waves % self.settings.retention.every_waves == 0:
-            self.ledger.repack(RetentionRule(last=self.settings.retention.last))
-            clock.lap("repack")
-        self.ledger.checkpoint(self.settings.run.checkpoint_every_records)
-        return _report(wave, result, num_revisions, num_settled, verdicts, clock.seconds)
+        return _report(current, outcomes, result, verdicts, clock.seconds)
+
+    def settle(self) -> None:
+        """Wait until the last wave is in the store, and let the catalog and the slots follow."""
+        publication, self._publication = self._publication, None
+        if publication is None:
+            return
+        try:
+            publication.written.result()
+        except BaseException:
+            self._lane.submit(self.workers.evict, [old for old, _ in publication.renamed])
+            raise
+        finally:
+            for header, record in publication.records:
+                self.ledger.apply(header, record)
+            self._set_free(publication.pseudonyms)
+        # Before whatever the workers are asked next.
+        self._renaming = self._lane.submit(self.workers.committed, publication.renamed)
+
+    def quiesce(self) -> None:
+        """`settle`, and wait until the workers know."""
+        self.settle()
+        if self._renaming is not None:
+            renaming, self._renaming = self._renaming, None
+            renaming.result()
+
+    def abandon(self) -> None:
+        """Forget what is under way; whatever isn't committed is still pending. A slot whose commit isn't known is
+        dirty: what is in it must not be trained on or served."""
+        if self._rolling is not None:
+            self._rolling.rollouts.cancel()
+        with contextlib.suppress(PopulaceError):
+            self.settle()
+        self._planned = self._rolling = None
+        keys = self._keys_of(self._busy)
+        self._set_free(self._busy)
+        with contextlib.suppress(PopulaceError):
+            self._lane.submit(self.workers.evict, keys).result()
+
+    def withdraw(self) -> None:
+        """Take back the attempts that haven't begun to train: an orderly end must not make them suspect."""
+        self.quiesce()
+        waves = [self._planned] if self._planned is not None else []
+        if self._rolling is not None:
+            self._rolling.rollouts.exception()
+            waves.append(self._rolling.planned)
+        self._planned = self._rolling = None
+        for planned in waves:
+            by_partition = _by_partition(planned.wave)
+            self.ledger.append_all([(partition, _attempt(planned.wave, members, is_withdrawn=True))
+                                    for partition, members in by_partition.items()])  # fmt: skip
+            self._set_free(list(planned.adapters))
+
+    def close(self) -> None:
+        """End this controller's threads."""
+        self._lane.shutdown()
+        self.publisher.close()
 
     def meet_workers(self) -> None:
         """Learn what computes: also after a group was started again, maybe on other machines."""
         self.dims, self.numerics = self.workers.describe()
 
-    def suspect_unfinished(self) -> None:
-        """Try the events of attempts that died with their controller, or with the shards, one user at a time."""
-        # Each user's last event that was tried.
-        self._suspects = {
-            pseudonym: max(ref.position for ref in refs)
-            for attempt in self.ledger.catalog.unfinished.values()
-            for pseudonym, refs in attempt.adapters.items()
-            if refs
-        }
+    def suspect_unfinished(self, partitions: Sequence[int] | None = None) -> None:
+        """Try the events of attempts that died with their controller, or with the shards, one user at a time.
+        `partitions`: those that were just taken over; None: all."""
+        for partition in self.ledger.owned() if partitions is None else partitions:
+            for pseudonym, refs in self.ledger.catalog.unfinished.get(partition, {}).items():
+                if refs:  # each user's last event that was tried
+                    self._suspects[pseudonym] = max(ref.position for ref in refs)
+
+    # Planning.
+
+    def _look_ahead(self) -> None:
+        """Let the next wave's rollouts run and the one behind it be prefetched, as long as they are full: a wave that
+        waits a little gathers more users."""
+        # Before an evaluation or a repack nothing may be under way.
+        if not self.settings.run.pipelined or self._is_upkeep_due(self.num_waves + 1):
+            return
+        if self.settings.scheduler.slots < 3 * self.settings.scheduler.max_adapters_per_wave:
+            self.settle()  # no room for the slots of a wave that is still being published
+        following, self._planned = self._planned or self._plan(ahead=True), None
+        self._rolling = self._roll_out(following)
+        if following is not None and not self._is_upkeep_due(self.num_waves + 2):
+            self._planned = self._plan(ahead=True)
+
+    def _plan(self, ahead: bool = False) -> PlannedWave | None:
+        """The next wave, its attempt logged, its adapters on their way; None when nobody has anything, or `ahead` and
+        it would not be full."""
+        self.ledger.read_experience()
+        self._obey_commands()
+        self._park_killers()
+        members = self._choose(ahead)
+        if not members:
+            return None
+        wave = wave_of(members)
+        adapters = self._admit(wave)
+        refs = tuple(tip_ref(adapters[member.pseudonym]) for member in wave.members)
+        self._busy |= adapters.keys()
+        self.ledger.pending.mark_busy(list(adapters), True)
+        self._lane.submit(self.workers.prefetch, refs)
+        prepared = tuple(self._prepare(member, adapters[member.pseudonym]) for member in wave.members)
+        return PlannedWave(wave=wave, adapters=adapters, prepared=prepared, refs=refs)
+
+    def _choose(self, ahead: bool) -> list[WaveMember]:
+        """The users of the next wave with their events."""
+        suspects = self._suspected_users()
+        if suspects:
+            # One user and one event at a time, and nothing beside it: a poisonous event stops nobody else.
+            alone = None if ahead or self._busy else self._member(min(suspects), 1)
+            return [alone] if alone is not None else []
+        pending, scheduler = self.ledger.pending, self.settings.scheduler
+        rows, candidates = pending.candidates(self.ledger.catalog, self._load_bytes_per_rank)
+        choice = form_wave(candidates, self._budget(), policy_of(self.settings), self._served, pending.now())
+        if ahead and not choice.was_cut and len(choice.chosen) < scheduler.max_adapters_per_wave:
+            return []
+        self._served = choice.served
+        names = [pending.pseudonym(row) for row in rows[choice.chosen].tolist()]
+        members = [self._member(name, scheduler.events_per_update) for name in names]
+        return [member for member in members if member is not None]
+
+    def _budget(self) -> Budget:
+        scheduler = self.settings.scheduler
+        megabytes = scheduler.max_load_mb_per_wave
+        largest = self._load_bytes_per_rank * max([self.settings.adapter.rank, *self.settings.user_ranks.values()])
+        return Budget(
+            max_adapters=scheduler.max_adapters_per_wave,
+            max_tokens=scheduler.max_tokens_per_wave,
+            max_rank=scheduler.max_rank_per_wave,
+            max_load_bytes=None if megabytes is None else max(megabytes * 1e6, largest),
+        )
+
+    @property
+    def _load_bytes_per_rank(self) -> float:
+        """Weights and two moments in fp32."""
+        adapter = self.settings.adapter
+        return 12.0 * layout_of(self.dims, adapter.rank, adapter.expert_rank).size / adapter.rank
+
+    def _member(self, pseudonym: str, num_events: int) -> WaveMember | None:
+        """A user's share of a wave: its next events, and what settles with them."""
+        pending = self.ledger.pending
+        row = pending.row_of(pseudonym)
+        assert row is not None
+        partition = int(pending.users["partition"][row])
+        waiting = pending.waiting(pseudonym, num_events)
+        states = {item.position: item.state for item in waiting}
+        events = self.ledger.events(partition, list(states))
+        if not events:
+            return None
+        return WaveMember(
+            user=events[0].user,
+            pseudonym=pseudonym,
+            partition=partition,
+            events=tuple(item for item in events if states[item.ref.position] == PENDING),
+            rejected=tuple(
+                SettledEvent(event=item.ref, reason=REASONS[states[item.ref.position]])
+                for item in events
+                if states[item.ref.position] != PENDING
+            ),
+        )
 
     def _obey_commands(self) -> None:
-        """Commands come between two waves; the workers must not keep what is forgotten."""
-        forgotten = [done.pseudonym for done in self.ledger.obey_commands() if isinstance(done, Tombstone)]
+        """Commands come between two waves of a user; the workers must not keep what is forgotten."""
+        done = self.ledger.obey_commands(self._busy)
+        forgotten = [record.pseudonym for record in done if isinstance(record, Tombstone)]
         if forgotten:
-            self.workers.forget(forgotten)
+            self._lane.submit(self.workers.forget, forgotten).result()
 
     def _suspected_users(self) -> frozenset[str]:
         """Users whose next event is one that was being tried when a controller died."""
-        queues = self.ledger.pending.queues
-        return frozenset(
-            pseudonym
-            for pseudonym, last in self._suspects.items()
-            if pseudonym in queues and any(item.ref.position <= last for item in queues[pseudonym].pending[:1])
-        )
+        suspected = set()
+        for pseudonym, last in list(self._suspects.items()):
+            waiting = self.ledger.pending.waiting(pseudonym, 1)
+            if any(item.position <= last for item in waiting if item.state == PENDING):
+                suspected.add(pseudonym)
+            else:
+                del self._suspects[pseudonym]
+        return frozenset(suspected)
 
     def _park_killers(self) -> None:
         """Settle an event whose attempts died alone too often: it is what kills the controller."""
         for pseudonym, (ref, num_deaths) in list(self.ledger.catalog.lone_attempts.items()):
-            if num_deaths >= MAX_LONE_ATTEMPTS:
-                reason = f"parked: {num_deaths} attempts with this event alone did not survive"
-                queue = self.ledger.pending.queues[pseudonym]
-                settled = [
-                    SettledEvent(event=logged.ref, reason=why)
-                    for logged, why in queue.rejected
-                    if logged.ref.position < ref.position
-                ]
-                settled.append(SettledEvent(event=ref, reason=reason))
-                record = Settled(pseudonym=pseudonym, events=settled, consumed=ref.position)
-                self.ledger.append(self.ledger.catalog.require(pseudonym).partition, record)
-        self.ledger.pending.trim(self.ledger.catalog)
+            adapter = self.ledger.catalog.get(pseudonym)
+            if num_deaths < MAX_TRIES or adapter is None or adapter.partition not in self.ledger.owned():
+                continue
+            if pseudonym in self._busy:
+                continue
+            reason = f"parked: {num_deaths} attempts with this event alone did not survive"
+            before = [item for item in self.ledger.pending.waiting(pseudonym) if item.position < ref.position]
+            refs = {
+                logged.ref.position: logged.ref
+                for logged in self.ledger.events(adapter.partition, [item.position for item in before])
+            }
+            settled = [
+                SettledEvent(event=refs[item.position], reason=REASONS[item.state])
+                for item in before
+                if item.state != PENDING
+            ]
+            settled.append(SettledEvent(event=ref, reason=reason))
+            self.ledger.append(adapter.partition, Settled(pseudonym=pseudonym, events=settled, consumed=ref.position))
 
     def _admit(self, wave: Wave) -> dict[str, AdapterState]:
         """Create the adapters that don't exist yet, and log which events are about to be tried."""
         settings, catalog = self.settings.adapter, self.ledger.catalog
         records: list[tuple[int, Record]] = []
-        for member in wave.members:
-            if member.pseudonym not in catalog:
-                spec = AdapterSpec(
-                    rank=self.settings.user_ranks.get(member.user, settings.rank),
-                    expert_rank=settings.expert_rank,
-                    alpha=settings.alpha,
-                    learning_rate=settings.learning_rate,
-                    b_learning_rate_ratio=settings.b_learning_rate_ratio,
-                )
-                seed = self.ledger.mask_seed(member.pseudonym, self.ledger.meta.adapter_seed(member.user))
-                created = AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed)
-                records.append((member.partition, created))
-        for partition, members in _by_partition(wave).items():
-            tried = {member.pseudonym: [event.ref for event in member.events] for member in members}
-            records.append((partition, Attempt(wave=wave.wave_id, num_adapters=len(wave.members), adapters=tried)))
+        new = [member for member in wave.members if member.pseudonym not in catalog]
+        for member in new:
+            spec = AdapterSpec(
+                rank=self.settings.user_ranks.get(member.user, settings.rank),
+                expert_rank=settings.expert_rank,
+                alpha=settings.alpha,
+                learning_rate=settings.learning_rate,
+                b_learning_rate_ratio=settings.b_learning_rate_ratio,
+            )
+            seed = self.ledger.mask_seed(member.pseudonym, self.ledger.meta.adapter_seed(member.user))
+            created = AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed)
+            records.append((member.partition, created))
+        records += [(partition, _attempt(wave, members)) for partition, members in _by_partition(wave).items()]
         self.ledger.append_all(records)
+        self.ledger.pending.mark_adapters([member.pseudonym for member in new], catalog)
         return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
 
     def _prepare(self, member: WaveMember, adapter: AdapterState) -> Prepared:
@@ -205,20 +380,37 @@ class Controller:
             reward_names=self.settings.rewards.functions,
         )
 
-    def _score(self, rollouts: Sequence[Rollout], members: Mapping[str, WaveMember]) -> ScoredRollouts:
+    # Rolling out and scoring.
+
+    def _roll_out(self, planned: PlannedWave | None) -> RollingWave | None:
+        """Page in and roll out, as soon as the workers get to it."""
+        if planned is None:
+            return None
+        keep = self._keys_of(self._busy)
+        requests = [request for item in planned.prepared for request in item.requests]
+        paging: list[Paging] = []
+
+        def call() -> list[Rollout]:
+            paging.append(self.workers.page_in(planned.refs, True, keep))
+            return self.trials.roll_out(requests)
+
+        return RollingWave(planned=planned, rollouts=self._lane.submit(call), paging=paging)
+
+    def _score(self, planned: PlannedWave, rollouts: Sequence[Rollout]) -> Mapping[tuple[str, str], TrainGroup | str]:
+        """Rewarded rollouts by (user, event), or why an event's reward failed."""
+        members = {member.pseudonym: member for member in planned.wave.members}
         requests = []
         for group, base in rollouts:
             member = members[group.adapter.pseudonym]
             logged = next(item for item in member.events if item.event.event_id == group.event_id)
             requests.append(self.trials.reward_request(logged, self.trials.replies(logged, group, base)))
-        groups, failed = {}, {}
-        outcomes = self.trials.judge(requests)
-        for (group, base), outcome in zip(rollouts, outcomes, strict=True):
+        scored: dict[tuple[str, str], TrainGroup | str] = {}
+        for (group, base), outcome in zip(rollouts, self.trials.judge(requests), strict=True):
             name = (group.adapter.pseudonym, group.event_id)
             if isinstance(outcome, str):
-                failed[name] = outcome
+                scored[name] = outcome
                 continue
-            groups[name] = TrainGroup(
+            scored[name] = TrainGroup(
                 event_id=group.event_id,
                 kind="task",
                 prompt_ids=group.prompt_ids,
@@ -229,120 +421,61 @@ class Controller:
                 ),
                 temperature=group.temperature,
             )
-        return ScoredRollouts(groups=groups, failed=failed)
+        return scored
 
     def _batch(
-        self, wave: Wave, prepared: Sequence[Prepared], scored: ScoredRollouts
-    ) -> tuple[WaveBatch, dict[str, list[SettledEvent]]]:
-        """Every adapter's groups in the order of its events, and the events that fell out with their reasons."""
-        batches, settled = [], {}
-        for member, item in zip(wave.members, prepared, strict=True):
-            groups, out = [], [*member.rejected, *item.settled]
-            for logged in member.events:
-                name = (member.pseudonym, logged.event.event_id)
-                if name in scored.failed:
-                    out.append(self.ledger.seals.settled(logged, scored.failed[name]))
-                elif (group := scored.groups.get(name) or item.groups.get(logged.event.event_id)) is not None:
-                    groups.append(group)
-            settled[member.pseudonym] = out
-            batches.append(AdapterBatch(adapter=item.adapter, groups=tuple(groups)))
-        return WaveBatch(adapters=tuple(batches)), settled
-
-    def _commit(
-        self, wave: Wave, batch: WaveBatch, result: StepResult, settled: dict[str, list[SettledEvent]]
-    ) -> tuple[int, int]:
-        """Partition by partition: one atomic record for the new revisions, one per user without any. Returns
-        the numbers of revisions and of settled events."""
-        updates = {update.adapter.pseudonym: update for update in result.updates}
-        groups = {item.adapter.pseudonym: item.groups for item in batch.adapters}
-        renamed, num_settled = [], 0
-        for partition, members in _by_partition(wave).items():
-            drafts, without = [], []
-            for member in members:
-                update, out = updates[member.pseudonym], settled[member.pseudonym]
-                if update.status == "updated":
-                    drafts.append(self._draft(member, update, groups[member.pseudonym], out))
-                    num_settled += len(out)
-                else:
-                    without.append(_settled(member, update.status, out))
-            num_settled += sum(len(record.events) for record in without)
-            self.ledger.append_all([(partition, record) for record in without])
-            if drafts:
-                self._commit_drafts(partition, wave.wave_id, drafts)
-                renamed += [
-                    (
-                        AdapterKey(draft.pseudonym, draft.parent),
-                        AdapterKey(draft.pseudonym, draft.revision),
-                    )
-                    for draft in drafts
-                ]
-        self.workers.committed(renamed)
-        return len(renamed), num_settled
-
-    def _commit_drafts(self, partition: int, wave_id: str, drafts: Sequence[RevisionDraft]) -> None:
-        owner = self.ledger.owner(partition)
-        header, manifest = owner.commit_wave(
-            wave_id,
-            drafts,
-            parameters={
-                "algorithm": "grpo+reinforce+sft",
-                **{part: settings_as_dict(self.settings)[part] for part in ("train", "optimizer", "rollout")},
-                "seed": self.ledger.meta.seed,
-            },
-            materials={
-                "base": self.ledger.meta.base_digest,
-                "chat_template": self.chat.template_digest(),
-            },
-            numerics={**self.numerics, "populace": version("populace")},
+        self, planned: PlannedWave, scored: Mapping[tuple[str, str], TrainGroup | str]
+    ) -> tuple[WaveBatch, tuple[MemberOutcome, ...]]:
+        """What every adapter learns from, and what becomes of every event."""
+        outcomes = tuple(
+            account_for(
+                member, item, scored, self.ledger.catalog.failures.get(member.pseudonym), self.ledger.seals.settled
+            )
+            for member, item in zip(planned.wave.members, planned.prepared, strict=True)
         )
-        self.ledger.catalog.apply(header, manifest)
+        batches = [
+            AdapterBatch(adapter=item.adapter, groups=outcome.groups)
+            for item, outcome in zip(planned.prepared, outcomes, strict=True)
+        ]
+        return WaveBatch(adapters=tuple(batches)), outcomes
 
-    def _draft(
-        self,
-        member: WaveMember,
-        update: AdapterUpdate,
-        groups: Sequence[TrainGroup],
-        settled: list[SettledEvent],
-    ) -> RevisionDraft:
-        adapter = self.ledger.catalog.require(member.pseudonym)
-        parent = adapter.revision(adapter.tip).blobs if adapter.tip else {}
-        out = {item.event.position for item in settled}
-        revision, keys = adapter.next_revision, self.ledger.keys
-        parts = {"weights": update.weights, "moments": update.moments, "evidence": encode_evidence(groups)}
-        return RevisionDraft(
-            pseudonym=member.pseudonym,
-            revision=revision,
-            parent=adapter.tip,
-            parent_sha256=parent["weights"].sha256 if parent else None,
-            parent_moments_sha256=parent["moments"].sha256 if "moments" in parent else None,
-            blobs={
-                part: keys.seal(member.pseudonym, blob, blob_context(part, revision)) for part, blob in parts.items()
-            },
-            experts=list(update.experts),
-            trained=[item.ref for item in member.events if item.ref.position not in out],
-            settled=settled,
-            consumed=member.consumed,
-            metrics=update.metrics,
-        )
+    # Between waves.
 
+    def _is_upkeep_due(self, num_waves: int) -> bool:
+        every = (self.settings.evaluation.every_waves, self.settings.retention.every_waves)
+        return any(num_waves % number == 0 for number in every)
 
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
+    def _keep_up(self, clock: _Clock) -> list[Verdict]:
+        """Evaluations, repacks, checkpoints and compactions, as they are due."""
+        verdicts: list[Verdict] = []
+        if self.num_waves % self.settings.evaluation.every_waves == 0:
+            verdicts = self.evaluate()
+            clock.lap("evaluate")
+        if self.num_waves % self.settings.retention.every_waves == 0:
+            self.settle()
+            self.ledger.repack(RetentionRule(last=self.settings.retention.last))
+            clock.lap("repack")
+        if self._publication is None:  # a checkpoint holds all of the log
+            self.ledger.checkpoint(self.settings.run.checkpoint_every_records)
+        self.ledger.compact(self.settings.stream.compact_every_segments)
+        clock.lap("checkpoint")
+        return verdicts
 
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = now - self._last
-        self._last = now
+    def evaluate(self) -> list[Verdict]:
+        """Judge the tips that aren't serving; nothing may be under way beside it."""
+        self.quiesce()
+        assert not self._busy
+        return self.examiner.evaluate()
 
+    def _set_free(self, pseudonyms: Sequence[str] | set[str]) -> None:
+        names = list(pseudonyms)
+        self.ledger.pending.mark_busy(names, False)
+        self._busy -= set(names)
 
-def _settled(member: WaveMember, status: str, settled: list[SettledEvent]) -> Settled:
-    """The record of a user whose events end without a revision."""
-    reason = {"no_signal": "no signal", "non_finite": "gradient not finite"}[status]
-    out = {item.event.position for item in settled}
-    rest = [SettledEvent(event=item.ref, reason=reason) for item in member.events if item.ref.position not in out]
-    return Settled(pseudonym=member.pseudonym, events=[*settled, *rest], consumed=member.consumed)
+    def _keys_of(self, pseudonyms: set[str]) -> list[AdapterKey]:
+        """The slots of users under way: they are named after the tips that they start from."""
+        states = [self.ledger.catalog.get(pseudonym) for pseudonym in sorted(pseudonyms)]
+        return [AdapterKey(state.pseudonym, state.tip) for state in states if state is not None]
 
 
 def _by_partition(wave: Wave) -> dict[int, list[WaveMember]]:
@@ -352,23 +485,60 @@ def _by_partition(wave: Wave) -> dict[int, list[WaveMember]]:
     return members
 
 
+def _attempt(wave: Wave, members: Sequence[WaveMember], is_withdrawn: bool = False) -> Attempt:
+    """What is about to be tried of one partition; nothing, when it is taken back."""
+    tried = {member.pseudonym: [] if is_withdrawn else [event.ref for event in member.events] for member in members}
+    return Attempt(wave=wave.wave_id, num_adapters=len(wave.members), adapters=tried)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def policy_of(settings: Settings) -> Policy:
+    """How the scheduler decides, from the settings."""
+    scheduler = settings.scheduler
+    weights = [scheduler.weight, *(tenant.weight for tenant in scheduler.tenants.values())]
+    return Policy(
+        weight_G=np.array(weights, np.float64),
+        events_per_update=scheduler.events_per_update,
+        residency_bonus_s=scheduler.residency_bonus_s,
+        evidence_bonus_s=scheduler.evidence_bonus_s,
+        min_events=scheduler.min_events,
+        patience_s=scheduler.patience_s,
+        cool_down_s=scheduler.cool_down_s,
+    )
+
+
 def _report(
-    wave: Wave,
+    current: RollingWave,
+    outcomes: Sequence[MemberOutcome],
     result: StepResult,
-    num_revisions: int,
-    num_settled: int,
     verdicts: Sequence[Verdict],
     seconds: Mapping[str, float],
 ) -> WaveReport:
     rewards = [update.metrics["reward"] for update in result.updates if "reward" in update.metrics]
+    updated = [update.status == "updated" for update in result.updates]
+    num_settled = [
+        len(outcome.settled) + (0 if is_updated else len(outcome.trained))
+        for outcome, is_updated in zip(outcomes, updated, strict=True)
+    ]
     return WaveReport(
-        wave=wave.wave_id,
-        num_adapters=len(wave.members),
-        num_revisions=num_revisions,
-        num_settled=num_settled,
+        wave=current.planned.wave.wave_id,
+        num_adapters=len(current.planned.wave.members),
+        num_revisions=sum(updated),
+        num_settled=sum(num_settled),
         num_tokens=int(sum(update.metrics.get("tokens", 0) for update in result.updates)),
         mean_reward=fmean(rewards) if rewards else None,
         out_of_route=result.out_of_route[0] / result.out_of_route[1] if result.out_of_route[1] else None,
         verdicts=tuple(verdicts),
         seconds=dict(seconds),
+        paging=current.paging[0],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.ledger import Ledger
@@ -12,7 +13,7 @@ from populace.population.prepare import task_request
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
 from populace.population.trials import Trials, revision_ref, task_of
-from populace.storage.records import Position, Verdict
+from populace.storage.records import Verdict
 from populace.storage.states import AdapterState
 from populace.workers.batch import AdapterKey
 
@@ -23,7 +24,8 @@ class Examiner:
     def __init__(self, trials: Trials, ledger: Ledger) -> None:
         self.trials, self.ledger, self.settings = trials, ledger, trials.settings
         self._heldout_rewards: dict[AdapterKey, dict[str, float]] = {}
-        self._answerable: dict[tuple[str, Position], bool] = {}
+        self._tasks: dict[str, tuple[int, list[LoggedEvent]]] = {}
+        """Pseudonym -> number of held-out tasks when they were looked through, and those to use."""
 
     def evaluate(self) -> list[Verdict]:
         """Judge every adapter whose tip is not what serves, on its held-out tasks."""
@@ -33,7 +35,8 @@ class Examiner:
                 for name in ("min_tasks", "too_few", "confidence", "tolerance")
             }
         )
-        candidates = self.ledger.catalog.unjudged()
+        owned = set(self.ledger.owned())
+        candidates = [adapter for adapter in self.ledger.catalog.unjudged() if adapter.partition in owned]
         verdicts = []
         size = self.settings.scheduler.max_adapters_per_wave
         for start in range(0, len(candidates), size):
@@ -45,6 +48,8 @@ class Examiner:
                 judged.append((adapter.partition, verdict(adapter, tip, serving, policy)))
             self.ledger.append_all(judged)
             verdicts += [record for _, record in judged]
+        _shorten(self._heldout_rewards)
+        _shorten(self._tasks, 1 << 12)
         return verdicts
 
     def heldout_rewards(self, adapter: AdapterState, revision: int) -> dict[str, float]:
@@ -53,18 +58,20 @@ class Examiner:
 
     def heldout_tasks(self, pseudonym: str) -> list[LoggedEvent]:
         """The held-out tasks that evaluations use: the first ones that can be answered and rewarded."""
-        queue = self.ledger.pending.queues.get(pseudonym)
-        tasks = () if queue is None else (item for item in queue.heldout if self._is_answerable(item))
-        return list(itertools.islice(tasks, self.settings.evaluation.max_tasks))
+        positions, most = self.ledger.pending.heldout(pseudonym), self.settings.evaluation.max_tasks
+        num_seen, tasks = self._tasks.get(pseudonym, (0, []))
+        if len(tasks) < most and num_seen < len(positions):
+            partition = self.ledger.catalog.require(pseudonym).partition
+            new = self.ledger.events(partition, positions[num_seen:])
+            tasks = [*tasks, *itertools.islice((item for item in new if self._is_answerable(item)), most - len(tasks))]
+            self._tasks[pseudonym] = (len(positions), tasks)
+        return tasks
 
     def _is_answerable(self, logged: LoggedEvent) -> bool:
-        name = (logged.user, logged.ref.position)
-        if name not in self._answerable:
-            task = task_of(logged)
-            self._answerable[name] = task.reward in self.settings.rewards.functions and not isinstance(
-                task_request(task, self.trials.requester(AdapterKey("", 0)), self.settings.train), str
-            )
-        return self._answerable[name]
+        task = task_of(logged)
+        return task.reward in self.settings.rewards.functions and not isinstance(
+            task_request(task, self.trials.requester(AdapterKey("", 0)), self.settings.train), str
+        )
 
     def answer_heldout(
         self, exams: Sequence[tuple[AdapterState, int, Sequence[LoggedEvent]]], num_samples: int
@@ -99,3 +106,9 @@ class Examiner:
             # An answer that its reward can't judge is worth nothing: a tip must not be promoted for breaking it.
             reward = 0.0 if isinstance(outcome, str) else fmean(outcome)
             self._heldout_rewards.setdefault(key, {})[logged.event.event_id] = reward
+
+
+def _shorten(memory: dict[Any, Any], most: int = 1 << 14) -> None:
+    """Drop what was put in first; it is measured again when it is needed again."""
+    for key in list(itertools.islice(memory, max(0, len(memory) - most))):
+        del memory[key]

@@ -1,7 +1,8 @@
 """Experience: what users' models learn from. Records and their validation.
 
-An event id identifies an event of its user for ever: the same id sent again with the same content is the same
-event, with other content it is an error that the controller settles with that reason.
+An event id identifies an event of its user: the same id sent again with the same content is the same event, with other
+content it is an error that the controller settles with that reason. Ids are texts, or integers that increase per user.
+Texts are remembered for the last 2**20 events of a partition at least, integers for ever.
 """
 
 from __future__ import annotations
@@ -121,22 +122,31 @@ def check_user(user: str) -> UserId:
     return UserId(user)
 
 
-def check_event(event: LogEvent, rewards: Mapping[str, str]) -> None:
-    """Raises `InvalidInput` naming the event, field, value and way out."""
+def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
+    """Raises `InvalidInput` naming the event, field, value and way out. `rewards`: the registered ones; None: any."""
     where = f"event {getattr(event, 'event_id', '?')!r}"
     if type(event) not in _NAMES:
         raise InvalidInput(f"{event!r} is not an event; use Task, Trajectory or Demonstration")
-    event_id = event.event_id
-    if not isinstance(event_id, str) or not _is_utf8(event_id) or not 0 < len(event_id.encode()) <= MAX_EVENT_ID_BYTES:
-        raise InvalidInput(f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text")
+    event_id: object = event.event_id
+    if _is_integer(event_id):
+        if not 0 <= event_id < 2**63:  # type: ignore[operator]
+            raise InvalidInput(f"{where}: an integer event_id counts up from 0, below 2**63")
+    elif (
+        not isinstance(event_id, str) or not _is_utf8(event_id) or not 0 < len(event_id.encode()) <= MAX_EVENT_ID_BYTES
+    ):
+        raise InvalidInput(f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text, or an integer")
     if isinstance(event, Command):
         method = kind_of(event)
         raise InvalidInput(f"{where}: a {method} is a command, not experience; use Population.{method}")
     check_prompt(where, event.prompt)
     match event:
         case Task():
-            if not isinstance(event.reward, str) or event.reward not in rewards:
-                known = ", ".join(sorted(rewards)) or "none"
+            if (
+                not isinstance(event.reward, str)
+                or not event.reward
+                or (rewards is not None and event.reward not in rewards)
+            ):
+                known = ", ".join(sorted(rewards or ())) or "none"
                 raise InvalidInput(
                     f"{where}: reward {event.reward!r} is not registered; known: {known}. "
                     "Add it to rewards.functions as module:function"
@@ -166,23 +176,26 @@ def messages_of(prompt: str | Messages) -> list[dict[str, str]]:
 
 
 def encode_event(event: LogEvent) -> dict[str, Any]:
-    """An event as JSON values; `InvalidInput` for values that JSON or UTF-8 can't hold."""
+    """An event as JSON values."""
     body = {name: getattr(event, name) for name in event.__dataclass_fields__ if name != "event_id"}
     if "prompt" in body:
         body["prompt"] = messages_of(body["prompt"])
-    encoded = {"event_id": event.event_id, "kind": kind_of(event), "body": body}
+    return {"event_id": event.event_id, "kind": kind_of(event), "body": body}
+
+
+def event_bytes(event: LogEvent) -> bytes:
+    """An event as it is sealed; `InvalidInput` for values that JSON or UTF-8 can't hold."""
     try:
-        canonical_json(encoded)
+        return canonical_json(encode_event(event))
     except (TypeError, ValueError) as error:  # NumPy arrays, lone surrogates
         raise InvalidInput(f"event {event.event_id!r} can't be stored: {error}; use plain values") from None
-    return encoded
 
 
 def decode_event(encoded: Mapping[str, Any]) -> LogEvent:
     body = dict(encoded["body"])
     if "prompt" in body:
         body["prompt"] = tuple(body["prompt"])
-    event: LogEvent = _KINDS[encoded["kind"]](event_id=encoded["event_id"], **body)
+    event: LogEvent = _KINDS[encoded["kind"]](event_id=str(encoded["event_id"]), **body)
     return event
 
 

@@ -9,60 +9,109 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import json
 import logging
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
-from populace.population.experience import Forget, LogEvent, Pin, Rollback
+from populace.population.consumer import Consumer, Rules, SegmentCache
+from populace.population.experience import Forget, LogEvent, Pin, Rollback, UserId
 from populace.population.meta import PopulationMeta
-from populace.population.stream import ExperienceLog, LoggedEvent, PendingIndex, Row, Seals, partition_of
+from populace.population.partitions import HEARTBEAT_S, Heartbeat, owner_key, read_life, share_out
+from populace.population.pending import PendingIndex
+from populace.population.producer import Producer
+from populace.population.stream import LoggedEvent, partition_of
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionLogReader
-from populace.storage.errors import Fenced, Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
-from populace.storage.keys import Keyring, Secrets, UserKeys
+from populace.storage.errors import Fenced, Forgotten, InvalidInput, OutcomeUnknown, OwnerAlive, PopulaceError
+from populace.storage.keys import Keyring, Secrets
 from populace.storage.objects import ObjectStore
-from populace.storage.records import Batch, Record, RecordHeader, RevisionEntry, Tombstone, Verdict, WaveManifest
+from populace.storage.records import (
+    Batch,
+    Compaction,
+    Record,
+    RecordHeader,
+    RevisionEntry,
+    Tombstone,
+    Verdict,
+    WaveManifest,
+)
 from populace.storage.repack import RepackReport, RetentionRule, repack
 from populace.storage.states import AdapterState
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_S = 1.0
-ROWS_PER_SEGMENT = 4096
+DEFAULT_TENANT = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How this process looks at experience."""
+
+    cache_bytes: int = 64_000_000
+    """Of segments kept in memory."""
+    price: Callable[[LogEvent], int] = lambda event: 1
+    """Estimated tokens of an event."""
+    events_per_update: int = 1
+    tenants: tuple[str, ...] = ()
+    """A user `NAME/…` belongs to tenant NAME if it is one of these, else to the default one."""
+
+    def tenant(self, user: UserId) -> int:
+        """Number of a user's tenant; 0 is the default."""
+        name, slash, _ = user.partition("/")
+        return self.tenants.index(name) + 1 if slash and name in self.tenants else 0
 
 
 class Ledger:
     """Logs, keys and catalog of one population."""
 
-    def __init__(self, store: ObjectStore, meta: PopulationMeta, keyring: Keyring | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        meta: PopulationMeta,
+        keyring: Keyring | None = None,
+        reading: Reading | None = None,
+        producer: Producer | None = None,
+    ) -> None:
+        """Reads the revision logs; experience is read by `refresh` and `read_experience`."""
+        reading = reading or Reading()
         self.store, self.meta = store, meta
-        self.keyring = keyring or Keyring()
-        self.secrets = Secrets.read(store, meta.name, self.keyring)
-        self.keys = UserKeys(store, meta.name, self.keyring)
-        self.seals = Seals(self.keys, bytes.fromhex(self.secrets.pseudonym_key))
+        self.producer = producer or Producer(store, meta, keyring)
+        self.keyring, self.keys, self.seals = self.producer.keyring, self.producer.keys, self.producer.seals
+        self.experience = self.producer.logs
         self.catalog = Catalog(self.mask_seed)
-        self.pending = PendingIndex(meta.heldout_key(), meta.heldout_share)
-        self.experience = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
+        self.pending = PendingIndex(reading.events_per_update)
+        rules = Rules(
+            heldout_key=meta.heldout_key(), heldout_share=meta.heldout_share, price=reading.price,
+            tenant=reading.tenant if reading.tenants else None,
+        )  # fmt: skip
+        cache = SegmentCache(reading.cache_bytes)
+        self.consumers = {
+            p: Consumer(log, p, self.seals, self.pending, cache, rules) for p, log in self.experience.items()
+        }
         self.readers = {p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)}
         self._owners: dict[int, Owner] = {}
         self._checkpointed: dict[int, int] = {}
-        self._heartbeat: _Heartbeat | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._controller: str | None = None
+        self._cleaner = ThreadPoolExecutor(1, thread_name_prefix="populace-compact")
+        self._cleaning: Future[None] | None = None
         for partition, reader in self.readers.items():
             if (seq := restore(reader, self.catalog)) is not None:
                 self._checkpointed[partition] = seq
-        self.refresh()
+            self._follow(partition)
+
+    @property
+    def secrets(self) -> Secrets:
+        return self.producer.secrets
 
     def pseudonym(self, user: str) -> str:
         """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
-        key = bytes.fromhex(self.secrets.pseudonym_key)
-        return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]
+        return self.producer.pseudonym(user)
 
     def mask_seed(self, pseudonym: str, seed: int) -> int:
         """Hides a seed in the log, and brings it back: seeds follow from user ids, and nobody without the secrets may
@@ -71,50 +120,36 @@ class Ledger:
         digest = hmac.new(key, f"seed/{pseudonym}".encode(), hashlib.sha256).digest()
         return seed ^ (int.from_bytes(digest[:8], "big") >> 1)
 
-    def _master(self) -> str:
-        """The master key that wraps new keys, as the store has it now: another process may have rotated it."""
-        self.secrets = Secrets.read(self.store, self.meta.name, self.keyring)
-        return self.secrets.master
-
     def refresh(self) -> None:
         """Read what the logs have gained. Partitions that this process owns have nothing new from others."""
-        for partition, reader in self.readers.items():
-            if partition not in self._owners:
-                for header, record in reader.read_new():
-                    self._apply(header, record)
+        for partition in self.readers:
+            self._follow(partition)
         self.read_experience()
 
     def read_experience(self) -> int:
-        """Take in newly enqueued events; returns how many."""
-        num_events = sum(
-            self.pending.observe(log, partition, self.catalog, self.seals) for partition, log in self.experience.items()
-        )
-        self.pending.trim(self.catalog)
-        return num_events
+        """Take in newly enqueued events, of the owned partitions once there was a claim; returns how many."""
+        partitions = self.readers if self._heartbeat is None else sorted(self._owners)
+        return sum(self.consumers[partition].observe(self.catalog) for partition in partitions)
 
     def enqueue(self, events: Mapping[str, Sequence[LogEvent]]) -> None:
-        """Make users' events durable, user -> events in order. `Forgotten` if one of the users was, before anything
-        is written; to who raced with the forgetting, after it: then what was written can't be read by anybody."""
-        pseudonyms = {user: self.pseudonym(user) for user in events}
-        with ThreadPoolExecutor(16, thread_name_prefix="populace-keys") as pool:
-            made = [
-                pool.submit(self.keys.ensure, pseudonym, user, self._master) for user, pseudonym in pseudonyms.items()
-            ]
-            for future in made:
-                future.result()
-            by_partition: dict[int, list[Row]] = {}
-            for user, own in events.items():
-                rows = by_partition.setdefault(partition_of(user, self.meta.partitions), [])
-                rows += [self.seals.seal(pseudonyms[user], event) for event in own]
-            for partition, rows in sorted(by_partition.items()):
-                for start in range(0, len(rows), ROWS_PER_SEGMENT):
-                    self.experience[partition].append(rows[start : start + ROWS_PER_SEGMENT])
-            for future in [pool.submit(self.keys.fetch, pseudonym) for pseudonym in pseudonyms.values()]:
-                future.result()
+        """Make users' events durable, commands included; see `Producer`."""
+        self.producer.send(events)
 
-    def claim(self, takeover_s: float) -> None:
-        """Own every partition. Raises `OwnerAlive` when another controller shows life within `takeover_s`."""
-        held = [partition for partition, owned in self.catalog.owned.items() if owned]
+    def events(self, partition: int, positions: Sequence[tuple[int, int]]) -> list[LoggedEvent]:
+        """Events at their places in a partition's log, in that order; without those of forgotten users."""
+        found = self.consumers[partition].load(positions, self.catalog)
+        return [found[position] for position in positions if position in found]
+
+    def commands(self) -> list[LoggedEvent]:
+        """Commands that wait for an answer."""
+        return [logged for consumer in self.consumers.values() for logged in consumer.commands]
+
+    # Owning partitions.
+
+    def claim(self, takeover_s: float, partitions: Iterable[int] | None = None) -> None:
+        """Own these partitions, or all. Raises `OwnerAlive` when another process shows life within `takeover_s`."""
+        wanted = sorted(self.readers if partitions is None else partitions)
+        held = [partition for partition in wanted if self.catalog.owned.get(partition)]
         before = {partition: self._life(partition) for partition in held}
         if held:
             time.sleep(takeover_s)
@@ -124,33 +159,128 @@ class Ledger:
                     f"population {self.meta.name!r} is being run by another process ({before[partition]}); "
                     "stop that one first, or wait for it"
                 )
-        seen = {partition: reader.next_seq for partition, reader in self.readers.items()}
+        seen = {partition: self.readers[partition].next_seq for partition in wanted}
         self.refresh()
-        if any(reader.next_seq != seen[partition] for partition, reader in self.readers.items()):
+        if any(self.readers[partition].next_seq != seen[partition] for partition in wanted):
             raise OwnerAlive(f"population {self.meta.name!r} was written by another process just now; start again")
-        name = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         try:
-            for partition, reader in self.readers.items():
-                self._owners[partition] = Owner(reader, name, self.keyring)
-                self.catalog.owned[partition] = True
-            self._heartbeat = _Heartbeat(self, name, interval_s=min(HEARTBEAT_S, takeover_s / 4))
-            self._heartbeat.start()
+            heartbeat = self._beat(takeover_s)
+            for partition in wanted:
+                self._own(partition, heartbeat)
+            for partition, consumer in self.consumers.items():
+                if partition not in self._owners:
+                    consumer.let_go()
             self._finish_forgetting()
         except BaseException:
             self.release()
             raise
 
+    def join(self, controller: str, takeover_s: float) -> None:
+        """Become the controller of that name, owning nothing yet; see `rebalance`. `OwnerAlive` if there is one."""
+        heartbeat = self._beat(takeover_s)
+        key = f"{self.meta.name}/controllers/{controller}.json"
+        if before := read_life(self.store, key):
+            time.sleep(takeover_s)
+            if read_life(self.store, key) != before:
+                self.release()
+                raise OwnerAlive(
+                    f"population {self.meta.name!r} is being run by another process ({before}); stop that one first, "
+                    "or let this one share its partitions under another name: run.controller=NAME"
+                )
+        self._controller = controller
+        heartbeat.announce(controller)
+        for consumer in self.consumers.values():
+            consumer.let_go()
+
+    def rebalance(
+        self, takeover_s: float, before_release: Callable[[], None]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Claim and release partitions so that every controller that shows life has its share; returns what was claimed
+        and what was released. `before_release` is called before anything is released: nothing may be under way then."""
+        heartbeat = self._heartbeat
+        assert heartbeat is not None
+        for partition in self.readers:
+            self._follow(partition)
+        holders: dict[int, str | None] = {}
+        for partition in self.readers:
+            if partition in self._owners:
+                holders[partition] = heartbeat.owner
+            else:
+                is_claimed = self.catalog.owned.get(partition)
+                holders[partition] = heartbeat.holder(partition, takeover_s) if is_claimed else None
+        claims, releases = share_out(heartbeat.owner, holders, heartbeat.living(takeover_s))
+        if releases:
+            before_release()
+        for partition in claims:
+            self._own(partition, heartbeat)
+        if claims:
+            self._finish_forgetting()
+        for partition in releases:
+            self._release(partition)
+        return claims, releases
+
     def release(self) -> None:
         """Give every partition back; a no-op without a claim."""
+        if self._cleaning is not None:
+            self._cleaning.result()
+            self._cleaning = None
+        while self._owners:
+            self._release(next(iter(self._owners)))
         if self._heartbeat is not None:
             self._heartbeat.stop()
-            self._heartbeat = None
-        while self._owners:
-            partition, owner = self._owners.popitem()
+            if self._controller is not None:
+                with contextlib.suppress(PopulaceError):
+                    self.store.delete(f"{self.meta.name}/controllers/{self._controller}.json")
+            self._heartbeat = self._controller = None
+
+    def give_up(self) -> None:
+        """Stop owning without a word: the store is away, or what is in the logs isn't known any more. Whatever landed
+        is read again by the next claim."""
+        for partition, owner in self._owners.items():
+            owner.lost_by = owner.lost_by or OutcomeUnknown("given up")
             self.catalog.owned[partition] = False
-            if not owner.is_lost:
-                with contextlib.suppress(Fenced):  # then it isn't ours to release; the others are
-                    owner.release()
+        self._owners.clear()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = self._controller = None
+        for consumer in self.consumers.values():
+            consumer.let_go()
+
+    def owned(self) -> list[int]:
+        return sorted(self._owners)
+
+    def _own(self, partition: int, heartbeat: Heartbeat) -> None:
+        self._owners[partition] = Owner(self.readers[partition], heartbeat.owner, self.keyring)
+        self.catalog.owned[partition] = True
+        heartbeat.own([partition])
+        if (done := self.catalog.compactions.get(partition)) is not None:
+            self.consumers[partition].finish_compaction(done)
+
+    def _release(self, partition: int) -> None:
+        owner = self._owners.pop(partition)
+        self.catalog.owned[partition] = False
+        if not owner.is_lost:
+            with contextlib.suppress(Fenced):  # then it isn't ours to release; the others are
+                owner.release()
+                if self._heartbeat is not None:
+                    self._heartbeat.disown(partition)
+        if self._controller is not None:
+            self.consumers[partition].let_go()
+
+    def _beat(self, takeover_s: float) -> Heartbeat:
+        """The heartbeat of this process; started if it isn't yet."""
+        if self._heartbeat is None:
+            name = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+            interval_s = min(HEARTBEAT_S, takeover_s / 4)
+            self._heartbeat = Heartbeat(self.store, self.meta.name, self.meta.partitions, name, interval_s)
+            self._heartbeat.start()
+        return self._heartbeat
+
+    def _follow(self, partition: int) -> None:
+        """Read a revision log that this process doesn't write."""
+        if partition not in self._owners:
+            for header, record in self.readers[partition].read_new():
+                self.apply(header, record)
 
     def owner(self, partition: int) -> Owner:
         return self._owners[partition]
@@ -165,27 +295,30 @@ class Ledger:
 
     def append(self, partition: int, record: Record) -> None:
         """Commit `record` and apply it to the catalog."""
-        self._apply(self._owners[partition].append(record), record)
+        self.apply(self._owners[partition].append(record), record)
 
     def rewrap_keys(self) -> str:
         """Make a master key and wrap everything with it. The secrets first, so that new users' keys get it too."""
         new = replace(self.secrets, master=self.keyring.new_master_key())
         self.store.put(Secrets.path(self.meta.name), new.wrap(self.meta.name, self.keyring))
-        self.secrets = new
+        self.producer.secrets = new
         for pseudonym in self.keys.pseudonyms():
             self.keys.rewrap(pseudonym, new.master)
         # A takeover meanwhile may have forgotten somebody whose key was just written again.
         for reader in self.readers.values():
             for header, record in reader.read_new():
-                self._apply(header, record)
+                self.apply(header, record)
         self._finish_forgetting()
         return new.master
 
-    def _apply(self, header: RecordHeader, record: Record) -> None:
+    def apply(self, header: RecordHeader, record: Record) -> None:
+        """Let the catalog and the pending index follow a record that is in the log."""
         self.catalog.apply(header, record)
-        if isinstance(record, Tombstone):
-            self.pending.forget(record.pseudonym)
-            self.keys.drop([record.pseudonym])
+        for part in record.records if isinstance(record, Batch) else [record]:
+            self.pending.follow(part)
+            if isinstance(part, Tombstone):
+                self.consumers[header.partition].forget(part.pseudonym)
+                self.keys.drop([part.pseudonym])
 
     def checkpoint(self, every_records: int) -> None:
         """Save the catalog of owned partitions whose log has grown by that many records since the last time."""
@@ -194,6 +327,26 @@ class Ledger:
                 seq = write_checkpoint(owner, self.catalog)
                 if seq is not None:
                     self._checkpointed[partition] = seq
+
+    def compact(self, every_segments: int) -> None:
+        """Replace the experience that owned partitions have read by a snapshot of what is still needed, where the log
+        has grown by that many segments since the last time. Old segments are deleted in the background."""
+        for partition in self._owners:
+            before, consumer = self.catalog.compactions.get(partition), self.consumers[partition]
+            if consumer.next_segment - (before.floor if before else 0) < every_segments:
+                continue
+            if self._cleaning is not None and not self._cleaning.done():
+                return
+            now = consumer.write_snapshot(self.catalog)
+            self.append(partition, now)
+            self._cleaning = self._cleaner.submit(self._clean, partition, now)
+            return  # one at a time, so that no wave waits for all
+
+    def _clean(self, partition: int, now: Compaction) -> None:
+        try:
+            self.consumers[partition].finish_compaction(now)
+        except PopulaceError as error:  # the next compaction, or the next owner, does it again
+            logger.warning("what lies below the floor of partition %d stays for now: %s", partition, error)
 
     def repack(self, rule: RetentionRule) -> RepackReport:
         """Drop what the rule lets go, in every owned partition."""
@@ -225,17 +378,24 @@ class Ledger:
         """All that the wave record says of a revision above 0."""
         return self.wave(adapter, revision).entry(adapter.pseudonym, revision)
 
-    def obey_commands(self) -> list[Verdict | Tombstone]:
-        """Execute the commands that users' logs hold, in order, each once. Needs the claim."""
+    def obey_commands(self, busy: Collection[str] = ()) -> list[Verdict | Tombstone]:
+        """Execute the commands that users' logs hold, in order, each once; those of `busy` users wait."""
         done: list[Verdict | Tombstone] = []
-        for logged in list(self.pending.commands):
-            if isinstance(logged.event, Forget):
-                done.append(self._forget(logged))
-            elif (adapter := self.catalog.get(logged.pseudonym)) is not None:
-                verdict = _answer(adapter, logged)
-                self.append(adapter.partition, verdict)
-                done.append(verdict)
-        self.pending.trim(self.catalog)
+        for partition in sorted(self._owners):
+            consumer, waiting = self.consumers[partition], []
+            for logged in list(consumer.commands):
+                if logged.pseudonym in busy:
+                    waiting.append(logged)
+                elif isinstance(logged.event, Forget):
+                    done.append(self._forget(logged))
+                elif (adapter := self.catalog.get(logged.pseudonym)) is not None:
+                    verdict = _answer(adapter, logged)
+                    self.append(adapter.partition, verdict)
+                    done.append(verdict)
+                elif not self.catalog.is_forgotten(logged.pseudonym):
+                    waiting.append(logged)  # until there is an adapter
+            gone = {record.pseudonym for record in done if isinstance(record, Tombstone)}
+            consumer.commands = [logged for logged in waiting if logged.pseudonym not in gone]
         return done
 
     def _finish_forgetting(self) -> None:
@@ -258,41 +418,16 @@ class Ledger:
         self.keys.forget(pseudonym)
 
     def users(self) -> dict[str, str]:
-        """Pseudonym -> user id, for every user with experience."""
-        return {queue.pseudonym: queue.user for queue in self.pending.queues.values()}
+        """Pseudonym -> user id, for every user with experience or an adapter."""
+        known = {*self.pending.pseudonyms(), *(adapter.pseudonym for adapter in self.catalog)}
+        found = {}
+        for pseudonym in known:
+            with contextlib.suppress(Forgotten):
+                found[pseudonym] = self.keys.get(pseudonym).user
+        return found
 
     def _life(self, partition: int) -> str:
-        try:
-            return self.store.get(_owner_key(self.meta.name, partition)).decode()
-        except ObjectNotFound:
-            return ""
-
-
-class _Heartbeat(threading.Thread):
-    """Shows life while partitions are owned. Nobody's right to write depends on it."""
-
-    def __init__(self, ledger: Ledger, name: str, interval_s: float) -> None:
-        super().__init__(daemon=True, name="populace-heartbeat")
-        self._keys = [_owner_key(ledger.meta.name, p) for p in range(ledger.meta.partitions)]
-        self._store, self._name = ledger.store, name
-        self._interval_s = interval_s
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        counter = 0
-        while True:
-            try:
-                for key in self._keys:
-                    self._store.put(key, json.dumps({"owner": self._name, "counter": counter}).encode())
-            except Exception as error:  # a store that is away for a moment must not end the heartbeat
-                logger.warning("heartbeat of %s failed: %s", self._name, error)
-            counter += 1
-            if self._stopped.wait(self._interval_s):
-                return
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join()
+        return read_life(self.store, owner_key(self.meta.name, partition))
 
 
 def _answer(adapter: AdapterState, logged: LoggedEvent) -> Verdict:
@@ -326,7 +461,3 @@ def _answer(adapter: AdapterState, logged: LoggedEvent) -> Verdict:
 def exports_folder(population: str, pseudonym: str) -> str:
     """Where a user's shared exports lie."""
     return f"{population}/exports/{pseudonym}"
-
-
-def _owner_key(population: str, partition: int) -> str:
-    return f"{population}/owners/{partition}.json"

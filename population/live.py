@@ -63,7 +63,6 @@ class ConsoleView:
     def _panel(self, report: WaveReport, controller: Controller) -> Panel:
         totals, minutes = self._totals, max(self._totals["milliseconds"] / 60_000, 1e-9)
         catalog = controller.ledger.catalog
-        hot = controller.workers.num_hot()
         table = Table.grid(padding=(0, 3))
         for label, value in (
             ("waves", f"{totals['waves']}"),
@@ -72,7 +71,7 @@ class ConsoleView:
             ("tokens / s", f"{totals['tokens'] / minutes / 60:.0f}"),
             ("mean reward", "-" if report.mean_reward is None else f"{report.mean_reward:.3f}"),
             ("pending events", f"{controller.ledger.pending.num_pending()}"),
-            ("adapters", f"{hot} revisions hot, {len(catalog)} adapters in the store"),
+            ("adapters", f"{len(report.paging.hot)} hot, {len(catalog)} in the store"),
             ("last wave", _stages(report)),
         ):
             table.add_row(f"[bold]{label}[/]", value)

@@ -177,7 +177,7 @@ def _prompt_digest(logged: LoggedEvent) -> str:
 
 
 def _user(controller: Controller, adapter: AdapterState) -> str:
-    return controller.ledger.pending.queues[adapter.pseudonym].user
+    return controller.ledger.keys.get(adapter.pseudonym).user
 
 
 def _mean(rewards: dict[str, float]) -> float:

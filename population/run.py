@@ -23,13 +23,14 @@ from populace.population.controller import Controller
 from populace.population.live import View
 from populace.population.report import write_report
 from populace.population.rewards import find_reward, score_on_ray
-from populace.storage.errors import InvalidInput
+from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.workers.group import ShardGroup, ShardGroupLost
 from populace.workers.prepare import prepare_base
 
 Result = TypeVar("Result")
 
-IDLE_S = 1.0
+IDLE_S = 0.5
+REBALANCE_S = 1.0
 
 
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
@@ -49,22 +50,26 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
         view.stage(f"enqueued {num_events} events")
     view.stage("starting Ray")
     _start_ray()
-    ledger = population.ledger
-    ledger.refresh()
+    ledger, run = population.ledger, settings.run
     with _StopSignal(view) as stop:
         view.stage("claiming the population")
-        # Before the shards: only the owner may take over or remove those of a run that died.
-        ledger.claim(settings.run.takeover_s)
+        # Before the shards: only one controller of a name may take over or remove those of a run that died.
+        ledger.join(run.controller, run.takeover_s)
         try:
-            group = _Group(ShardGroup(population.shard_settings(base, chat), settings.shard), view)
+            shards = ShardGroup(population.shard_settings(base, chat), settings.shard, run.controller)
+            group = _Group(shards, view)
             try:
                 group.wait_until_ready()
                 controller = Controller(settings, ledger, group.shards, chat, score_on_ray)
-                _loop(controller, group, settings, view, stop)
-                if settings.report is not None and not stop.is_set():
-                    view.stage("measuring every adapter on every user's held-out tasks")
-                    group.surviving(controller, lambda: write_report(controller, Path(settings.report or ""), started))
-                    reported = True
+                try:
+                    _Run(controller, group, view, stop).until_done()
+                    if settings.report is not None and not stop.is_set():
+                        view.stage("measuring every adapter on every user's held-out tasks")
+                        folder = Path(settings.report)
+                        group.surviving(controller, lambda: write_report(controller, folder, started))
+                        reported = True
+                finally:
+                    controller.close()
             finally:
                 group.shards.stop()
         finally:
@@ -109,20 +114,77 @@ class _Group:
             self._view.stage(f"{loaded} of {shards} shards are loaded")
 
 
-def _loop(controller: Controller, group: _Group, settings: Settings, view: View, stop: threading.Event) -> None:
-    """Waves until there is a reason to stop; a run that ends by itself judges its last tips."""
-    while not stop.is_set():
-        if settings.run.max_waves is not None and controller.num_waves >= settings.run.max_waves:
-            break
-        report = group.surviving(controller, controller.run_once)
+class _Run:
+    """Waves until there is a reason to stop, whatever the store and the other controllers do meanwhile."""
+
+    def __init__(self, controller: Controller, group: _Group, view: View, stop: threading.Event) -> None:
+        self._controller, self._group, self._view, self._stop = controller, group, view, stop
+        self._ledger, self._run = controller.ledger, controller.settings.run
+        self._looked_s = -REBALANCE_S
+
+    def until_done(self) -> None:
+        """A run that ends by itself judges its last tips."""
+        self._wait_for_partitions()
+        while not self._stop.is_set() and self._controller.num_waves != self._run.max_waves:
+            try:
+                if not self._turn():
+                    break
+            except (StoreUnavailable, OutcomeUnknown) as error:
+                self._wait_for_store(error)
+        self._controller.withdraw()
+        if not self._stop.is_set():
+            verdicts = self._group.surviving(self._controller, self._controller.evaluate)
+            if verdicts:
+                self._view.stage(f"judged {len(verdicts)} tips")
+
+    def _turn(self) -> bool:
+        """One wave; False when the run is over."""
+        self._share_partitions()
+        report = self._group.surviving(self._controller, self._controller.run_once)
         if report is not None:
-            view.wave(report, controller)
-        elif settings.run.until_drained:
-            break
+            self._view.wave(report, self._controller)
+        elif self._run.until_drained and not self._ledger.pending.num_pending():
+            return False
         else:
-            stop.wait(IDLE_S)
-    if not stop.is_set() and (verdicts := group.surviving(controller, controller.examiner.evaluate)):
-        view.stage(f"judged {len(verdicts)} tips")
+            self._stop.wait(IDLE_S)
+        return True
+
+    def _wait_for_partitions(self) -> None:
+        """Until something is owned: what a dead run left is taken over, the others are asked to share."""
+        while not self._stop.is_set():
+            self._share_partitions(at_once=True)
+            if self._ledger.owned():
+                return
+            self._stop.wait(0.2)
+
+    def _share_partitions(self, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if not at_once and now - self._looked_s < REBALANCE_S:
+            return
+        self._looked_s = now
+        claims, releases = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
+        self._controller.suspect_unfinished(claims)
+        if releases or (claims and len(self._ledger.owned()) < len(self._ledger.readers)):
+            self._view.stage(f"this controller owns partitions {self._ledger.owned()}")
+
+    def _wait_for_store(self, error: PopulaceError) -> None:
+        """The store is away or full: nothing is lost and nothing can be done. Claim anew once it is back."""
+        before = set(self._ledger.owned())
+        self._view.stage(f"[yellow]paused[/]: {escape(str(error))}; looking again every {self._run.store_retry_s:g} s")
+        self._ledger.give_up()
+        while not self._stop.wait(self._run.store_retry_s):
+            try:
+                self._ledger.join(self._run.controller, self._run.takeover_s)
+                while not self._ledger.owned() and not self._stop.wait(0.2):
+                    claims, _ = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
+                    # What this run itself gave up was not the events' fault.
+                    self._controller.suspect_unfinished([p for p in claims if p not in before])
+                self._view.stage("the store is back; going on")
+                return
+            except (StoreUnavailable, OutcomeUnknown) as still:
+                self._ledger.give_up()
+                error = still
+        raise error
 
 
 class _StopSignal:

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from populace.configs.schema import Settings
+from populace.configs.schema import RolloutSettings, Settings
 from populace.population.chat import Chat
-from populace.population.experience import Task, messages_of
+from populace.population.experience import LogEvent, Task, messages_of
 from populace.population.rewards import Reply, RewardOutcome, RewardRequest
 from populace.population.stream import LoggedEvent
 from populace.storage.states import AdapterState
@@ -20,6 +20,7 @@ from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
     Floats,
+    Paging,
     RolloutGroup,
     RolloutRequest,
     StepResult,
@@ -36,7 +37,8 @@ class Workers(Protocol):
     """A shard group, or one engine in this process."""
 
     def describe(self) -> tuple[BaseDims, dict[str, str]]: ...
-    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int: ...
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None: ...
+    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging: ...
     def evict(self, keys: Sequence[AdapterKey]) -> None: ...
     def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None: ...
     def forget(self, pseudonyms: Sequence[str]) -> None: ...
@@ -44,6 +46,15 @@ class Workers(Protocol):
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]: ...
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]: ...
     def train_wave(self, batch: WaveBatch) -> StepResult: ...
+
+
+def estimate_tokens(event: LogEvent, rollout: RolloutSettings) -> int:
+    """What an event costs, about: three bytes of text are a token; a task's samples share its prompt."""
+    prompt = getattr(event, "prompt", "")
+    num_bytes = sum(len(message["content"].encode()) for message in messages_of(prompt)) if prompt else 0
+    num_bytes += len(getattr(event, "completion", "").encode())
+    samples = rollout.samples_per_task * rollout.max_new_tokens if isinstance(event, Task) else 0
+    return num_bytes // 3 + 1 + samples
 
 
 class Trials:

@@ -14,13 +14,12 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.columns import Index, Names, Rows, Table
+from populace.storage.columns import Index, Names, Rows, Table, halves_of
 from populace.storage.errors import InvalidInput
 from populace.storage.pack import BlobPlace
 from populace.storage.records import (
@@ -29,7 +28,9 @@ from populace.storage.records import (
     Attempt,
     Batch,
     Claim,
+    Compaction,
     EventRef,
+    Failed,
     Position,
     Record,
     RecordHeader,
@@ -77,8 +78,12 @@ class Catalog:
         """(pseudonym, tag) of commands that have their verdict."""
         self.lone_attempts: dict[str, tuple[EventRef, int]] = {}
         """Pseudonym -> the event that was last tried all alone, and how many such attempts have no outcome."""
-        self.unfinished: dict[int, Attempt] = {}
-        """Per partition: the attempt that no outcome has followed."""
+        self.failures: dict[str, tuple[EventRef, int]] = {}
+        """Pseudonym -> the event whose tries failed last, and how often."""
+        self.unfinished: dict[int, dict[str, list[EventRef]]] = {}
+        """Per partition: pseudonym -> the events whose attempt no outcome has followed."""
+        self.compactions: dict[int, Compaction] = {}
+        """Per partition: the last one."""
         self.owned: dict[int, bool] = {}
         """Per partition: whether the last claim is still unreleased."""
 
@@ -89,8 +94,14 @@ class Catalog:
             case AdapterCreated():
                 self._create(header, [record])
             case Attempt():
-                self.unfinished[header.partition] = record
+                self.unfinished.setdefault(header.partition, {}).update(record.adapters)
                 self._count_lone(record)
+            case Failed():
+                ref, count = self.failures.get(record.pseudonym, (record.event, 0))
+                self.failures[record.pseudonym] = (record.event, count + 1 if ref == record.event else 1)
+                self._finish(header.partition, {record.pseudonym})
+            case Compaction():
+                self.compactions[header.partition] = record
             case WaveManifest():
                 self._add_revisions(header, record)
             case Settled():
@@ -98,6 +109,7 @@ class Catalog:
                 self.num_settled[header.partition] += len(record.events)
                 self._consume(row, record.consumed)
                 self._note(row, header.seq, "settled", 0)
+                self.failures.pop(record.pseudonym, None)
                 self._finish(header.partition, {record.pseudonym})
             case Verdict():
                 self._judge(header, record)
@@ -127,7 +139,7 @@ class Catalog:
 
     def rows_of(self, pseudonyms: Sequence[str]) -> Rows:
         """The adapters' rows; -1 for those that aren't there."""
-        return self.index.find(*_split(pseudonyms))
+        return self.index.find(*halves_of(pseudonyms))
 
     def get(self, pseudonym: str) -> AdapterState | None:
         """None when there is no adapter, or its user is forgotten."""
@@ -169,6 +181,15 @@ class Catalog:
             next_revision=int(table["next_revision"][row]),
             consumed=(int(table["consumed_segment"][row]), int(table["consumed_row"][row])),
         )
+
+    def ranks_of(self, rows: NDArray[Any]) -> NDArray[np.int64]:
+        """Rank of the adapters in `rows`; 0 for rows of -1."""
+        known = np.array([json.loads(spec).get("rank", 0) for spec in self.specs.values] + [0], np.int64)
+        spec = np.full(len(rows), len(known) - 1)
+        there = rows >= 0
+        spec[there] = self.adapters["spec"][rows[there]]
+        ranks: NDArray[np.int64] = known[spec]
+        return ranks
 
     def unjudged(self) -> list[AdapterState]:
         """Adapters whose tip is not what serves."""
@@ -294,7 +315,7 @@ class Catalog:
     def _create(self, header: RecordHeader, created: Sequence[AdapterCreated], flags: int = 0) -> None:
         if not created:
             return
-        high, low = _split([record.pseudonym for record in created])
+        high, low = halves_of([record.pseudonym for record in created])
         first = self.adapters.append(
             len(created), high=high, low=low, partition=header.partition, seed=[record.seed for record in created],
             tip=0, serving=0, next_revision=1, consumed_segment=-1, consumed_row=-1, flags=flags, last_revision=-1,
@@ -347,6 +368,8 @@ class Catalog:
         for row, entry in zip(rows.tolist(), entries, strict=True):
             self._consume(row, entry.consumed)
         self.num_settled[header.partition] += sum(len(entry.settled) for entry in entries)
+        for entry in entries:
+            self.failures.pop(entry.pseudonym, None)
         self._finish(header.partition, {entry.pseudonym for entry in entries})
 
     def _judge(self, header: RecordHeader, record: Verdict) -> None:
@@ -381,6 +404,7 @@ class Catalog:
         self.adapters["flags"][row] |= FORGOTTEN
         self.adapters["changed"][row] = header.seq
         self.obeyed.add((record.pseudonym, record.command))
+        self.failures.pop(record.pseudonym, None)
         self._finish(header.partition, {record.pseudonym})
 
     def _repack(self, record: Repack) -> None:
@@ -422,24 +446,16 @@ class Catalog:
         """An attempt ends user by user; what is left when a new owner looks died with the old one."""
         for pseudonym in pseudonyms:
             self.lone_attempts.pop(pseudonym, None)
-        if (attempt := self.unfinished.get(partition)) is None or not pseudonyms & attempt.adapters.keys():
-            return
-        left = {user: events for user, events in attempt.adapters.items() if user not in pseudonyms}
-        if left:
-            self.unfinished[partition] = replace(attempt, adapters=left)
-        else:
-            del self.unfinished[partition]
+        tried = self.unfinished.get(partition, {})
+        for pseudonym in pseudonyms & tried.keys():
+            del tried[pseudonym]
+        if not tried:
+            self.unfinished.pop(partition, None)
 
 
 @functools.cache
 def _spec_json(items: tuple[tuple[str, Any], ...]) -> str:
     return json.dumps(dict(items))
-
-
-def _split(pseudonyms: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The upper and lower halves of hexadecimal names."""
-    halves = np.frombuffer(bytes.fromhex("".join(pseudonyms)), ">u8").reshape(-1, 2).astype(np.uint64)
-    return halves[:, 0], halves[:, 1]
 
 
 def _digests(texts: Sequence[str]) -> NDArray[np.uint8]:

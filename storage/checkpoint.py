@@ -23,7 +23,7 @@ from populace.storage.columns import Names, Rows, ragged
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
 from populace.storage.manifest import canonical_json, event_from_json
-from populace.storage.records import Attempt, Checkpoint
+from populace.storage.records import Checkpoint, Compaction, EventRef
 
 logger = logging.getLogger(__name__)
 NUM_KEPT = 2
@@ -106,11 +106,15 @@ def dump(catalog: Catalog, partition: int) -> bytes:
         "packs": packs,
         "experts": experts,
         "owned": catalog.owned.get(partition, False),
-        "unfinished": asdict(catalog.unfinished[partition]) if partition in catalog.unfinished else None,
-        "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in mine),
-        "lone_attempts": {
-            name: [asdict(ref), count] for name, (ref, count) in catalog.lone_attempts.items() if name in mine
+        "unfinished": {
+            "adapters": {
+                name: [asdict(ref) for ref in refs] for name, refs in catalog.unfinished.get(partition, {}).items()
+            }
         },
+        "compaction": asdict(catalog.compactions[partition]) if partition in catalog.compactions else None,
+        "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in mine),
+        "lone_attempts": _counts(catalog.lone_attempts, mine),
+        "failures": _counts(catalog.failures, mine),
         "num_settled": catalog.num_settled.get(partition, 0),
     }
     table = pa.table(columns).replace_schema_metadata({"populace": canonical_json(state)})
@@ -148,11 +152,14 @@ def load(catalog: Catalog, partition: int, body: bytes) -> None:
     catalog.obeyed.update((pseudonym, tag) for pseudonym, tag in state["obeyed"])
     catalog.num_settled[partition] = state["num_settled"]
     catalog.owned[partition] = state["owned"]
-    for name, (ref, count) in state["lone_attempts"].items():
-        catalog.lone_attempts[name] = (event_from_json(ref), count)
-    if (attempt := state["unfinished"]) is not None:
-        adapters = {name: [event_from_json(ref) for ref in refs] for name, refs in attempt["adapters"].items()}
-        catalog.unfinished[partition] = Attempt(**{**attempt, "adapters": adapters})
+    for counts, name in ((catalog.lone_attempts, "lone_attempts"), (catalog.failures, "failures")):
+        counts.update({user: (event_from_json(ref), count) for user, (ref, count) in state.get(name, {}).items()})
+    if (tried := state["unfinished"]) is not None and tried["adapters"]:
+        catalog.unfinished[partition] = {
+            name: [event_from_json(ref) for ref in refs] for name, refs in tried["adapters"].items()
+        }
+    if state.get("compaction") is not None:
+        catalog.compactions[partition] = Compaction(**state["compaction"])
 
 
 def _load_revisions(catalog: Catalog, revisions: Any, adapter: Rows, state: dict[str, Any]) -> None:
@@ -179,6 +186,10 @@ def _load_revisions(catalog: Catalog, revisions: Any, adapter: Rows, state: dict
         num_uses=num_uses,
         **values,
     )
+
+
+def _counts(counts: dict[str, tuple[EventRef, int]], mine: set[str]) -> dict[str, Any]:
+    return {name: [asdict(ref), count] for name, (ref, count) in counts.items() if name in mine}
 
 
 def _drop_old(reader: RevisionLogReader, newest: int) -> None:

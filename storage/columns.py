@@ -115,6 +115,12 @@ class Names:
         return [self.number(value) for value in values]
 
 
+def halves_of(names: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The upper and lower halves of names of 32 hexadecimal digits."""
+    halves = np.frombuffer(bytes.fromhex("".join(names)), ">u8").reshape(-1, 2).astype(np.uint64)
+    return halves[:, 0], halves[:, 1]
+
+
 def ragged(first: NDArray[Any], count: NDArray[Any]) -> tuple[Rows, NDArray[np.int32]]:
     """Rows of runs `first[i] … first[i] + count[i] - 1` one after another, and where each run starts among them."""
     offsets = np.zeros(len(count) + 1, np.int64)

@@ -6,6 +6,7 @@ else means a newer claim, and it stops. No clock decides who may write.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,8 +131,10 @@ class Owner:
     def __init__(self, reader: RevisionLogReader, name: str, keyring: Keyring) -> None:
         self.reader = reader
         self.name = name
-        self.is_lost = False
-        """True once an append failed: what this owner knows of the log may be wrong, so it writes nothing more."""
+        self._appending = threading.RLock()
+        """A wave is published while the next one is admitted."""
+        self.lost_by: BaseException | None = None
+        """Why an append failed: what this owner knows of the log may be wrong, so it writes nothing more."""
         self.keyring = keyring
         self._signer = keyring.signer(reader.key)
         self.epoch = reader.next_seq
@@ -142,12 +145,23 @@ class Owner:
     def release(self) -> None:
         self.append(Release(owner=self.name))
 
+    @property
+    def is_lost(self) -> bool:
+        return self.lost_by is not None
+
     def append(self, record: Record) -> RecordHeader:
         """Make `record` the log's next one, durably. `Fenced` when another controller took the number;
         `OutcomeUnknown` when the store does not settle it, and then this owner must not go on."""
+        with self._appending:
+            return self._append(record)
+
+    def _append(self, record: Record) -> RecordHeader:
         reader = self.reader
-        if self.is_lost:
-            raise Fenced(f"this process no longer owns partition {reader.partition} of {reader.population!r}")
+        if self.lost_by is not None:
+            kind = Fenced if isinstance(self.lost_by, Fenced) else OutcomeUnknown
+            raise kind(
+                f"this process no longer owns partition {reader.partition} of {reader.population!r}: {self.lost_by}"
+            )
         header = RecordHeader(
             population=reader.population,
             partition=reader.partition,
@@ -159,8 +173,8 @@ class Owner:
         sealed = seal(header, record, self._signer)
         try:
             _append_until_known(reader.log, header, sealed)
-        except BaseException:
-            self.is_lost = True
+        except BaseException as error:
+            self.lost_by = error
             raise
         reader.passed(sealed, header, record)
         if isinstance(record, Rotate):

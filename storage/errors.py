@@ -27,6 +27,17 @@ class StoreUnavailable(PopulaceError):
     """The store does not answer, or can't write; nothing was written. Try again when it is back."""
 
 
+class Overloaded(PopulaceError):
+    """More was sent than can be written right now; nothing of it was written. Send it again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class UnsafeStore(PopulaceError):
     """A store breaks a promise that commits or erasure rest on; names which."""
 

@@ -18,7 +18,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -131,6 +131,8 @@ class UserKey:
 
     user: str
     key: bytes
+    wrapped: bytes = field(default=b"", compare=False, repr=False)
+    """As it lies in the store: equal bytes need no second unwrapping."""
 
 
 class UserKeys:
@@ -152,12 +154,20 @@ class UserKeys:
 
     def fetch(self, pseudonym: str) -> UserKey:
         """The key as the store has it now. `ObjectNotFound` if there is none."""
+        try:
+            wrapped = self.store.get(self._path(pseudonym))
+        except BaseException:
+            self.drop([pseudonym])
+            raise
+        with self._lock:
+            if (known := self._cache.get(pseudonym)) is not None and known.wrapped == wrapped:
+                return known
         self.drop([pseudonym])
-        body = _parse(self.store.get(self._path(pseudonym)), self._path(pseudonym))
+        body = _parse(wrapped, self._path(pseudonym))
         if body.get("forgotten"):
             raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
         plain = json.loads(self._unwrap(body, pseudonym))
-        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]))
+        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped)
         with self._lock:
             self._cache[pseudonym] = found
             if len(self._cache) > _MAX_CACHED:

@@ -4,7 +4,7 @@ is verified and decrypted straight into the memory that the caller gets."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,9 +38,20 @@ def blob_context(part: str, revision: int) -> str:
     return f"{part}@{revision}"
 
 
-def load_wave(store: ObjectStore, keys: UserKeys, requests: Sequence[BlobRequest]) -> list[memoryview]:
+def open_sealed(keys: UserKeys, request: BlobRequest, sealed: bytes) -> bytes:
+    """The decrypted bytes of a blob whose digest was checked."""
+    return keys.open(request.pseudonym, sealed, request.context)
+
+
+def load_wave(
+    store: ObjectStore,
+    keys: UserKeys,
+    requests: Sequence[BlobRequest],
+    keep_sealed: Callable[[BlobRequest, memoryview], None] | None = None,
+) -> list[memoryview]:
     """The decrypted bytes of every request, in order, as views of one buffer. Raises `Damaged` for bytes that are
-    not the ones committed, `Forgotten` for a forgotten user."""
+    not the ones committed, `Forgotten` for a forgotten user. `keep_sealed` gets the bytes as they are stored, verified;
+    it is called from several threads."""
     sizes = [request.place.size_bytes - OVERHEAD_BYTES for request in requests]
     whole = memoryview(bytearray(sum(sizes)))
     views, start = [], 0
@@ -49,7 +60,7 @@ def load_wave(store: ObjectStore, keys: UserKeys, requests: Sequence[BlobRequest
         start += size
     with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="populace-load") as pool:
         runs = _neighbours(requests)
-        for done in [pool.submit(_load_run, store, keys, requests, run, views) for run in runs]:
+        for done in [pool.submit(_load_run, store, keys, requests, run, views, keep_sealed) for run in runs]:
             done.result()
     return views
 
@@ -73,7 +84,12 @@ def _neighbours(requests: Sequence[BlobRequest]) -> Iterable[list[int]]:
 
 
 def _load_run(
-    store: ObjectStore, keys: UserKeys, requests: Sequence[BlobRequest], run: list[int], views: Sequence[memoryview]
+    store: ObjectStore,
+    keys: UserKeys,
+    requests: Sequence[BlobRequest],
+    run: list[int],
+    views: Sequence[memoryview],
+    keep_sealed: Callable[[BlobRequest, memoryview], None] | None,
 ) -> None:
     first, last = requests[run[0]].place, requests[run[-1]].place
     buffer = memoryview(bytearray(last.offset + last.size_bytes - first.offset))
@@ -84,3 +100,5 @@ def _load_run(
         sealed = buffer[start : min(start + place.size_bytes, num_read)]
         check_blob(place, sealed, hashlib.sha256(sealed).hexdigest())
         keys.open_into(request.pseudonym, sealed, request.context, views[index])
+        if keep_sealed is not None:
+            keep_sealed(request, sealed)

@@ -24,6 +24,7 @@ from populace.storage.records import (
     Attempt,
     Batch,
     EventRef,
+    Failed,
     MovedBlob,
     Position,
     Record,
@@ -237,6 +238,8 @@ def _record(kind: str, body: dict[str, Any]) -> Record:
     if kind == Settled.KIND:
         body["events"] = [_settled(event) for event in body["events"]]
         body["consumed"] = _position(body["consumed"])
+    if kind == Failed.KIND:
+        body["event"] = event_from_json(body["event"])
     if kind == Batch.KIND:
         body["records"] = [_record(part["kind"], part["body"]) for part in body["records"]]
     if kind == Repack.KIND:

@@ -137,6 +137,17 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """One try of an event failed in a way that may pass: it stays pending, and is parked when it fails too often."""
+
+    KIND: ClassVar[str] = "failed"
+    pseudonym: str
+    event: EventRef
+    reason: str
+    """As in `SettledEvent`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command (`rollback`, `pin`, `unpin`;
     `refused` when it can't be obeyed)."""
@@ -189,6 +200,20 @@ class Repack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compaction:
+    """The experience log below `floor` is replaced by a snapshot of what is still needed of it."""
+
+    KIND: ClassVar[str] = "compaction"
+    previous: int
+    """The floor before."""
+    floor: int
+    """Number of the first segment that is still read."""
+    snapshot: str
+    """Key of the snapshot."""
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """The catalog's state just before this record is in the Parquet file of this record's number."""
 
@@ -227,9 +252,11 @@ Record = (
     | Attempt
     | WaveManifest
     | Settled
+    | Failed
     | Verdict
     | Tombstone
     | Repack
+    | Compaction
     | Checkpoint
     | Rotate
     | Batch

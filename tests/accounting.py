@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from populace.population.client import Population
 from populace.population.experience import Command
-from populace.population.stream import ExperienceLog
+from populace.population.stream import ExperienceLog, partition_of
 from populace.storage.commit import RevisionLogReader
 from populace.storage.records import Settled, WaveManifest
 
@@ -37,8 +37,8 @@ def account(population: Population) -> Outcome:
     user_of: dict[str, str] = {}
     id_of: dict[str, str] = {}
     for partition in range(meta.partitions):
-        for segment, rows in ExperienceLog(population.store, meta.name, partition).read_from(0):
-            for index, row in enumerate(rows):
+        for segment, table in ExperienceLog(population.store, meta.name, partition).read_from(0):
+            for index, row in enumerate(table.to_pylist()):
                 logged = seals.open(row, (segment, index))
                 user_of[logged.pseudonym] = logged.user
                 id_of[logged.ref.tag] = logged.event.event_id
@@ -66,9 +66,12 @@ def account(population: Population) -> Outcome:
                     settled[name] += 1
                     reasons[name] = item.reason + seals.detail(pseudonym, item)
     population.ledger.refresh()
+    pending = population.ledger.pending
     heldout = {
-        (queue.user, logged.event.event_id)
-        for queue in population.ledger.pending.queues.values()
-        for logged in queue.heldout
+        (logged.user, logged.event.event_id)
+        for pseudonym in pending.pseudonyms()
+        for logged in population.ledger.events(
+            partition_of(user_of[pseudonym], meta.partitions), pending.heldout(pseudonym)
+        )
     }
     return Outcome(acknowledged, trained, settled, heldout, reasons, clashes)

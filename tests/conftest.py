@@ -94,7 +94,9 @@ def settings(bases: dict[str, Path]) -> Settings:
         base=BaseSettings(model=str(bases["mixtral"]), dtype="float32"),
         adapter=AdapterSettings(rank=4, expert_rank=1, learning_rate=1e-2),
         rollout=RolloutSettings(samples_per_task=4, max_new_tokens=6),
-        scheduler=SchedulerSettings(max_adapters_per_wave=4, events_per_update=2, slots=8),
+        scheduler=SchedulerSettings(
+            max_adapters_per_wave=4, events_per_update=2, slots=8, residency_bonus_s=0.0, evidence_bonus_s=0.0
+        ),
         evaluation=EvaluationSettings(every_waves=2, heldout_share=0.25, samples_per_task=2),
         rewards=RewardSettings(
             functions={
@@ -102,7 +104,7 @@ def settings(bases: dict[str, Path]) -> Settings:
                 for name in ("letters", "length", "constant", "raising", "hanging", "not_a_number", "dying")
             }
         ),
-        run=RunSettings(takeover_s=0.1),
+        run=RunSettings(takeover_s=0.1, pipelined=False),
     )
 
 

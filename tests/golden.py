@@ -12,7 +12,7 @@ from populace.storage.commit import RevisionDraft
 from populace.storage.keys import Keyring
 from populace.storage.loading import blob_context
 from populace.storage.objects import FileStore
-from populace.storage.records import AdapterCreated, Attempt, Rotate, Settled, SettledEvent, Verdict
+from populace.storage.records import AdapterCreated, Attempt, Failed, Rotate, Settled, SettledEvent, Verdict
 from populace.storage.repack import RetentionRule
 
 USERS = ("ada", "bob", "cleo")
@@ -30,18 +30,20 @@ def make(folder: Path) -> None:
     ledger.enqueue({"bob": [Task(prompt="rain", reward="letters", event_id="2")]})
     ledger.claim(0.01)
     ledger.read_experience()
-    queues = {queue.user: queue for queue in ledger.pending.queues.values()}
     names = {user: ledger.pseudonym(user) for user in USERS}
+    waiting = {
+        user: ledger.events(0, [item.position for item in ledger.pending.waiting(name)]) for user, name in names.items()
+    }
     spec = {"rank": 4, "expert_rank": 1, "alpha": 32.0, "learning_rate": 0.001, "b_learning_rate_ratio": 1.0}
     created = [AdapterCreated(pseudonym=name, spec=spec, seed=ledger.mask_seed(name, 7)) for name in names.values()]
-    tried = {names[user]: [item.ref for item in queues[user].pending] for user in USERS}
+    tried = {names[user]: [item.ref for item in waiting[user]] for user in USERS}
     ledger.append_all([(0, record) for record in created])
     ledger.append(0, Attempt(wave="w1", num_adapters=3, adapters=tried))
     for turn in range(5):
         drafts = []
         for user in USERS[: 3 if turn == 0 else 1]:
             adapter = ledger.catalog.require(names[user])
-            number, first = adapter.next_revision, queues[user].pending[0].ref
+            number, first = adapter.next_revision, waiting[user][0].ref
             blobs = {
                 part: ledger.keys.seal(names[user], f"{part} {user} {number}".encode(), blob_context(part, number))
                 for part in ("weights", "moments", "evidence")
@@ -57,7 +59,8 @@ def make(folder: Path) -> None:
             )  # fmt: skip
         owner = ledger.owner(0)
         ledger.catalog.apply(*owner.commit_wave("w1", drafts, parameters={}, materials={"base": "b" * 64}, numerics={}))
-    bob = queues["bob"].pending[1]
+    bob = waiting["bob"][1]
+    ledger.append(0, Failed(pseudonym=names["bob"], event=bob.ref, reason="reward letters raised ValueError"))
     settled: SettledEvent = ledger.seals.settled(bob, "reward letters raised ValueError\nsomething that bob said")
     ledger.append(0, Settled(pseudonym=names["bob"], events=[settled], consumed=bob.ref.position))
     ledger.append(0, Verdict(pseudonym=names["bob"], decision="promote", judged=1, tip=1, serving=1, reason="r"))
@@ -66,6 +69,7 @@ def make(folder: Path) -> None:
     ledger.read_experience()
     ledger.obey_commands()
     ledger.repack(RetentionRule(last=2))
+    ledger.compact(1)
     ledger.checkpoint(1)
     ledger.append(0, Verdict(pseudonym=names["ada"], decision="reject", judged=5, tip=0, serving=0, reason="r"))
     ledger.release()

@@ -68,7 +68,8 @@ BAD_EVENTS = {
         Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=None),  # type: ignore
         "completion_ids is None; give a list",
     ),
-    "event id that is a number": (Task(prompt="hi", reward="letters", event_id=3), "bytes of text"),  # type: ignore
+    "event id that is no integer": (Task(prompt="hi", reward="letters", event_id=3.5), "or an integer"),  # type: ignore
+    "negative event id": (Task(prompt="hi", reward="letters", event_id=-1), "counts up from 0"),  # type: ignore
     "reward_args with NaN": (Task(prompt="hi", reward="letters", reward_args={"x": float("nan")}), "not JSON"),
     "negative token": (
         Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=[-5]),

@@ -197,7 +197,9 @@ class StoreMachine(RuleBasedStateMachine):
         for header, record in restored_reader.read_new():
             restored.apply(header, record)
         assert state_of(restored) == state_of(whole), "checkpoint and tail differ from the whole log"
-        tags = Counter(row["tag"] for _, rows in ExperienceLog(self.inner, "pop", 0).read_from(0) for row in rows)
+        tags = Counter(
+            row["tag"] for _, rows in ExperienceLog(self.inner, "pop", 0).read_from(0) for row in rows.to_pylist()
+        )
         assert set(tags.values()) <= {1}, "an event is in the log twice"
         assert self.sent <= tags.keys() <= self.sent | self.not_sent_twice
 
@@ -360,7 +362,7 @@ def test_every_flipped_byte_of_a_users_key_is_detected(history: History) -> None
 
 
 def test_every_flipped_byte_of_an_experience_segment_is_detected(tmp_path: Path) -> None:
-    from populace.population.experience import Demonstration
+    from populace.population.experience import Demonstration, event_bytes
     from populace.population.stream import Seals
 
     history = History(MemoryStore(), tmp_path)
@@ -368,8 +370,8 @@ def test_every_flipped_byte_of_an_experience_segment_is_detected(tmp_path: Path)
     keys.ensure(name_of("ada"), "ada", lambda: history.master)
     seals, log = Seals(keys, b"k" * 32), ExperienceLog(history.store, "pop", 0)
     event = Demonstration(prompt="rain", completion="sea", event_id="e")
-    log.append([seals.seal(name_of("ada"), event)])
-    original = seals.open(next(log.read_from(0))[1][0], (0, 0))
+    log.append([seals.seal(name_of("ada"), event.event_id, event_bytes(event))])
+    original = seals.open(next(log.read_from(0))[1].to_pylist()[0], (0, 0))
     assert original.event == Demonstration(
         prompt=({"role": "user", "content": "rain"},), completion="sea", event_id="e"
     )
@@ -377,7 +379,7 @@ def test_every_flipped_byte_of_an_experience_segment_is_detected(tmp_path: Path)
     for position in range(len(body)):
         history.store.put(log.log.key(0), flip(body, position))
         try:
-            rows = next(log.read_from(0))[1]
+            rows = next(log.read_from(0))[1].to_pylist()
             opened = [seals.open(row, (0, index)) for index, row in enumerate(rows)]
         except (Damaged, Forgotten, PopulaceError):
             continue

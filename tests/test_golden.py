@@ -18,6 +18,7 @@ from populace.storage.records import Batch, Record
 from populace.storage.verify import Findings, verify_partition
 from tests.golden import make
 
+ALL_KINDS = {kind.KIND for kind in Record.__args__}
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 
 
@@ -25,15 +26,15 @@ GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 def test_a_store_of_an_earlier_version_opens(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "golden"
     shutil.copytree(source, folder)
-    check(folder)
+    check(folder, ALL_KINDS - ({"failed", "compaction"} if source.name == "format-1" else set()))
 
 
 def test_a_store_of_this_version_opens_the_same(tmp_path: Path) -> None:
     make(tmp_path)
-    check(tmp_path)
+    check(tmp_path, ALL_KINDS)
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, expected: set[str]) -> None:
     store = FileStore(folder / "store")
     meta = PopulationMeta.read(store, "golden")
     ledger = Ledger(store, meta, Keyring(folder / "keys"))
@@ -58,5 +59,5 @@ def check(folder: Path) -> None:
     for seq in range(reader.next_seq):
         _, record = reader.read_at(seq)
         kinds |= {part.KIND for part in (record.records if isinstance(record, Batch) else [record])} | {record.KIND}
-    assert kinds == {kind.KIND for kind in Record.__args__}, "a record of every kind is in it"
+    assert kinds == expected, "a record of every kind that this version has is in it"
     assert open_record(reader.log.read(0) or b"", meta.root_key)

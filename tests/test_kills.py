@@ -62,7 +62,9 @@ def check(history: History, journal: Path) -> int:
         for part, blob in state.blobs.items()
     ]
     load_wave(history.store, history.keys(), requests)
-    events = Counter(row["tag"] for _, rows in ExperienceLog(history.store, "pop", 0).read_from(0) for row in rows)
+    events = Counter(
+        row["tag"] for _, rows in ExperienceLog(history.store, "pop", 0).read_from(0) for row in rows.to_pylist()
+    )
     assert set(events.values()) <= {1} and told.get("sent", set()) <= events.keys()
     return len(waves)
 

@@ -6,22 +6,17 @@ import ast
 import dataclasses
 import math
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from populace.configs.load import load_settings
 from populace.configs.schema import Settings
 from populace.population.evaluation import VerdictPolicy, verdict
-from populace.population.experience import Task, UserId, is_held_out
-from populace.population.scheduler import Budget, form_wave
-from populace.population.stream import LoggedEvent, UserQueue, partition_of
+from populace.population.experience import is_held_out
+from populace.population.stream import partition_of
 from populace.storage.catalog import Catalog
-from populace.storage.records import EventRef
 from populace.storage.states import AdapterState
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
 from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
@@ -138,41 +133,6 @@ def test_too_little_evidence_follows_the_named_policy() -> None:
         assert record.reason.startswith("provisional")
 
 
-def queue(name: str, waiting_since: int, num_events: int) -> UserQueue:
-    return UserQueue(
-        user=UserId(name),
-        pseudonym=name,
-        partition=0,
-        waiting_since=waiting_since,
-        pending=[
-            LoggedEvent(
-                user=UserId(name),
-                event=Task(prompt="x", reward="r", event_id=str(place)),
-                pseudonym=name,
-                ref=EventRef(tag=str(place), position=(place, 0), digest=""),
-            )
-            for place in range(num_events)
-        ],
-    )
-
-
-@given(st.lists(st.integers(0, 6), max_size=12), st.integers(1, 5), st.integers(1, 4), st.randoms())
-def test_a_wave_keeps_its_budget_and_takes_the_longest_waiting_first(
-    sizes: list[int], max_adapters: int, events_per_update: int, random: Random
-) -> None:
-    users = [queue(f"u{place}", place, size) for place, size in enumerate(sizes)]
-    random.shuffle(users)
-    wave = form_wave(users, Budget(max_adapters=max_adapters, events_per_update=events_per_update))
-    waiting = sorted((user for user in users if user.pending), key=lambda user: user.waiting_since)
-    if not waiting:
-        assert wave is None
-        return
-    assert wave is not None
-    assert [member.pseudonym for member in wave.members] == [user.pseudonym for user in waiting[:max_adapters]]
-    for member, user in zip(wave.members, waiting, strict=False):
-        assert list(member.events) == user.pending[:events_per_update], "always a prefix"
-
-
 def test_the_heldout_share_is_kept_and_depends_on_the_id_alone() -> None:
     held = [is_held_out(f"event-{number}", b"k" * 32, 0.2) for number in range(5000)]
     assert 0.17 < sum(held) / 5000 < 0.23
@@ -211,7 +171,13 @@ ALLOWED = {
     "workers": ("workers", "kernels", "storage", "configs"),
     "population": ("population", "workers", "kernels", "storage", "configs"),
 }
-MAY_IMPORT_RAY = {"workers/shard.py", "workers/group.py", "population/rewards.py", "population/run.py"}
+MAY_IMPORT_RAY = {
+    "workers/shard.py",
+    "workers/group.py",
+    "population/gateway.py",
+    "population/rewards.py",
+    "population/run.py",
+}
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

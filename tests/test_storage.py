@@ -225,7 +225,7 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
 
     add(Attempt(wave="w1", num_adapters=2, adapters={P1: [event(1)], name_of("p2"): [event(2)]}))
     history.commit(owner, catalog, "p1")
-    assert list(catalog.unfinished[0].adapters) == [name_of("p2")]
+    assert list(catalog.unfinished[0]) == [name_of("p2")]
     add(Settled(pseudonym=name_of("p2"), events=[SettledEvent(event=event(2), reason="no signal")], consumed=(2, 0)))
     assert not catalog.unfinished
     add(Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r"))
@@ -241,7 +241,7 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
         assert [note.decision for note in adapter.notes()] == ["promote", "rollback"]
         assert adapter.spec == {"rank": 4} and adapter.revision(1).experts == (0, 2)
         assert found.obeyed == {(P1, "c1")}
-        assert list(found.unfinished[0].adapters) == [P1]
+        assert list(found.unfinished[0]) == [P1]
         assert found.owned[0] and found.num_settled[0] == 3
         assert found.changed_since(0, 5) == [P1]
         assert found.revisions_using(0, 60) == [(P1, 2)] and found.revisions_using(0, 1) == [(P1, 1)]
@@ -301,6 +301,8 @@ def state_of(catalog: Catalog) -> object:
         catalog.num_settled,
         catalog.unfinished,
         catalog.lone_attempts,
+        catalog.failures,
+        catalog.compactions,
         catalog.owned,
     )
 

@@ -55,6 +55,18 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Paging:
+    """Where adapters were found that a wave needs, and what is hot now."""
+
+    found: dict[str, int]
+    """Tier -> adapters; `new` ones are initialised, not loaded."""
+    waited_s: float
+    """For bytes that weren't in memory yet."""
+    hot: tuple[str, ...]
+    """Pseudonyms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
     """Answer one prompt `num_samples` times with one adapter."""
 
@@ -194,10 +206,7 @@ def join_steps(steps: Sequence[ShardStep]) -> StepResult:
 def _join_updates(shares: Sequence[ShardUpdate]) -> AdapterUpdate:
     first, weights, moments = shares[0], b"", b""
     if first.status == "updated":
-        parts = [share.parts for share in shares if share.parts is not None]
-        columns = [_in_order([own[kind] for own in parts]) for kind in range(3)]
-        weights = b"".join(columns[0])
-        moments = b"".join([np.array(first.state, np.float64).tobytes(), *columns[1], *columns[2]])
+        weights, moments = join_parts(first.state, [share.parts for share in shares if share.parts is not None])
     metrics = {name: value for share in shares for name, value in share.metrics.items()}
     return AdapterUpdate(
         adapter=first.adapter,
@@ -207,6 +216,12 @@ def _join_updates(shares: Sequence[ShardUpdate]) -> AdapterUpdate:
         experts=first.experts,
         metrics=metrics,
     )
+
+
+def join_parts(state: tuple[float, float, float], shares: Sequence[AdapterParts]) -> tuple[bytes, bytes]:
+    """Weights and moments as blobs, from what every shard keeps of the adapter; see `AdapterUpdate`."""
+    columns = [_in_order([own[kind] for own in shares]) for kind in range(3)]
+    return b"".join(columns[0]), b"".join([np.array(state, np.float64).tobytes(), *columns[1], *columns[2]])
 
 
 def _in_order(shares: Sequence[dict[int, Floats]]) -> list[memoryview]:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
     Floats,
+    Paging,
     RolloutGroup,
     RolloutRequest,
     ShardStep,
@@ -35,7 +36,7 @@ from populace.workers.exchange import ALONE, Exchange
 from populace.workers.layout import BaseDims
 from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.optimizer import optimizer_name
-from populace.workers.residency import Residency
+from populace.workers.residency import Residency, ResidencyBudget
 from populace.workers.rollout import roll_out
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.slab import Slab
@@ -60,6 +61,7 @@ class ShardSettings:
     """0: all processors."""
     eos_ids: frozenset[int]
     trainer: TrainerSettings
+    residency: ResidencyBudget = field(default_factory=ResidencyBudget)
     num_shards: int = 1
     dense: str = "replicated"
 
@@ -108,7 +110,7 @@ class ShardEngine:
         """Forget everything hot."""
         self.slab = Slab(self.base.dims, self.settings.slots, self.base.dtype, self.base.shard)
         keys = UserKeys(self._store, self.settings.population, Keyring())
-        self.residency = Residency(self.slab, self._store, keys)
+        self.residency = Residency(self.slab, self._store, keys, self.settings.residency)
 
     @functools.cached_property
     def numerics(self) -> str:
@@ -135,8 +137,11 @@ class ShardEngine:
             "numerics": self.numerics,
         }
 
-    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int:
-        return self.residency.page_in(refs, with_moments)
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None:
+        self.residency.prefetch(refs)
+
+    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging:
+        return self.residency.page_in(refs, with_moments, keep)
 
     def evict(self, keys: Sequence[AdapterKey]) -> None:
         self.residency.evict(keys)

@@ -1,9 +1,8 @@
 """The shard group: the actors that together hold one base. It is placed, loaded, called, fails and starts again as one.
 
-The actors are detached and named `<population>-<store's digest>/shard-<rank>` in the namespace `populace`: a controller
-that takes over from a dead one goes on with them instead of loading the base again. Only the owner of a population may
-start its group; from then on the actors obey that group's token alone, so a controller that was fenced can't disturb
-them.
+The actors are detached and named `<population>-<store's digest>/<controller>/shard-<rank>` in the namespace `populace`: a
+controller that takes over from a dead one of its name goes on with them instead of loading the base again. There is one
+controller of a name; from then on the actors obey that group's token alone, so one that was fenced can't disturb them.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
     Floats,
+    Paging,
     RolloutGroup,
     RolloutRequest,
     StepResult,
@@ -59,11 +59,12 @@ class ShardGroupLost(PopulaceError):
 class ShardGroup:
     """The methods of `ShardEngine`, on Ray actors."""
 
-    def __init__(self, settings: ShardSettings, group: GroupSettings) -> None:
+    def __init__(self, settings: ShardSettings, group: GroupSettings, controller: str = "main") -> None:
         self.settings, self.group = replace(settings, num_shards=group.count, dense=group.dense), group
         self.num_restarts = 0
         self._token = secrets.token_hex(16)
-        self._prefix = f"{settings.population}-{sha256(settings.store_url.encode()).hexdigest()[:8]}/shard-"
+        place = sha256(settings.store_url.encode()).hexdigest()[:8]
+        self._prefix = f"{settings.population}-{place}/{controller}/shard-"
         self._shards: list[ActorHandle] = []
         self._places: PlacementGroup | None = None
         self._loading: list[Any] = []
@@ -110,8 +111,12 @@ class ShardGroup:
             numerics = {**numerics, "numerics": "fast"}
         return dims, numerics
 
-    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool) -> int:
-        return int(self._all("page_in", refs, with_moments)[0])
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None:
+        self._all("prefetch", refs)
+
+    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging:
+        paging: Paging = self._all("page_in", refs, with_moments, keep)[0]
+        return paging
 
     def evict(self, keys: Sequence[AdapterKey]) -> None:
         self._all("evict", keys)

@@ -1,25 +1,75 @@
-"""Where an adapter's bytes are: hot in the slab or cold in the store. Loads what a wave needs, evicts what it
-doesn't, least recently used first."""
+"""Where an adapter's bytes are: hot in the slab, warm in memory, near on the local disk, cold in the store.
+
+    prefetch   cold or near -> warm, in the background, one wave ahead
+    page_in    warm -> hot; waits for what is still on its way
+    evict      hot -> warm, if it is a committed revision
+
+The store is the only place that adapters are written to, by commits; every other tier may lose anything at any time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 from populace.storage.errors import InvalidInput
 from populace.storage.keys import UserKeys
-from populace.storage.loading import load_wave
+from populace.storage.loading import BlobRequest, load_wave, open_sealed
 from populace.storage.objects import ObjectStore
-from populace.workers.batch import AdapterKey, AdapterRef
+from populace.workers.batch import AdapterKey, AdapterRef, Paging
 from populace.workers.slab import Slab
+from populace.workers.tiers import Tier
+
+logger = logging.getLogger(__name__)
+Blob = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyBudget:
+    """See configs/schema.py, ResidencySettings."""
+
+    warm_bytes: int = 1 << 29
+    near_bytes: int = 0
+    near_folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmBlobs:
+    """One revision's bytes in memory."""
+
+    weights: Blob
+    moments: Blob | None
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.weights) + (len(self.moments) if self.moments is not None else 0)
+
+    def serves(self, ref: AdapterRef, with_moments: bool) -> bool:
+        return not (with_moments and ref.moments is not None and self.moments is None)
 
 
 class Residency:
-    """The slab's contents, by revision. A slot that was written without a commit must be evicted."""
+    """The tiers of one shard, by revision. A slot that was written without a commit must be evicted."""
 
-    def __init__(self, slab: Slab, store: ObjectStore, keys: UserKeys) -> None:
+    def __init__(self, slab: Slab, store: ObjectStore, keys: UserKeys, budget: ResidencyBudget) -> None:
         self.slab, self.store, self.keys = slab, store, keys
-        self._last_used: dict[AdapterKey, int] = {}
-        self._clock = 0
+        self.near = NearTier(Path(budget.near_folder), budget.near_bytes) if budget.near_bytes else None
+        self._hot = Tier[AdapterKey](slab.capacity)
+        self._warm = Tier[AdapterKey](budget.warm_bytes)
+        self._blobs: dict[AdapterKey, WarmBlobs] = {}
+        self._wanted: frozenset[AdapterKey] = frozenset()
+        """The wave that was prefetched last: what is warm of it stays so."""
+        self._loading: dict[AdapterKey, Future[dict[AdapterKey, tuple[WarmBlobs, str]]]] = {}
+        self._loader = ThreadPoolExecutor(2, thread_name_prefix="populace-page")
         self._has_moments: dict[AdapterKey, bool] = {}
         """Whether a slot that may be trained in holds moments, or zeros in their place."""
 
@@ -27,57 +77,228 @@ class Residency:
     def num_hot(self) -> int:
         return len(self.slab.slots)
 
-    def page_in(self, refs: Iterable[AdapterRef], with_moments: bool) -> int:
-        """Make all of `refs` hot together; returns how many had to be loaded. Every blob is verified."""
-        refs = list(refs)
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None:
+        """Start loading what isn't in memory, with moments, and return at once. A load that somebody waits for already
+        is shared."""
+        self._wanted = frozenset(ref.key for ref in refs)
+        for key, future in list(self._loading.items()):
+            if key not in self._wanted and future.done():  # of a wave that was given up
+                del self._loading[key]
+                if future.exception() is None:
+                    self._warm_up(key, future.result()[key][0])
+        missing = [ref for ref in self._missing(refs, True) if ref.weights is not None and not self._is_warm(ref, True)]
+        self._start_loading([ref for ref in missing if ref.key not in self._loading], True)
+
+    def page_in(self, refs: Iterable[AdapterRef], with_moments: bool, keep: Collection[AdapterKey] = ()) -> Paging:
+        """Make all of `refs` hot together, without evicting any of `keep`. Every blob is verified."""
+        refs = list({ref.key: ref for ref in refs}.values())
         wanted = {ref.key for ref in refs}
-        if len(wanted) > self.slab.capacity:
+        staying = wanted | set(keep)
+        if (needed := len(wanted | {key for key in keep if key in self.slab.slots})) > self.slab.capacity:
             raise InvalidInput(
-                f"{len(wanted)} adapters are needed at once but scheduler.slots is {self.slab.capacity}; raise it"
+                f"{needed} adapters are needed at once but scheduler.slots is {self.slab.capacity}; raise it"
             )
-        self._clock += 1
-        missing = [
-            ref
-            for ref in {ref.key: ref for ref in refs}.values()
-            if ref.key not in self.slab.slots
-            # A revision that stopped being the tip starts from zero again, also where its moments are still hot.
-            or (with_moments and self._has_moments.get(ref.key) != (ref.moments is not None))
-        ]
+        missing = self._missing(refs, with_moments)
+        found = Counter(hot=len(refs) - len(missing), new=sum(ref.weights is None for ref in missing))
         # The blobs first: a damaged one must not leave a half-filled slot.
-        requests = [ref.requests(with_moments) for ref in missing]
-        blobs = iter(load_wave(self.store, self.keys, [request for own in requests for request in own]))
-        loaded = [[next(blobs) for _ in own] for own in requests]
-        for ref, parts in zip(missing, loaded, strict=True):
-            self.evict([ref.key])
-            if len(self.slab.slots) == self.slab.capacity:
-                idle = [key for key in self.slab.slots if key not in wanted]
-                self.evict([min(idle, key=lambda key: self._last_used[key])])
+        started = time.monotonic()
+        blobs = self._blobs_of([ref for ref in missing if ref.weights is not None], with_moments, found)
+        waited_s = time.monotonic() - started
+        for ref in missing:
+            self._drop_hot(ref.key)
+            for victim in self._hot.put(ref.key, 1, staying):
+                self._cool(victim)
             self.slab.take(ref.key, ref.spec, ref.seed)
-            if parts:
-                self.slab.load(ref.key, parts[0], parts[1] if len(parts) > 1 else None, ref.experts)
+            if ref.weights is not None:
+                own = blobs[ref.key]
+                self.slab.load(
+                    ref.key, own.weights, own.moments if ref.moments is not None and with_moments else None, ref.experts
+                )
             else:
                 self.slab.initialise(ref.key)
             if with_moments:
                 self._has_moments[ref.key] = ref.moments is not None
-        self._last_used.update(dict.fromkeys(wanted, self._clock))
-        return len(missing)
+        for key in wanted:
+            self._hot.touch(key)
+        hot = tuple(dict.fromkeys(key.pseudonym for key in self.slab.slots))
+        return Paging(found=dict(found), waited_s=waited_s, hot=hot)
 
     def forget(self, pseudonyms: Iterable[str]) -> None:
-        """Drop every revision and the key of forgotten users."""
+        """Drop every revision and the key of forgotten users, from every tier."""
         gone = set(pseudonyms)
+        for future in list(self._loading.values()):
+            future.exception()
+        self._loading.clear()
         self.evict([key for key in self.slab.slots if key.pseudonym in gone])
+        for key in [key for key in self._blobs if key.pseudonym in gone]:
+            self._drop_warm(key)
+        if self.near is not None:
+            self.near.forget(gone)
         self.keys.drop(gone)
 
     def evict(self, keys: Iterable[AdapterKey]) -> None:
+        """Drop slots whose content may be no revision: nothing of it is kept."""
         for key in list(keys):
-            if key in self.slab.slots:
-                self.slab.drop(key)
-            self._last_used.pop(key, None)
-            self._has_moments.pop(key, None)
+            self._drop_hot(key)
 
     def committed(self, old: AdapterKey, new: AdapterKey) -> None:
         """What was trained in the slot of `old` is now revision `new`."""
         self.slab.rename(old, new)
-        self._last_used[new] = self._last_used.pop(old)
+        self._hot.drop(old)
+        self._hot.put(new, 1)
         self._has_moments.pop(old, None)
         self._has_moments[new] = True
+        self._drop_warm(old)
+
+    def _missing(self, refs: Iterable[AdapterRef], with_moments: bool) -> list[AdapterRef]:
+        return [
+            ref
+            for ref in refs
+            if ref.key not in self.slab.slots
+            # A revision that stopped being the tip starts from zero again, also where its moments are still hot.
+            or (with_moments and self._has_moments.get(ref.key) != (ref.moments is not None))
+        ]
+
+    def _is_warm(self, ref: AdapterRef, with_moments: bool) -> bool:
+        return ref.key in self._blobs and self._blobs[ref.key].serves(ref, with_moments)
+
+    def _blobs_of(
+        self, refs: Sequence[AdapterRef], with_moments: bool, found: Counter[str]
+    ) -> dict[AdapterKey, WarmBlobs]:
+        """Bytes of every one of `refs`, from wherever they are; counts where."""
+        blobs, waiting = {}, []
+        for ref in refs:
+            if self._is_warm(ref, with_moments):
+                blobs[ref.key] = self._blobs[ref.key]
+                self._warm.touch(ref.key)
+                found["warm"] += 1
+            else:
+                waiting.append(ref)
+        shared = {ref.key: self._loading[ref.key] for ref in waiting if ref.key in self._loading and with_moments}
+        own = self._start_loading([ref for ref in waiting if ref.key not in shared], with_moments)
+        for ref in waiting:
+            future = shared.get(ref.key, own)
+            assert future is not None
+            try:
+                loaded, tier = future.result()[ref.key]
+            finally:
+                for key in [key for key, other in self._loading.items() if other is future]:
+                    del self._loading[key]
+            blobs[ref.key] = loaded
+            found["prefetched" if ref.key in shared else tier] += 1
+            self._warm_up(ref.key, loaded)
+        return blobs
+
+    def _start_loading(
+        self, refs: Sequence[AdapterRef], with_moments: bool
+    ) -> Future[dict[AdapterKey, tuple[WarmBlobs, str]]] | None:
+        if not refs:
+            return None
+        future = self._loader.submit(self._load, refs, with_moments)
+        self._loading.update(dict.fromkeys((ref.key for ref in refs), future))
+        return future
+
+    def _load(self, refs: Sequence[AdapterRef], with_moments: bool) -> dict[AdapterKey, tuple[WarmBlobs, str]]:
+        """From near and cold, each blob checked against its manifest's digest; runs in a thread."""
+        requests = [ref.requests(with_moments) for ref in refs]
+        everything = [request for own in requests for request in own]
+        sealed = {} if self.near is None else self.near.get(everything)
+        missing = [request for request in everything if request not in sealed]
+        opened: dict[BlobRequest, Blob] = {
+            request: open_sealed(self.keys, request, body) for request, body in sealed.items()
+        }
+        keep_sealed = None if self.near is None else self.near.put
+        opened |= dict(zip(missing, load_wave(self.store, self.keys, missing, keep_sealed), strict=True))
+        result = {}
+        for ref, own in zip(refs, requests, strict=True):
+            parts = [opened[request] for request in own]
+            tier = "near" if all(request in sealed for request in own) else "cold"
+            # Copies: one wave's views share one buffer, which would stay as long as the last of them.
+            result[ref.key] = (WarmBlobs(bytes(parts[0]), bytes(parts[1]) if len(parts) > 1 else None), tier)
+        return result
+
+    def _warm_up(self, key: AdapterKey, blobs: WarmBlobs) -> None:
+        self._blobs[key] = blobs
+        for gone in self._warm.put(key, blobs.size_bytes, self._wanted):
+            self._blobs.pop(gone, None)
+
+    def _drop_warm(self, key: AdapterKey) -> None:
+        self._warm.drop(key)
+        self._blobs.pop(key, None)
+
+    def _cool(self, key: AdapterKey) -> None:
+        """A committed revision leaves its slot; its bytes stay warm, if this shard has all of them."""
+        if key.revision and key not in self._blobs and self.slab.shard.num_shards == 1:
+            has_moments = self._has_moments.get(key, False)
+            weights, moments = self.slab.blobs(key)
+            self._warm_up(key, WarmBlobs(weights, moments if has_moments else None))
+        self.slab.drop(key)
+        self._has_moments.pop(key, None)
+
+    def _drop_hot(self, key: AdapterKey) -> None:
+        if key in self.slab.slots:
+            self.slab.drop(key)
+        self._hot.drop(key)
+        self._has_moments.pop(key, None)
+
+
+class NearTier:
+    """Sealed blobs on the local disk, each in a file named by its digest: what is read is checked, so the folder may
+    lose or damage anything, and several processes may share it."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._files = Tier[str](max_bytes)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        there = [(path.stat(), path) for path in folder.glob("*/*") if not path.name.startswith(".")]
+        for stat, path in sorted(there, key=lambda item: item[0].st_mtime):
+            for gone in self._files.put(f"{path.parent.name}/{path.name}", stat.st_size):
+                (folder / gone).unlink(missing_ok=True)
+
+    def get(self, requests: Sequence[BlobRequest]) -> dict[BlobRequest, bytes]:
+        """What is there and whole."""
+        found = {}
+        for request in requests:
+            name = f"{request.pseudonym}/{request.place.sha256}"
+            try:
+                body = (self.folder / name).read_bytes()
+            except OSError:
+                continue
+            if hashlib.sha256(body).hexdigest() == request.place.sha256:
+                found[request] = body
+                with self._lock:
+                    if name in self._files:
+                        self._files.touch(name)
+            else:
+                logger.warning("near copy %s is damaged; it is read from the store again", self.folder / name)
+                self._remove(name)
+        return found
+
+    def put(self, request: BlobRequest, sealed: memoryview) -> None:
+        """Keep a copy, if there is room; a disk that can't is no reason to stop."""
+        name = f"{request.pseudonym}/{request.place.sha256}"
+        with self._lock:
+            going = self._files.put(name, len(sealed))
+        for gone in going:
+            (self.folder / gone).unlink(missing_ok=True)
+        if name in going:
+            return
+        try:
+            (self.folder / request.pseudonym).mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile(dir=self.folder / request.pseudonym, prefix=".", delete=False) as file:
+                file.write(sealed)
+            os.replace(file.name, self.folder / name)
+        except OSError as error:
+            logger.warning("near copy %s can't be written: %s", self.folder / name, error)
+            self._remove(name)
+
+    def forget(self, pseudonyms: Iterable[str]) -> None:
+        for pseudonym in pseudonyms:
+            for path in (self.folder / pseudonym).glob("*"):
+                self._remove(f"{pseudonym}/{path.name}")
+
+    def _remove(self, name: str) -> None:
+        with self._lock:
+            self._files.drop(name)
+        (self.folder / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from populace.kernels.lora import LoraWeights
-from populace.workers.batch import AdapterKey, AdapterParts
+from populace.workers.batch import AdapterKey, AdapterParts, join_parts
 from populace.workers.layout import (
     EXPERT_MODULES,
     AdapterLayout,
@@ -189,6 +189,11 @@ class Slab:
         return AdapterParts(
             *({part: flat[start:end].numpy() for part, (start, end) in parts.items()} for flat in flats)
         )
+
+    def blobs(self, key: AdapterKey) -> tuple[bytes, bytes]:
+        """Weights and moments as they are committed; for a shard that has all of the adapter."""
+        state = self.slots[key].state
+        return join_parts((float(state.step), state.baseline, float(state.num_rewards)), [self.dump(key)])
 
     def exact(self, slot: Slot, row_N: Tensor) -> Tensor:
         """What this shard keeps of a row of the slot's arena, without what pads its ranks."""

@@ -1,0 +1,381 @@
+"""The reading end of a partition's experience: what is new, what is a repetition, and what can be cut off behind it.
+
+    segments -> seen before? -> held out, pending, or a command -> PendingIndex
+    PendingIndex -> snapshot -> `compaction` record -> floor raised -> old segments deleted
+
+A snapshot holds the events below the floor that wait or are held out, and the memory of event ids: opening reads it and
+the segments behind it, never the whole history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from populace.population.experience import Command, LogEvent, Task, UserId, is_held_out
+from populace.population.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
+from populace.population.stream import (
+    ExperienceLog,
+    LoggedEvent,
+    Row,
+    Seals,
+    checked,
+    decode_rows,
+    enqueued_at,
+    with_digest,
+)
+from populace.storage.catalog import Catalog
+from populace.storage.columns import Index, Table, halves_of
+from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
+from populace.storage.records import Compaction, Position
+
+logger = logging.getLogger(__name__)
+
+HORIZON = 1 << 20
+"""Event ids of a partition that are remembered at least: repetitions fall out as long as no more events came between.
+Integer ids need no memory: they fall out for ever."""
+COMMAND = 5
+"""State of a command in a snapshot; beside those of `pending.py`."""
+
+Payload = tuple[str, str, bytes]
+"""Pseudonym, tag, sealed."""
+
+
+class EventMemory:
+    """Which event ids came lately, with what content; and the highest integer id of every user who uses integers.
+
+    Two generations of `horizon` ids: when one is full, the older one goes."""
+
+    def __init__(self, horizon: int = HORIZON) -> None:
+        self.horizon = horizon
+        self._generations = [_Generation(), _Generation()]
+        self._highest: dict[tuple[int, int], int] = {}
+        self.has_forgotten = False
+        """Whether ids ever fell out of the memory."""
+
+    def find(self, tags: Sequence[str]) -> NDArray[np.uint64]:
+        """For each tag the first half of the digest it came with; 0 for those that aren't remembered."""
+        high, low = halves_of(tags)
+        found = np.zeros(len(high), np.uint64)
+        for generation in self._generations:
+            rows = generation.index.find(high, low)
+            there = rows >= 0
+            found[there] = generation.table["digest"][rows[there]]
+        return found
+
+    def add(self, tags: Sequence[str], digests: Sequence[int]) -> None:
+        """Remember new ids."""
+        high, low = halves_of(tags)
+        self._generations[0].add(high, low, np.array(digests, np.uint64))
+        if self._generations[0].table.size >= self.horizon:
+            self.has_forgotten |= self._generations[1].table.size > 0
+            self._generations = [_Generation(), self._generations[0]]
+
+    def highest(self, pseudonym: str) -> int:
+        return self._highest.get(_key(pseudonym), -1)
+
+    def raise_highest(self, pseudonym: str, number: int) -> None:
+        self._highest[_key(pseudonym)] = number
+
+    def dump(self) -> list[pa.Table]:
+        tables = []
+        for number, generation in enumerate(self._generations):
+            columns = {name: pa.array(generation.table[name]) for name in ("high", "low", "digest")}
+            metadata = {"generation": str(number), "has_forgotten": str(int(self.has_forgotten))}
+            tables.append(pa.table(columns).replace_schema_metadata(metadata))
+        keys = np.array(list(self._highest), np.uint64).reshape(-1, 2)
+        highest = pa.array(list(self._highest.values()), pa.int64())
+        return [*tables, pa.table({"high": pa.array(keys[:, 0]), "low": pa.array(keys[:, 1]), "highest": highest})]
+
+    @staticmethod
+    def load(tables: Sequence[pa.Table], horizon: int = HORIZON) -> EventMemory:
+        memory = EventMemory(horizon)
+        for generation, table in zip(memory._generations, tables[:2], strict=True):
+            generation.add(*(table.column(name).to_numpy() for name in ("high", "low", "digest")))
+        memory.has_forgotten = tables[0].schema.metadata[b"has_forgotten"] == b"1"
+        keys = zip(*(tables[2].column(name).to_pylist() for name in ("high", "low")), strict=True)
+        memory._highest = dict(zip(keys, tables[2].column("highest").to_pylist(), strict=True))
+        return memory
+
+
+class _Generation:
+    def __init__(self) -> None:
+        self.index, self.table = Index(), Table(high="u8", low="u8", digest="u8")
+
+    def add(self, high: NDArray[np.uint64], low: NDArray[np.uint64], digest: NDArray[np.uint64]) -> None:
+        if len(high):
+            first = self.table.append(len(high), high=high, low=low, digest=digest)
+            self.index.add(high, low, np.arange(first, first + len(high)))
+
+
+def _key(pseudonym: str) -> tuple[int, int]:
+    return int(pseudonym[:16], 16), int(pseudonym[16:], 16)
+
+
+class SegmentCache:
+    """The newest segments read, up to a number of bytes: a wave mostly takes what has just come in."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._size_bytes = max_bytes, 0
+        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def put(self, partition: int, segment: int, table: pa.Table) -> None:
+        self._tables[partition, segment] = table
+        self._size_bytes += table.nbytes
+        while self._size_bytes > self._max_bytes and len(self._tables) > 1:
+            self._size_bytes -= self._tables.popitem(last=False)[1].nbytes
+
+    def get(self, partition: int, segment: int) -> pa.Table | None:
+        return self._tables.get((partition, segment))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What decides about an event besides the log."""
+
+    heldout_key: bytes
+    heldout_share: float
+    price: Callable[[LogEvent], int]
+    """Estimated tokens of an event."""
+    tenant: Callable[[UserId], int] | None = None
+    """Number of the user's tenant; None: all belong to the first."""
+
+
+class Consumer:
+    """Follows one partition's experience log into a `PendingIndex`."""
+
+    def __init__(
+        self, log: ExperienceLog, partition: int, seals: Seals, index: PendingIndex, cache: SegmentCache, rules: Rules
+    ) -> None:
+        self.log, self.partition, self.seals, self.index, self.cache, self.rules = (
+            log,
+            partition,
+            seals,
+            index,
+            cache,
+            rules,
+        )
+        self.next_segment = 0
+        self.commands: list[LoggedEvent] = []
+        self.memory = EventMemory()
+        self._snapshot: Snapshot | None = None
+
+    def observe(self, catalog: Catalog, limit: int | None = None) -> int:
+        """Read what is new, `limit` segments at most; returns the number of events. What forgotten users sent can't be
+        read any more."""
+        compaction = catalog.compactions.get(self.partition)
+        if compaction is not None and compaction.floor > self.next_segment:
+            self._start_from(self._read_snapshot(compaction), catalog)
+        num_events = 0
+        for seq, table in self.log.read_from(self.next_segment):
+            self.cache.put(self.partition, seq, table)
+            num_events += self._take_in(seq, table, catalog)
+            self.next_segment = seq + 1
+            if limit is not None and (limit := limit - 1) <= 0:
+                break
+        return num_events
+
+    def load(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, LoggedEvent]:
+        """The events at these places; those of forgotten users are left out."""
+        events = {}
+        for position in positions:
+            try:
+                events[position] = self.seals.open(_row(*self._payload(position, catalog)), position)
+            except Forgotten:
+                continue
+        return events
+
+    def forget(self, pseudonym: str) -> None:
+        """Drop everything of a user."""
+        self.index.forget(pseudonym)
+        self.commands = [logged for logged in self.commands if logged.pseudonym != pseudonym]
+
+    def let_go(self) -> None:
+        """Forget what was read: another process has the partition now."""
+        self.index.clear_partition(self.partition)
+        self.next_segment, self.commands, self.memory, self._snapshot = 0, [], EventMemory(self.memory.horizon), None
+
+    # Compaction; the partition's owner alone.
+
+    def write_snapshot(self, catalog: Catalog) -> Compaction:
+        """Save what is still needed of everything read so far. Nothing depends on it until its record is there."""
+        floor, alive = self.next_segment, self.index.survivors(self.partition, self.next_segment)
+        positions = list(zip(alive.segment.tolist(), alive.row.tolist(), strict=True))
+        entries = list(zip(positions, alive.state.tolist(), alive.tokens.tolist(), strict=True))
+        entries += [(logged.ref.position, COMMAND, 0) for logged in self.commands]
+        entries.sort()
+        payloads = [self._payload(position, catalog) for position, _, _ in entries]
+        table = pa.table({
+            "pseudonym": pa.array([item[0] for item in payloads], pa.string()),
+            "tag": pa.array([item[1] for item in payloads], pa.string()),
+            "sealed": pa.array([item[2] for item in payloads], pa.binary()),
+            "segment": pa.array([position[0] for position, _, _ in entries], pa.uint32()),
+            "row": pa.array([position[1] for position, _, _ in entries], pa.uint32()),
+            "state": pa.array([state for _, state, _ in entries], pa.uint8()),
+            "tokens": pa.array([tokens for _, _, tokens in entries], pa.uint32()),
+        })  # fmt: skip
+        body = with_digest([table, *self.memory.dump()])
+        key = f"{self.log.log.prefix.replace('/experience/', '/snapshots/')}/{floor:020d}-{uuid.uuid4().hex[:8]}.arrow"
+        self.log.log.store.put(key, body)
+        before = catalog.compactions.get(self.partition)
+        compaction = Compaction(
+            previous=0 if before is None else before.floor, floor=floor, snapshot=key,
+            sha256=hashlib.sha256(body).hexdigest(),
+        )  # fmt: skip
+        self._snapshot = Snapshot(compaction, [table])
+        return compaction
+
+    def finish_compaction(self, now: Compaction) -> None:
+        """Raise the floor that the record names, and delete what lies below it. Repeated by the next owner if this one
+        dies in it."""
+        self.log.raise_floor(now.previous, now.floor)
+        self.log.delete_below(now.floor)
+        folder = now.snapshot.rpartition("/")[0]
+        for key in list(self.log.log.store.list(folder)):
+            if key < now.snapshot:  # never a newer one: this may be an owner that was fenced meanwhile
+                self.log.log.store.delete(key)
+
+    def _payload(self, position: Position, catalog: Catalog) -> Payload:
+        segment, row = position
+        compaction = catalog.compactions.get(self.partition)
+        if compaction is not None and segment < compaction.floor:
+            if self._snapshot is None or self._snapshot.compaction != compaction:
+                self._snapshot = self._read_snapshot(compaction)
+            return self._snapshot.payload(position)
+        table = self.cache.get(self.partition, segment)
+        if table is None:
+            key = self.log.log.key(segment)
+            table = decode_rows(key, self.log.log.store.get(key))
+            self.cache.put(self.partition, segment, table)
+        return _payload_at(table, row)
+
+    def _read_snapshot(self, compaction: Compaction) -> Snapshot:
+        body = self.log.log.store.get(compaction.snapshot)
+        if hashlib.sha256(body).hexdigest() != compaction.sha256:
+            raise Damaged(f"{compaction.snapshot} is not what its record vouches for; restore it from a copy")
+        source, tables = pa.BufferReader(checked(compaction.snapshot, body)), []
+        for _ in range(4):
+            tables.append(pa.ipc.open_stream(source).read_all())
+        return Snapshot(compaction, tables)
+
+    def _start_from(self, snapshot: Snapshot, catalog: Catalog) -> None:
+        """Take a snapshot for everything below its floor."""
+        self.let_go()
+        table = snapshot.tables[0]
+        names = table.column("pseudonym").to_pylist()
+        unique = list(dict.fromkeys(names))
+        consumed = dict(zip(unique, catalog.consumed_of(unique), strict=True)) if unique else {}
+        places = zip(*(table.column(name).to_pylist() for name in ("segment", "row", "state", "tokens")), strict=True)
+        for number, (name, (segment, row, state, tokens)) in enumerate(zip(names, places, strict=True)):
+            position = (segment, row)
+            if catalog.is_forgotten(name):
+                continue
+            if state == COMMAND:
+                logged = self._open(_row(*_payload_at(table, number)), position)
+                if logged is not None and (name, logged.ref.tag) not in catalog.obeyed:
+                    self.commands.append(logged)
+            elif state == HELD or position > consumed[name]:
+                self.index.add(self._user(name, catalog), position, state, tokens, 0.0)
+        self.memory = EventMemory.load(snapshot.tables[1:], self.memory.horizon)
+        self._snapshot, self.next_segment = snapshot, snapshot.compaction.floor
+
+    def _take_in(self, seq: int, table: pa.Table, catalog: Catalog) -> int:
+        """One segment's events into the index; returns how many could be read."""
+        rows = table.to_pylist()
+        opened = [self._open(row, (seq, number)) for number, row in enumerate(rows)]
+        logged_events = [logged for logged in opened if logged is not None]
+        if not logged_events:
+            return 0
+        tags = [logged.ref.tag for logged in logged_events]
+        known = dict(zip(tags, self.memory.find(tags).tolist(), strict=True))
+        consumed = catalog.consumed_of([logged.pseudonym for logged in logged_events])
+        arrived_at = enqueued_at(table)
+        new: dict[str, int] = {}
+        for logged, limit in zip(logged_events, consumed, strict=True):
+            digest = int(logged.ref.digest[:16], 16) or 1
+            if (first := known[logged.ref.tag]) or (first := new.get(logged.ref.tag, 0)):
+                if first != digest and logged.ref.position > limit:
+                    self._add(logged, CLASH, catalog, arrived_at)
+                continue
+            new[logged.ref.tag] = digest
+            if logged.sequence is not None:
+                if logged.sequence <= self.memory.highest(logged.pseudonym):
+                    # Not remembered, though all is: it came late. Else it is a repetition from before the memory.
+                    if not self.memory.has_forgotten and logged.ref.position > limit:
+                        self._add(logged, OUT_OF_ORDER, catalog, arrived_at)
+                    continue
+                self.memory.raise_highest(logged.pseudonym, logged.sequence)
+            self._sort(logged, logged.ref.position <= limit, catalog, arrived_at)
+        if new:
+            self.memory.add(list(new), list(new.values()))
+        return len(logged_events)
+
+    def _sort(self, logged: LoggedEvent, is_consumed: bool, catalog: Catalog, arrived_at: float) -> None:
+        """Where a new event belongs."""
+        if catalog.is_forgotten(logged.pseudonym):
+            return  # the tombstone is there, the key not yet gone
+        event = logged.event
+        if isinstance(event, Command):
+            if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed:
+                self.commands.append(logged)
+        elif isinstance(event, Task) and is_held_out(event.event_id, self.rules.heldout_key, self.rules.heldout_share):
+            self._add(logged, HELD, catalog, arrived_at)
+        elif not is_consumed:
+            self._add(logged, PENDING, catalog, arrived_at)
+
+    def _add(self, logged: LoggedEvent, state: int, catalog: Catalog, arrived_at: float) -> None:
+        tokens = self.rules.price(logged.event) if state == PENDING else 0
+        self.index.add(self._user(logged.pseudonym, catalog), logged.ref.position, state, tokens, arrived_at)
+
+    def _user(self, pseudonym: str, catalog: Catalog) -> int:
+        row = self.index.row_of(pseudonym)
+        if row is not None:
+            return row
+        tenant = 0
+        if self.rules.tenant is not None:
+            tenant = self.rules.tenant(UserId(self.seals.keys.get(pseudonym).user))
+        return self.index.add_user(pseudonym, self.partition, tenant, int(catalog.rows_of([pseudonym])[0]))
+
+    def _open(self, row: Mapping[str, str | bytes], position: Position) -> LoggedEvent | None:
+        try:
+            return self.seals.open(row, position)
+        except Forgotten:
+            return None
+        except (Damaged, ObjectNotFound) as error:  # of one user; everybody else goes on
+            logger.error("%s, row %d, is passed over: %s", self.log.log.key(position[0]), position[1], error)
+            return None
+
+
+class Snapshot:
+    """What a compaction kept, by position."""
+
+    def __init__(self, compaction: Compaction, tables: list[pa.Table]) -> None:
+        self.compaction, self.tables = compaction, tables
+        self._places = _packed(tables[0].column("segment").to_numpy(), tables[0].column("row").to_numpy())
+
+    def payload(self, position: Position) -> Payload:
+        place = _packed(np.array([position[0]]), np.array([position[1]]))[0]
+        number = int(np.searchsorted(self._places, place))
+        assert number < len(self._places) and self._places[number] == place, f"{position} is not in the snapshot"
+        return _payload_at(self.tables[0], number)
+
+
+def _packed(segment: NDArray[np.integer], row: NDArray[np.integer]) -> NDArray[np.uint64]:
+    return (segment.astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64)
+
+
+def _payload_at(table: pa.Table, number: int) -> Payload:
+    pseudonym, tag, sealed = (table.column(name)[number].as_py() for name in ("pseudonym", "tag", "sealed"))
+    return pseudonym, tag, sealed
+
+
+def _row(pseudonym: str, tag: str, sealed: bytes) -> Row:
+    return {"pseudonym": pseudonym, "tag": tag, "sealed": sealed}

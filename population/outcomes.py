@@ -1,0 +1,80 @@
+"""What becomes of every event of a wave's member. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from populace.population.prepare import Prepared
+from populace.population.scheduler import WaveMember
+from populace.population.stream import LoggedEvent
+from populace.storage.records import EventRef, Failed, Position, Settled, SettledEvent
+from populace.workers.batch import TrainGroup
+
+MAX_TRIES = 3
+"""An event that failed this often, or that this many attempts with it alone didn't survive, is parked."""
+REASONS_WITHOUT_UPDATE = {"no_signal": "no signal", "non_finite": "gradient not finite"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberOutcome:
+    """A prefix of the member's events is accounted for; it ends before the first one that failed and may be tried
+    again."""
+
+    member: WaveMember
+    groups: tuple[TrainGroup, ...]
+    trained: tuple[EventRef, ...]
+    """What `groups` were made from."""
+    settled: tuple[SettledEvent, ...]
+    consumed: Position | None
+    """None: nothing is accounted for."""
+    failed: Failed | None
+
+    def without_update(self, status: str) -> Settled | None:
+        """The record of a user whose events end without a revision; None if none does."""
+        if self.consumed is None:
+            return None
+        rest = [SettledEvent(event=ref, reason=REASONS_WITHOUT_UPDATE[status]) for ref in self.trained]
+        return Settled(pseudonym=self.member.pseudonym, events=[*self.settled, *rest], consumed=self.consumed)
+
+
+def account_for(
+    member: WaveMember,
+    prepared: Prepared,
+    scored: Mapping[tuple[str, str], TrainGroup | str],
+    failures: tuple[EventRef, int] | None,
+    settle: Callable[[LoggedEvent, str], SettledEvent],
+) -> MemberOutcome:
+    """`scored`: groups of tasks by (user, event), or why the reward failed; `failures`: the event that failed before,
+    and how often."""
+    settled_before = {item.event.position: item for item in prepared.settled}
+    groups: list[TrainGroup] = []
+    trained: list[EventRef] = []
+    settled: list[SettledEvent] = []
+    failed: Failed | None = None
+    for logged in member.events:
+        found = scored.get((member.pseudonym, logged.event.event_id)) or prepared.groups.get(logged.event.event_id)
+        if (gone := settled_before.get(logged.ref.position)) is not None:
+            settled.append(gone)
+        elif isinstance(found, TrainGroup):
+            groups.append(found)
+            trained.append(logged.ref)
+        else:
+            assert found is not None
+            num_failures = 1 + (failures[1] if failures is not None and failures[0] == logged.ref else 0)
+            if num_failures < MAX_TRIES:
+                # Its later events wait with it: a user's experience is consumed in order.
+                failed = Failed(pseudonym=member.pseudonym, event=logged.ref, reason=found.partition("\n")[0])
+                break
+            settled.append(settle(logged, f"parked: failed {num_failures} times: {found}"))
+    end = None if failed is None else failed.event.position
+    rejected = [item for item in member.rejected if end is None or item.event.position < end]
+    positions = [ref.position for ref in trained] + [item.event.position for item in [*settled, *rejected]]
+    return MemberOutcome(
+        member=member,
+        groups=tuple(groups),
+        trained=tuple(trained),
+        settled=(*rejected, *settled),
+        consumed=max(positions, default=None),
+        failed=failed,
+    )

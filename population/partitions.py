@@ -1,0 +1,170 @@
+"""Who owns which partition: controllers that share a population show life, and agree without talking to each other.
+
+Nothing here is about safety. Two controllers that both believe that a partition is theirs collide in its revision log,
+and the older claim loses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from populace.storage.errors import ObjectNotFound
+from populace.storage.objects import ObjectStore
+
+logger = logging.getLogger(__name__)
+HEARTBEAT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """What was last seen at one place, and when by this process's monotonic clock it last changed."""
+
+    body: str
+    changed_s: float
+
+    @property
+    def owner(self) -> str:
+        return str(json.loads(self.body)["owner"]) if self.body else ""
+
+    @property
+    def is_released(self) -> bool:
+        return not self.body or bool(json.loads(self.body).get("released"))
+
+
+def share_out(
+    me: str, holders: Mapping[int, str | None], living: Collection[str]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The partitions that `me` should claim, and those that it should release. `holders`: partition -> who holds it,
+    None for nobody alive; `living`: controllers that show life.
+
+    Everybody gets as many as everybody else, give or take one. Only what nobody holds is claimed, and what is above the
+    fair share is released only while somebody has less than its own."""
+    controllers = sorted({*living, me})
+    fair, extra = divmod(len(holders), len(controllers))
+    targets = {name: fair + (rank < extra) for rank, name in enumerate(controllers)}
+    held = {name: sorted(p for p, holder in holders.items() if holder == name) for name in controllers}
+    free = sorted(p for p, holder in holders.items() if holder is None)
+    wanted = targets[me] - len(held[me])
+    if wanted > 0:
+        # Controllers take from different ends of what is free, in the order of their names.
+        start = sum(max(0, targets[name] - len(held[name])) for name in controllers if name < me)
+        return tuple((free[start:] + free[:start])[:wanted]), ()
+    somebody_waits = any(targets[name] > len(held[name]) for name in controllers if name != me)
+    surplus = held[me][targets[me] :] if somebody_waits and not free else []
+    return (), tuple(surplus)
+
+
+class Heartbeat(threading.Thread):
+    """Shows this process's life, and watches the others'."""
+
+    def __init__(self, store: ObjectStore, population: str, num_partitions: int, name: str, interval_s: float) -> None:
+        super().__init__(daemon=True, name="populace-heartbeat")
+        self._store, self._population, self.owner, self._interval_s = store, population, name, interval_s
+        self._num_partitions = num_partitions
+        self._stopped = threading.Event()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._owned: set[int] = set()
+        self._controller: str | None = None
+        self.seen: dict[str, Life] = {}
+        """Key -> life of the others."""
+
+    def own(self, partitions: Collection[int]) -> None:
+        """Show life for these partitions from now on."""
+        with self._lock:
+            self._owned |= set(partitions)
+
+    def disown(self, partition: int) -> None:
+        """Say that this partition was released."""
+        with self._writing:  # so that no sign of life comes after it
+            with self._lock:
+                self._owned.discard(partition)
+            self._put(owner_key(self._population, partition), {"owner": self.owner, "released": True})
+
+    def announce(self, controller: str) -> None:
+        """Show life as a controller, also while it owns nothing."""
+        self._controller = controller
+
+    def living(self, within_s: float) -> set[str]:
+        """Names of the processes that run other controllers and showed life lately."""
+        folder = controllers_folder(self._population)
+        now = time.monotonic()
+        with self._lock:
+            return {
+                life.owner
+                for key, life in self.seen.items()
+                if key.startswith(folder) and not life.is_released and now - life.changed_s < within_s
+            }
+
+    def holder(self, partition: int, within_s: float) -> str | None:
+        """Who else holds a partition and showed life lately."""
+        with self._lock:
+            life = self.seen.get(owner_key(self._population, partition))
+        if life is None:
+            return "somebody"  # nobody has looked yet
+        if life.is_released or time.monotonic() - life.changed_s >= within_s:
+            return None
+        return life.owner
+
+    def run(self) -> None:
+        counter = 0
+        while True:
+            try:
+                self._beat(counter)
+                if self._controller is not None:
+                    self._look()
+            except Exception as error:  # a store that is away for a moment must not end the heartbeat
+                logger.warning("heartbeat of %s failed: %s", self.owner, error)
+            counter += 1
+            if self._stopped.wait(self._interval_s):
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+    def _beat(self, counter: int) -> None:
+        with self._writing:
+            with self._lock:
+                keys = [owner_key(self._population, partition) for partition in sorted(self._owned)]
+            if self._controller is not None:
+                keys.append(f"{controllers_folder(self._population)}/{self._controller}.json")
+            for key in keys:
+                self._put(key, {"owner": self.owner, "counter": counter})
+
+    def _look(self) -> None:
+        """Read what others show; a listing is good enough, nothing rests on it."""
+        own = f"{controllers_folder(self._population)}/{self._controller}.json"
+        keys = [key for key in self._store.list(controllers_folder(self._population)) if key != own]
+        with self._lock:
+            keys += [owner_key(self._population, p) for p in range(self._num_partitions) if p not in self._owned]
+        for key in keys:
+            body = read_life(self._store, key)
+            with self._lock:
+                known = self.seen.get(key)
+                if known is None or known.body != body:
+                    self.seen[key] = Life(body=body, changed_s=time.monotonic())
+
+    def _put(self, key: str, body: dict[str, object]) -> None:
+        # The nonce: an ETag of equal bodies would be equal too.
+        self._store.put(key, json.dumps({**body, "nonce": secrets.token_hex(4)}).encode())
+
+
+def read_life(store: ObjectStore, key: str) -> str:
+    try:
+        return store.get(key).decode()
+    except ObjectNotFound:
+        return ""
+
+
+def owner_key(population: str, partition: int) -> str:
+    return f"{population}/owners/{partition}.json"
+
+
+def controllers_folder(population: str) -> str:
+    return f"{population}/controllers"

@@ -1,0 +1,250 @@
+"""The writing end of a population: users' events in, durable when the call returns. Loads no model and no catalog.
+
+    check -> user's key -> seal -> group commit -> one segment per partition -> was the user forgotten meanwhile?
+
+Calls from several threads share segments: while one segment is being written, what comes in waits for the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from populace.configs.schema import StreamSettings
+from populace.population.experience import LogEvent, check_event, check_user, event_bytes
+from populace.population.meta import PopulationMeta
+from populace.population.stream import ExperienceLog, Row, Seals, partition_of
+from populace.storage.errors import InvalidInput, Overloaded
+from populace.storage.keys import Keyring, Secrets, UserKeys
+from populace.storage.objects import ObjectStore
+
+ROWS_PER_SEGMENT = 4096
+
+
+class CheckedEvent(NamedTuple):
+    """An event that passed every check, as it is sealed."""
+
+    event_id: str
+    plain: bytes
+
+
+class Producer:
+    """Makes events durable. Any number of producers work at once, in any processes, without knowing of each other."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        meta: PopulationMeta,
+        keyring: Keyring | None = None,
+        *,
+        rewards: Mapping[str, str] | None = None,
+        settings: StreamSettings | None = None,
+    ) -> None:
+        """`rewards`: the registered ones, against which tasks are checked; None: tasks may name any."""
+        self.store, self.meta, self.rewards = store, meta, rewards
+        self.keyring = keyring or Keyring()
+        self.secrets = Secrets.read(store, meta.name, self.keyring)
+        self.keys = UserKeys(store, meta.name, self.keyring)
+        self.seals = Seals(self.keys, bytes.fromhex(self.secrets.pseudonym_key))
+        self.logs = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
+        settings = settings or StreamSettings()
+        self._commit = GroupCommit(self.logs, settings.linger_ms / 1000, int(settings.max_waiting_mb * 1e6))
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix="populace-keys")
+        # One thread, so that calls that were made one after another are written in that order.
+        self._turns = ThreadPoolExecutor(1, thread_name_prefix="populace-enqueue")
+
+    def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
+        """Make a user's events durable, in order; returns their number. All are checked before any is written.
+        Sending an event again (same id, same content) is harmless, through whatever producer.
+
+        `InvalidInput`: nothing was written. `Overloaded`: nothing was written, try again when it says. `Forgotten`:
+        this user was. `OutcomeUnknown`: the store does not answer; send again."""
+        return self.enqueue_many([(user, events)])
+
+    def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
+        """`enqueue` for many users at once; their events share segments."""
+        return self._finish(self._start(self.check(pairs)))
+
+    async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
+        """`enqueue` for asyncio. Of calls that are under way together, those made first are written first."""
+        return await self.enqueue_many_async([(user, events)])
+
+    async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
+        """`enqueue_many` for asyncio."""
+        started = await asyncio.wrap_future(self._turns.submit(self._start, self.check(pairs)))
+        await asyncio.gather(*(asyncio.wrap_future(future) for future in started.written))
+        return await asyncio.get_running_loop().run_in_executor(None, self._finish, started)
+
+    def check(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> dict[str, list[CheckedEvent]]:
+        """User -> events ready to be sealed; `InvalidInput` at the first that can't be."""
+        checked: dict[str, list[CheckedEvent]] = {}
+        for user, events in pairs:
+            check_user(user)
+            if not isinstance(events, Iterable):
+                raise InvalidInput(f"events of user {user!r} are {events!r}; give a list of events")
+            own = checked.setdefault(user, [])
+            for event in events:
+                check_event(event, self.rewards)
+                own.append(CheckedEvent(event.event_id, event_bytes(event)))
+        return checked
+
+    def send(self, events: Mapping[str, Sequence[LogEvent]]) -> None:
+        """`enqueue_many` without its checks: how commands get into a stream too."""
+        plain = {user: [CheckedEvent(item.event_id, event_bytes(item)) for item in own] for user, own in events.items()}
+        self._finish(self._start(plain))
+
+    def send_checked(self, events: Mapping[str, Sequence[CheckedEvent]]) -> int:
+        """Make what `check` returned durable; returns the number of events."""
+        return self._finish(self._start(events))
+
+    def pseudonym(self, user: str) -> str:
+        """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
+        key = bytes.fromhex(self.secrets.pseudonym_key)
+        return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def close(self) -> None:
+        """End this producer's threads; what was acknowledged is durable anyway."""
+        self._commit.close()
+        self._turns.shutdown()
+        self._pool.shutdown()
+
+    def _master(self) -> str:
+        """The master key that wraps new keys, as the store has it now: another process may have rotated it."""
+        self.secrets = Secrets.read(self.store, self.meta.name, self.keyring)
+        return self.secrets.master
+
+    def _start(self, events: Mapping[str, Sequence[CheckedEvent]]) -> _Started:
+        """Everything up to handing rows to the group commit. `Forgotten` if one of the users was."""
+        users = {user: self.pseudonym(user) for user in events}
+        self._for_all(lambda user: self.keys.ensure(users[user], user, self._master), list(users))
+        rows: dict[int, list[Row]] = {}
+        for user, own in events.items():
+            pseudonym = users[user]
+            rows.setdefault(partition_of(user, self.meta.partitions), []).extend(
+                self.seals.seal(pseudonym, event.event_id, event.plain) for event in own
+            )
+        return _Started(written=self._commit.submit(rows), pseudonyms=list(users.values()),
+                        num_events=sum(map(len, events.values())))  # fmt: skip
+
+    def _finish(self, started: _Started) -> int:
+        """Wait until all is durable. `Forgotten` to who raced with a forgetting: what was written can't be read by
+        anybody then."""
+        for future in started.written:
+            future.result()
+        self._for_all(self.keys.fetch, started.pseudonyms)
+        return started.num_events
+
+    def _for_all(self, call: Callable[[str], object], names: Sequence[str]) -> None:
+        if len(names) == 1:
+            call(names[0])
+        else:
+            for _ in self._pool.map(call, names):
+                pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Started:
+    """A call on its way."""
+
+    written: list[Future[None]]
+    pseudonyms: list[str]
+    num_events: int
+
+
+class GroupCommit:
+    """Gathers rows of many callers into segments: one writer per partition, which takes all that waits whenever it is
+    free. `linger_s`: how long it lets more come in first."""
+
+    def __init__(self, logs: Mapping[int, ExperienceLog], linger_s: float, max_waiting_bytes: int) -> None:
+        self._logs, self._linger_s, self._max_waiting_bytes = logs, linger_s, max_waiting_bytes
+        self._lock = threading.Condition()
+        self._waiting: dict[int, deque[_Entry]] = {}
+        self._waiting_bytes = 0
+        self._bytes_per_s = 1e6
+        """Of what was written lately: how long somebody who is refused has to wait."""
+        self._closed = False
+
+    def submit(self, rows: Mapping[int, Sequence[Row]]) -> list[Future[None]]:
+        """Partition -> rows, all or none; each future is done when its rows are durable. `Overloaded` when more waits
+        than `max_waiting_bytes`."""
+        entries = {partition: _Entry(own) for partition, own in rows.items() if own}
+        size = sum(entry.size_bytes for entry in entries.values())
+        with self._lock:
+            if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
+                retry_after_s = max(0.05, self._waiting_bytes / self._bytes_per_s)
+                raise Overloaded(
+                    f"{self._waiting_bytes / 1e6:.1f} MB of events wait to be written, at most "
+                    f"{self._max_waiting_bytes / 1e6:g} (stream.max_waiting_mb); try again in {retry_after_s:.2f} s",
+                    retry_after_s,
+                )
+            for partition, entry in entries.items():
+                if partition not in self._waiting:
+                    self._waiting[partition] = deque()
+                    name = f"populace-commit-{partition}"
+                    threading.Thread(target=self._write, args=(partition,), name=name, daemon=True).start()
+                self._waiting[partition].append(entry)
+            self._waiting_bytes += size
+            self._lock.notify_all()
+        return [entry.written for entry in entries.values()]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+
+    def _write(self, partition: int) -> None:
+        """The writer of a partition."""
+        waiting, log = self._waiting[partition], self._logs[partition]
+        while True:
+            with self._lock:
+                while not waiting and not self._closed:
+                    self._lock.wait()
+                if not waiting:
+                    return
+            if self._linger_s:
+                time.sleep(self._linger_s)
+            group = self._take(waiting)
+            started = time.monotonic()
+            try:
+                rows = [row for entry in group for row in entry.rows]
+                for start in range(0, len(rows), ROWS_PER_SEGMENT):
+                    log.append(rows[start : start + ROWS_PER_SEGMENT])
+                error: BaseException | None = None
+            except BaseException as caught:  # every caller is told; the next group is tried anew
+                error = caught
+            size = sum(entry.size_bytes for entry in group)
+            with self._lock:
+                self._waiting_bytes -= size
+                rate = size / max(1e-6, time.monotonic() - started)
+                self._bytes_per_s = max(1e3, 0.8 * self._bytes_per_s + 0.2 * rate)
+            for entry in group:
+                if error is None:
+                    entry.written.set_result(None)
+                else:
+                    entry.written.set_exception(error)
+
+    def _take(self, waiting: deque[_Entry]) -> list[_Entry]:
+        """What goes into the next segment: whole calls, in order."""
+        group: list[_Entry] = []
+        num_rows = 0
+        with self._lock:
+            while waiting and (not group or num_rows + len(waiting[0].rows) <= ROWS_PER_SEGMENT):
+                group.append(waiting.popleft())
+                num_rows += len(group[-1].rows)
+        return group
+
+
+class _Entry:
+    """One call's rows for one partition."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows, self.written = rows, Future[None]()
+        self.size_bytes = sum(len(row["sealed"]) + 100 for row in rows)
