@@ -210,12 +210,20 @@ class Controller:
         self.dims, self.numerics = self.workers.describe()
 
     def suspect_unfinished(self, partitions: Sequence[int] | None = None) -> None:
-        """Try the events of attempts that died with their controller, or with the shards, one user at a time.
-        `partitions`: those that were just taken over; None: all."""
+        """Try events whose attempts died twice, with their controller or with the shards, one user at a time: the first
+        death is mostly a machine's, and everything is tried again together. `partitions`: those that were just taken
+        over; None: all."""
         for partition in self.ledger.owned() if partitions is None else partitions:
             for pseudonym, refs in self.ledger.catalog.unfinished.get(partition, {}).items():
-                if refs:  # each user's last event that was tried
+                if self.ledger.catalog.tries[pseudonym].count > 1:  # up to each user's last event that was tried
                     self._suspects[pseudonym] = max(ref.position for ref in refs)
+
+    def forgive(self, partitions: Sequence[int]) -> None:
+        """Take back the attempts that this run gave up because the store went away: it wasn't the events' fault."""
+        for partition in partitions:
+            gone = {pseudonym: [] for pseudonym in self.ledger.catalog.unfinished.get(partition, {})}
+            if gone:
+                self.ledger.append(partition, Attempt(wave="given up", num_adapters=len(gone), adapters=gone))
 
     # Planning.
 
@@ -326,14 +334,17 @@ class Controller:
         return frozenset(suspected)
 
     def _park_killers(self) -> None:
-        """Settle an event whose attempts died alone too often: it is what kills the controller."""
-        for pseudonym, (ref, num_deaths) in list(self.ledger.catalog.lone_attempts.items()):
-            adapter = self.ledger.catalog.get(pseudonym)
-            if num_deaths < MAX_TRIES or adapter is None or adapter.partition not in self.ledger.owned():
+        """Settle an event whose attempts died too often, the last one alone: it is what kills the controller."""
+        killers = [
+            (pseudonym, tries)
+            for pseudonym, tries in self.ledger.catalog.tries.items()
+            if tries.count >= MAX_TRIES and tries.is_alone and pseudonym not in self._busy
+        ]
+        for pseudonym, tries in killers:
+            adapter, ref = self.ledger.catalog.get(pseudonym), tries.event
+            if adapter is None or adapter.partition not in self.ledger.owned():
                 continue
-            if pseudonym in self._busy:
-                continue
-            reason = f"parked: {num_deaths} attempts with this event alone did not survive"
+            reason = f"parked: {tries.count} attempts did not survive, the last one with this event alone"
             before = [item for item in self.ledger.pending.waiting(pseudonym) if item.position < ref.position]
             refs = {
                 logged.ref.position: logged.ref

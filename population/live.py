@@ -53,9 +53,12 @@ class ConsoleView:
         route = "" if report.out_of_route is None else f"  out of route {report.out_of_route:.2%}"
         decisions = Counter(record.decision for record in report.verdicts)
         verdicts = "".join(f"  {count} {decision}" for decision, count in decisions.items())
+        num_waiting = controller.ledger.pending.num_pending()
+        waiting = f"  {num_waiting} events wait" if num_waiting else ""
         self.stage(
             f"wave {controller.num_waves:3d}  {report.num_adapters} adapters  {report.num_revisions} revisions"
-            f"{reward}{route}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}  [dim]({_stages(report)})[/]"
+            f"{reward}{route}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}{waiting}"
+            f"  [dim]({_stages(report)})[/]"
         )
         if self._live is not None:
             self._live.update(self._panel(report, controller), refresh=True)

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 from populace.configs.schema import StreamSettings
 from populace.population.experience import LogEvent, check_event, check_user, event_bytes
-from populace.population.meta import PopulationMeta
+from populace.population.meta import PopulationMeta, check_name
 from populace.population.stream import ExperienceLog, Row, Seals, partition_of
 from populace.storage.errors import InvalidInput, Overloaded
 from populace.storage.keys import Keyring, Secrets, UserKeys
-from populace.storage.objects import ObjectStore
+from populace.storage.objects import ObjectStore, open_store
 
 ROWS_PER_SEGMENT = 4096
 
@@ -34,6 +34,22 @@ class CheckedEvent(NamedTuple):
 
     event_id: str
     plain: bytes
+
+
+def check_events(
+    pairs: Iterable[tuple[str, Iterable[LogEvent]]], rewards: Mapping[str, str] | None
+) -> dict[str, list[CheckedEvent]]:
+    """User -> events ready to be sealed; `InvalidInput` at the first that can't be."""
+    checked: dict[str, list[CheckedEvent]] = {}
+    for user, events in pairs:
+        check_user(user)
+        if not isinstance(events, Iterable):
+            raise InvalidInput(f"events of user {user!r} are {events!r}; give a list of events")
+        own = checked.setdefault(user, [])
+        for event in events:
+            check_event(event, rewards)
+            own.append(CheckedEvent(str(event.event_id), event_bytes(event)))
+    return checked
 
 
 class Producer:
@@ -61,6 +77,22 @@ class Producer:
         # One thread, so that calls that were made one after another are written in that order.
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="populace-enqueue")
 
+    @staticmethod
+    def open(
+        store: str | ObjectStore,
+        name: str,
+        *,
+        rewards: Mapping[str, str] | None = None,
+        settings: StreamSettings | None = None,
+        keyring: Keyring | None = None,
+    ) -> Producer:
+        """A producer for the population `name` in a store; `InvalidInput` if there is none."""
+        opened = open_store(store) if isinstance(store, str) else store
+        meta = PopulationMeta.find(opened, check_name(name))
+        if meta is None:
+            raise InvalidInput(f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`")
+        return Producer(opened, meta, keyring, rewards=rewards, settings=settings)
+
     def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
         """Make a user's events durable, in order; returns their number. All are checked before any is written.
         Sending an event again (same id, same content) is harmless, through whatever producer.
@@ -71,7 +103,7 @@ class Producer:
 
     def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
         """`enqueue` for many users at once; their events share segments."""
-        return self._finish(self._start(self.check(pairs)))
+        return self.send_checked(check_events(pairs, self.rewards))
 
     async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
         """`enqueue` for asyncio. Of calls that are under way together, those made first are written first."""
@@ -79,30 +111,23 @@ class Producer:
 
     async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
         """`enqueue_many` for asyncio."""
-        started = await asyncio.wrap_future(self._turns.submit(self._start, self.check(pairs)))
+        return await self.send_checked_async(check_events(pairs, self.rewards))
+
+    async def send_checked_async(self, events: Mapping[str, Sequence[CheckedEvent]]) -> int:
+        """`send_checked` for asyncio."""
+        started = await asyncio.wrap_future(self._turns.submit(self._start, events))
         await asyncio.gather(*(asyncio.wrap_future(future) for future in started.written))
         return await asyncio.get_running_loop().run_in_executor(None, self._finish, started)
 
-    def check(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> dict[str, list[CheckedEvent]]:
-        """User -> events ready to be sealed; `InvalidInput` at the first that can't be."""
-        checked: dict[str, list[CheckedEvent]] = {}
-        for user, events in pairs:
-            check_user(user)
-            if not isinstance(events, Iterable):
-                raise InvalidInput(f"events of user {user!r} are {events!r}; give a list of events")
-            own = checked.setdefault(user, [])
-            for event in events:
-                check_event(event, self.rewards)
-                own.append(CheckedEvent(event.event_id, event_bytes(event)))
-        return checked
-
     def send(self, events: Mapping[str, Sequence[LogEvent]]) -> None:
         """`enqueue_many` without its checks: how commands get into a stream too."""
-        plain = {user: [CheckedEvent(item.event_id, event_bytes(item)) for item in own] for user, own in events.items()}
+        plain = {
+            user: [CheckedEvent(str(item.event_id), event_bytes(item)) for item in own] for user, own in events.items()
+        }
         self._finish(self._start(plain))
 
     def send_checked(self, events: Mapping[str, Sequence[CheckedEvent]]) -> int:
-        """Make what `check` returned durable; returns the number of events."""
+        """Make what `check_events` returned durable; returns the number of events."""
         return self._finish(self._start(events))
 
     def pseudonym(self, user: str) -> str:

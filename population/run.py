@@ -20,6 +20,7 @@ from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
+from populace.population.gateway import Gateway
 from populace.population.live import View
 from populace.population.report import write_report
 from populace.population.rewards import find_reward, score_on_ray
@@ -55,6 +56,8 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
         view.stage("claiming the population")
         # Before the shards: only one controller of a name may take over or remove those of a run that died.
         ledger.join(run.controller, run.takeover_s)
+        if settings.stream.gateway:
+            Gateway.start(population.store.url, settings.name)
         try:
             shards = ShardGroup(population.shard_settings(base, chat), settings.shard, run.controller)
             group = _Group(shards, view)
@@ -104,8 +107,7 @@ class _Group:
                 is_new, started = True, time.monotonic()
                 self._view.stage(f"{escape(str(error))}; starting the group again")
                 self.shards.start_again(self._tick)
-                if self.shards.num_restarts > 1:
-                    controller.suspect_unfinished()
+                controller.suspect_unfinished()
                 self._view.stage(f"the group is back after {time.monotonic() - started:.1f} s")
 
     def _tick(self, loaded: int, shards: int) -> None:
@@ -177,8 +179,8 @@ class _Run:
                 self._ledger.join(self._run.controller, self._run.takeover_s)
                 while not self._ledger.owned() and not self._stop.wait(0.2):
                     claims, _ = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
-                    # What this run itself gave up was not the events' fault.
-                    self._controller.suspect_unfinished([p for p in claims if p not in before])
+                    self._controller.forgive([p for p in claims if p in before])
+                    self._controller.suspect_unfinished(claims)
                 self._view.stage("the store is back; going on")
                 return
             except (StoreUnavailable, OutcomeUnknown) as still:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from populace.storage.records import (
     Repack,
     Settled,
     Tombstone,
+    Tries,
     Verdict,
     WaveManifest,
 )
@@ -76,8 +77,8 @@ class Catalog:
         """Per partition: events that ended without being trained on."""
         self.obeyed: set[tuple[str, str]] = set()
         """(pseudonym, tag) of commands that have their verdict."""
-        self.lone_attempts: dict[str, tuple[EventRef, int]] = {}
-        """Pseudonym -> the event that was last tried all alone, and how many such attempts have no outcome."""
+        self.tries: dict[str, Tries] = {}
+        """Pseudonym -> attempts without an outcome."""
         self.failures: dict[str, tuple[EventRef, int]] = {}
         """Pseudonym -> the event whose tries failed last, and how often."""
         self.unfinished: dict[int, dict[str, list[EventRef]]] = {}
@@ -94,8 +95,10 @@ class Catalog:
             case AdapterCreated():
                 self._create(header, [record])
             case Attempt():
-                self.unfinished.setdefault(header.partition, {}).update(record.adapters)
-                self._count_lone(record)
+                tried = self.unfinished.setdefault(header.partition, {})
+                tried.update({pseudonym: refs for pseudonym, refs in record.adapters.items() if refs})
+                self._forget_unfinished(header.partition, [name for name, refs in record.adapters.items() if not refs])
+                self._count_tries(record)
             case Failed():
                 ref, count = self.failures.get(record.pseudonym, (record.event, 0))
                 self.failures[record.pseudonym] = (record.event, count + 1 if ref == record.event else 1)
@@ -435,20 +438,28 @@ class Catalog:
             decision=DECISIONS.index(decision), judged=judged,
         )  # fmt: skip
 
-    def _count_lone(self, attempt: Attempt) -> None:
-        if attempt.num_adapters == 1:
-            ((pseudonym, refs),) = attempt.adapters.items()
-            if len(refs) == 1:
-                ref, count = self.lone_attempts.get(pseudonym, (refs[0], 0))
-                self.lone_attempts[pseudonym] = (refs[0], count + 1 if ref == refs[0] else 1)
+    def _count_tries(self, attempt: Attempt) -> None:
+        for pseudonym, refs in attempt.adapters.items():
+            before = self.tries.get(pseudonym)
+            if refs:
+                count = before.count + 1 if before is not None and before.event == refs[0] else 1
+                is_alone = attempt.num_adapters == 1 and len(refs) == 1
+                self.tries[pseudonym] = Tries(event=refs[0], count=count, is_alone=is_alone)
+            elif before is not None and before.count > 1:
+                self.tries[pseudonym] = Tries(event=before.event, count=before.count - 1, is_alone=False)
+            else:
+                self.tries.pop(pseudonym, None)
 
     def _finish(self, partition: int, pseudonyms: set[str]) -> None:
         """An attempt ends user by user; what is left when a new owner looks died with the old one."""
         for pseudonym in pseudonyms:
-            self.lone_attempts.pop(pseudonym, None)
+            self.tries.pop(pseudonym, None)
+        self._forget_unfinished(partition, pseudonyms)
+
+    def _forget_unfinished(self, partition: int, pseudonyms: Iterable[str]) -> None:
         tried = self.unfinished.get(partition, {})
-        for pseudonym in pseudonyms & tried.keys():
-            del tried[pseudonym]
+        for pseudonym in pseudonyms:
+            tried.pop(pseudonym, None)
         if not tried:
             self.unfinished.pop(partition, None)
 

@@ -23,7 +23,7 @@ from populace.storage.columns import Names, Rows, ragged
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
 from populace.storage.manifest import canonical_json, event_from_json
-from populace.storage.records import Checkpoint, Compaction, EventRef
+from populace.storage.records import Checkpoint, Compaction, Tries
 
 logger = logging.getLogger(__name__)
 NUM_KEPT = 2
@@ -113,8 +113,8 @@ def dump(catalog: Catalog, partition: int) -> bytes:
         },
         "compaction": asdict(catalog.compactions[partition]) if partition in catalog.compactions else None,
         "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in mine),
-        "lone_attempts": _counts(catalog.lone_attempts, mine),
-        "failures": _counts(catalog.failures, mine),
+        "tries": {name: asdict(tries) for name, tries in catalog.tries.items() if name in mine},
+        "failures": {name: [asdict(ref), count] for name, (ref, count) in catalog.failures.items() if name in mine},
         "num_settled": catalog.num_settled.get(partition, 0),
     }
     table = pa.table(columns).replace_schema_metadata({"populace": canonical_json(state)})
@@ -152,8 +152,10 @@ def load(catalog: Catalog, partition: int, body: bytes) -> None:
     catalog.obeyed.update((pseudonym, tag) for pseudonym, tag in state["obeyed"])
     catalog.num_settled[partition] = state["num_settled"]
     catalog.owned[partition] = state["owned"]
-    for counts, name in ((catalog.lone_attempts, "lone_attempts"), (catalog.failures, "failures")):
-        counts.update({user: (event_from_json(ref), count) for user, (ref, count) in state.get(name, {}).items()})
+    for name, tries in state.get("tries", {}).items():
+        catalog.tries[name] = Tries(**{**tries, "event": event_from_json(tries["event"])})
+    for name, (ref, count) in state.get("failures", {}).items():
+        catalog.failures[name] = (event_from_json(ref), count)
     if (tried := state["unfinished"]) is not None and tried["adapters"]:
         catalog.unfinished[partition] = {
             name: [event_from_json(ref) for ref in refs] for name, refs in tried["adapters"].items()
@@ -186,10 +188,6 @@ def _load_revisions(catalog: Catalog, revisions: Any, adapter: Rows, state: dict
         num_uses=num_uses,
         **values,
     )
-
-
-def _counts(counts: dict[str, tuple[EventRef, int]], mine: set[str]) -> dict[str, Any]:
-    return {name: [asdict(ref), count] for name, (ref, count) in counts.items() if name in mine}
 
 
 def _drop_old(reader: RevisionLogReader, newest: int) -> None:

@@ -77,13 +77,25 @@ class AdapterCreated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The wave about to be trained. What an attempt without a later outcome named is tried alone next."""
+    """The wave about to be trained. What died in it is tried again, the second time alone. An adapter without events:
+    its attempt is taken back."""
 
     KIND: ClassVar[str] = "attempt"
     wave: str
     num_adapters: int
     """Of the whole wave, in all partitions."""
     adapters: dict[str, list[EventRef]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tries:
+    """Attempts of one event that no outcome has followed: all but one that may be under way died."""
+
+    event: EventRef
+    """The first of the user's events that were tried."""
+    count: int
+    is_alone: bool
+    """Whether the last attempt was of this event alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

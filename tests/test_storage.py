@@ -300,7 +300,7 @@ def state_of(catalog: Catalog) -> object:
         catalog.obeyed,
         catalog.num_settled,
         catalog.unfinished,
-        catalog.lone_attempts,
+        catalog.tries,
         catalog.failures,
         catalog.compactions,
         catalog.owned,

@@ -1,8 +1,9 @@
 """The shard group: the actors that together hold one base. It is placed, loaded, called, fails and starts again as one.
 
-The actors are detached and named `<population>-<store's digest>/<controller>/shard-<rank>` in the namespace `populace`: a
-controller that takes over from a dead one of its name goes on with them instead of loading the base again. There is one
-controller of a name; from then on the actors obey that group's token alone, so one that was fenced can't disturb them.
+The actors are detached and named `<population>-<store's digest>/<controller>/shard-<rank>` in the namespace `populace`:
+a controller that takes over from a dead one of its name goes on with them instead of loading the base again. There is
+one controller of a name; from then on the actors obey that group's token alone, so one that was fenced can't disturb
+them.
 """
 
 from __future__ import annotations
