@@ -32,7 +32,7 @@ def experience(settings: Settings, num_users: int = 5, num_tasks: int = 10) -> I
         )
 
 
-def write_config(path: Path, base: Path, name: str, **more: dict[str, Any]) -> Path:
+def write_config(path: Path, base: Path, name: str, **more: Any) -> Path:
     """A run on a tiny base with a store beside `path`; `more` adds sections, or settings to a section."""
     sections: dict[str, Any] = {
         "name": name,
@@ -48,7 +48,7 @@ def write_config(path: Path, base: Path, name: str, **more: dict[str, Any]) -> P
         "run": {"takeover_s": 2.5, "threads": 1},
     }
     for section, settings in more.items():
-        sections[section] = {**sections.get(section, {}), **settings}
+        sections[section] = {**sections.get(section, {}), **settings} if isinstance(settings, dict) else settings
     path.write_text(yaml.safe_dump(sections))
     return path
 
