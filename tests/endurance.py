@@ -144,11 +144,11 @@ class Life:
     def memory(self) -> dict[str, float]:
         """Resident megabytes by role, without pages shared with others."""
         found: dict[str, float] = {}
-        roles = {role: process.pid for role, process in self.processes.items() if process.poll() is None}
-        roles |= {process.info["name"]: process.pid for process in actors()}
-        for role, pid in roles.items():
+        roles = [(role, process.pid) for role, process in self.processes.items() if process.poll() is None]
+        roles += [(process.info["name"], process.pid) for process in actors()]
+        for role, pid in roles:
             with suppress(psutil.NoSuchProcess):
-                found[role] = psutil.Process(pid).memory_full_info().uss / 1e6
+                found[role] = found.get(role, 0.0) + psutil.Process(pid).memory_full_info().uss / 1e6
         return found
 
 
@@ -159,7 +159,7 @@ def actors() -> list[Any]:
     for process in psutil.process_iter(["name", "cmdline"]):
         title = " ".join(process.info["cmdline"] or [process.info["name"]])
         if title.lower().startswith(wanted):
-            process.info["name"] = title.split(".")[0].removeprefix("ray::")
+            process.info["name"] = title.split(".")[0].removeprefix("ray::").strip()
             found.append(process)
     return found
 
