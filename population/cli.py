@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from populace.population.cli_streams import commands
+from populace.population.console import Name, Store, console, find_population, open_population
 from populace.storage.errors import InvalidInput, PopulaceError
 
-if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neither
-    from populace.population.client import Population
-    from populace.population.meta import PopulationMeta
-    from populace.storage.objects import ObjectStore
+if TYPE_CHECKING:
     from populace.storage.verify import Position
 
 app = typer.Typer(
@@ -40,10 +39,7 @@ keys_app = typer.Typer(no_args_is_help=True, help="Signing and master keys.")
 app.add_typer(keys_app, name="keys")
 catalog_app = typer.Typer(no_args_is_help=True, help="The index of all adapters.")
 app.add_typer(catalog_app, name="catalog")
-console = Console()
-
-Store = Annotated[str, typer.Option(help="Where the population lives.", envvar="POPULACE_STORE")]
-Name = Annotated[str | None, typer.Option(help="The population; needed when the store has several.")]
+app.add_typer(commands)
 
 
 def main() -> None:
@@ -125,7 +121,7 @@ def status(store: Store = "build/store", name: Name = None) -> None:
     from dataclasses import asdict
 
     table = Table.grid(padding=(0, 2))
-    for label, value in asdict(_open(store, name).status()).items():
+    for label, value in asdict(open_population(store, name).status()).items():
         table.add_row(f"[bold]{label.replace('_', ' ')}[/]", str(value))
     console.print(table)
 
@@ -134,7 +130,7 @@ def status(store: Store = "build/store", name: Name = None) -> None:
 def revisions(user: str, store: Store = "build/store", name: Name = None) -> None:
     """A user's chain of revisions."""
     table = Table("revision", "parent", "events", "reward", "KL to base", "verdict", "")
-    for info in _open(store, name).revisions(user):
+    for info in open_population(store, name).revisions(user):
         states = (("serving", info.is_serving), ("tip", info.is_tip), ("dropped", not info.is_kept))
         marks = [word for word, holds in states if holds]
         reward, kl = info.metrics.get("reward"), info.metrics.get("kl_to_base")
@@ -160,7 +156,7 @@ def show(
     user, _, number = revision.rpartition("@")
     if not user or not number.isdigit():
         raise InvalidInput(f"revision is {revision!r}; write it as USER@NUMBER, for example ada@3")
-    console.print_json(json.dumps(_open(store, name).manifest(user, int(number))))
+    console.print_json(json.dumps(open_population(store, name).manifest(user, int(number))))
 
 
 @app.command()
@@ -177,7 +173,7 @@ def sample(
     from populace.configs.schema import RolloutSettings
 
     rollout = RolloutSettings(max_new_tokens=max_new_tokens, temperature=temperature)
-    console.print(_open(store, name).sample(user, prompt, revision, rollout), highlight=False, markup=False)
+    console.print(open_population(store, name).sample(user, prompt, revision, rollout), highlight=False, markup=False)
 
 
 @app.command()
@@ -233,7 +229,7 @@ def plan(
 @app.command()
 def rollback(user: str, to: int, store: Store = "build/store", name: Name = None) -> None:
     """Move a user's tip and serving to an older revision."""
-    done = _open(store, name).rollback(user, to)
+    done = open_population(store, name).rollback(user, to)
     _say_when(done, f"{user}: now at revision {to}", f"{user}: asked for revision {to}")
 
 
@@ -246,7 +242,7 @@ def pin(
     name: Name = None,
 ) -> None:
     """Keep a revision whatever the retention rule says."""
-    done = _open(store, name).pin(user, revision, not off)
+    done = open_population(store, name).pin(user, revision, not off)
     _say_when(done, f"{user}@{revision} is {'under the rule again' if off else 'pinned'}", f"{user}@{revision}: asked")
 
 
@@ -260,7 +256,7 @@ def forget(
     """Make everything of a user unreadable for ever. This can't be undone."""
     if not yes:
         typer.confirm(f"Destroy the key of {user!r}: their experience and all their revisions?", abort=True)
-    done = _open(store, name).forget(user)
+    done = open_population(store, name).forget(user)
     _say_when(done, "forgotten; `populace repack` removes the bytes", "asked to forget")
 
 
@@ -273,7 +269,7 @@ def repack(
     """Drop old revisions and forgotten users from the packs. Kept: the last ones, tip, serving, promoted, pinned."""
     from populace.storage.repack import RetentionRule
 
-    report = _open(store, name).repack(RetentionRule(last=last))
+    report = open_population(store, name).repack(RetentionRule(last=last))
     console.print(
         f"dropped {report.num_dropped} blobs, moved {report.num_moved}, deleted {report.num_packs_deleted} packs"
     )
@@ -293,7 +289,7 @@ def export(
     """Write a user's adapter as a PEFT folder."""
     from populace.population.export import export_peft, share_export
 
-    population = _open(store, name)
+    population = open_population(store, name)
     if link_hours is not None and not population.store.url.startswith("s3:"):
         raise InvalidInput(f"store is {population.store.url}; links need s3://, a folder can be copied as it is")
     number = export_peft(population, user, folder, revision)
@@ -333,10 +329,10 @@ def verify(
     if root_key is not None and len(root_key) < 16:
         raise InvalidInput(f"root key {root_key!r} is too short to pin anything; give at least 16 digits")
     if user is not None:
-        population = _open(store, name)
+        population = open_population(store, name)
         findings, meta = population.verify(user), population.meta
     else:
-        opened, meta = _find(store, name)
+        opened, meta = find_population(store, name)
         known = _known_positions(since) if since is not None else {}
         findings = Findings()
         with console.status("verifying") as status:
@@ -371,7 +367,7 @@ def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
     if not at or not number.isdecimal():
         user, number = revision, ""
     with console.status("training again"):
-        found = replay(_open(store, name), user, int(number) if number else None)
+        found = replay(open_population(store, name), user, int(number) if number else None)
     if as_json:
         print(json.dumps([asdict(item) for item in found], indent=1))
     else:
@@ -387,7 +383,7 @@ def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
 @keys_app.command("rotate-signing")
 def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
     """Sign with a new key from now on; the old one vouches for it."""
-    key = _open(store, name).rotate_signing_key()
+    key = open_population(store, name).rotate_signing_key()
     console.print(
         f"records are signed by {key.keyid[:16]} from now on; its private half is in {_key_folder()}", soft_wrap=True
     )
@@ -396,7 +392,7 @@ def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
 @keys_app.command("rotate-master")
 def rotate_master(store: Store = "build/store", name: Name = None) -> None:
     """Wrap every user's key with a new master key. The old one is needed until this is done, and not afterwards."""
-    master = _open(store, name).rotate_master_key()
+    master = open_population(store, name).rotate_master_key()
     console.print(f"every key is wrapped by master key {master} now; it is in {_key_folder()}", soft_wrap=True)
 
 
@@ -405,7 +401,7 @@ def export_catalog(folder: Path, store: Store = "build/store", name: Name = None
     """Write the catalog as Parquet files that DuckDB and pandas read."""
     from populace.storage.export import export_catalog as write
 
-    population = _open(store, name)
+    population = open_population(store, name)
     counts = write(population.ledger.catalog, folder)
     for table, count in counts.items():
         console.print(f"{folder / table}.parquet  {count} rows", soft_wrap=True)
@@ -429,30 +425,3 @@ def _key_folder() -> Path:
     from populace.storage.keys import Keyring
 
     return Keyring().folder
-
-
-def _open(store: str, name: str | None) -> Population:
-    """The population in `store`, on the base that it was created on."""
-    from populace.configs.schema import BaseSettings
-    from populace.population.client import Population
-
-    opened, meta = _find(store, name)
-    return Population.open(opened, name=meta.name, base=BaseSettings(model=meta.base))
-
-
-def _find(store: str, name: str | None) -> tuple[ObjectStore, PopulationMeta]:
-    from populace.population.meta import PopulationMeta
-    from populace.storage.objects import open_store
-
-    opened = open_store(store)
-    if name is None:
-        names = [folder for folder in opened.folders() if PopulationMeta.find(opened, folder) is not None]
-        if not names:
-            raise InvalidInput(f"{opened.url} holds no population; create one with `populace run CONFIG`")
-        if len(names) > 1:
-            raise InvalidInput(f"{opened.url} holds {len(names)} populations {names}; choose one with --name")
-        name = names[0]
-    meta = PopulationMeta.find(opened, name)
-    if meta is None:
-        raise InvalidInput(f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`")
-    return opened, meta

@@ -25,8 +25,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
 from populace.population.chat import Chat
@@ -36,7 +34,7 @@ from populace.population.outcomes import MAX_TRIES, MemberOutcome, account_for
 from populace.population.pending import PENDING, REASONS
 from populace.population.prepare import Prepared, prepare_member
 from populace.population.publish import Publication, Publisher
-from populace.population.scheduler import Budget, Policy, Served, Wave, WaveMember, form_wave, wave_of
+from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
 from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
 from populace.storage.errors import PopulaceError
 from populace.storage.records import AdapterCreated, Attempt, Record, Settled, SettledEvent, Tombstone, Verdict
@@ -267,7 +265,7 @@ class Controller:
             return [alone] if alone is not None else []
         pending, scheduler = self.ledger.pending, self.settings.scheduler
         rows, candidates = pending.candidates(self.ledger.catalog, self._load_bytes_per_rank)
-        choice = form_wave(candidates, self._budget(), policy_of(self.settings), self._served, pending.now())
+        choice = form_wave(candidates, self._budget(), policy_of(self.settings.scheduler), self._served, pending.now())
         if ahead and not choice.was_cut and len(choice.chosen) < scheduler.max_adapters_per_wave:
             return []
         self._served = choice.served
@@ -511,21 +509,6 @@ class _Clock:
         now = time.monotonic()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
-
-
-def policy_of(settings: Settings) -> Policy:
-    """How the scheduler decides, from the settings."""
-    scheduler = settings.scheduler
-    weights = [scheduler.weight, *(tenant.weight for tenant in scheduler.tenants.values())]
-    return Policy(
-        weight_G=np.array(weights, np.float64),
-        events_per_update=scheduler.events_per_update,
-        residency_bonus_s=scheduler.residency_bonus_s,
-        evidence_bonus_s=scheduler.evidence_bonus_s,
-        min_events=scheduler.min_events,
-        patience_s=scheduler.patience_s,
-        cool_down_s=scheduler.cool_down_s,
-    )
 
 
 def _report(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from populace.configs.schema import SchedulerSettings
 from populace.population.experience import UserId
 from populace.population.stream import LoggedEvent
 from populace.storage.records import Position, SettledEvent
@@ -67,6 +68,20 @@ class Policy:
     min_events: int = 1
     patience_s: float = 60.0
     cool_down_s: float = 0.0
+
+
+def policy_of(settings: SchedulerSettings) -> Policy:
+    """How the scheduler decides, from the settings."""
+    weights = [settings.weight, *(tenant.weight for tenant in settings.tenants.values())]
+    return Policy(
+        weight_G=np.array(weights, np.float64),
+        events_per_update=settings.events_per_update,
+        residency_bonus_s=settings.residency_bonus_s,
+        evidence_bonus_s=settings.evidence_bonus_s,
+        min_events=settings.min_events,
+        patience_s=settings.patience_s,
+        cool_down_s=settings.cool_down_s,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

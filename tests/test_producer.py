@@ -1,0 +1,179 @@
+"""Getting experience in: durable, in order, once, for many producers at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from populace.configs.schema import StreamSettings
+from populace.population.experience import Demonstration
+from populace.population.ledger import Ledger
+from populace.population.meta import PopulationMeta
+from populace.population.producer import Producer
+from populace.population.stream import ExperienceLog
+from populace.storage.errors import Forgotten, InvalidInput, OutcomeUnknown, Overloaded
+from populace.storage.keys import Keyring
+from populace.storage.objects import FileStore, MemoryStore, ObjectStore
+
+
+def make(store: ObjectStore, partitions: int = 1) -> PopulationMeta:
+    return PopulationMeta.create(
+        store, Keyring(), name="pop", base="none", base_digest="b" * 64, partitions=partitions, seed=0,
+        heldout_share=0.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FileStore]:
+    store = FileStore(tmp_path / "store")
+    make(store)
+    yield store
+
+
+def event(number: object) -> Demonstration:
+    return Demonstration(prompt="rain", completion="sea", event_id=str(number))
+
+
+def order_of(store: ObjectStore, user: str) -> list[str]:
+    """A user's event ids as a reader finds them, repetitions included."""
+    ledger = Ledger(store, PopulationMeta.read(store, "pop"))
+    return [
+        ledger.seals.open(row, (seq, place)).event.event_id
+        for log in ledger.experience.values()
+        for seq, table in log.read_from(0)
+        for place, row in enumerate(table.to_pylist())
+        if row["pseudonym"] == ledger.pseudonym(user)
+    ]
+
+
+def test_a_users_order_is_kept_over_calls_threads_and_segments(store: FileStore) -> None:
+    producer = Producer.open(store, "pop")
+    for start in range(0, 30, 3):
+        assert producer.enqueue("ada", [event(number) for number in range(start, start + 3)]) == 3
+    assert order_of(store, "ada") == [str(number) for number in range(30)]
+    producer.close()
+
+
+def test_calls_made_at_the_same_time_share_segments(store: FileStore) -> None:
+    producer = Producer.open(store, "pop", settings=StreamSettings(linger_ms=30))
+    users = [f"user-{number}" for number in range(40)]
+    threads = [threading.Thread(target=producer.enqueue, args=(user, [event(1)])) for user in users]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    segments = [len(table) for _, table in ExperienceLog(store, "pop", 0).read_from(0)]
+    assert sum(segments) == 40 and len(segments) < 12
+    producer.close()
+
+
+def test_asyncio_keeps_the_order_of_calls_and_returns_when_all_is_durable(store: FileStore) -> None:
+    producer = Producer.open(store, "pop")
+
+    async def send() -> None:
+        counts = await asyncio.gather(*(producer.enqueue_async("ada", [event(number)]) for number in range(50)))
+        assert counts == [1] * 50
+        assert await producer.enqueue_many_async([("bob", [event(1)]), ("cleo", [event(1), event(2)])]) == 3
+
+    asyncio.run(send())
+    assert order_of(store, "ada") == [str(number) for number in range(50)]
+    producer.close()
+
+
+def test_too_much_at_once_is_refused_whole_and_says_when_to_come_back() -> None:
+    store = MemoryStore()
+    make(store)
+    slow, create = threading.Event(), store.create
+
+    def wait(key: str, body: bytes) -> None:
+        if "/experience/" in key:
+            slow.wait(10)
+        create(key, body)
+
+    store.create = wait  # type: ignore[method-assign]
+    producer = Producer.open(store, "pop", settings=StreamSettings(max_waiting_mb=0.01))
+    started = [threading.Thread(target=producer.enqueue, args=("ada", [event("x" * 200)] * 20)) for _ in range(1)]
+    for thread in started:
+        thread.start()
+    time.sleep(0.3)
+    with pytest.raises(Overloaded, match=r"try again in") as error:
+        producer.enqueue("bob", [event(number) for number in range(40)])
+    assert error.value.retry_after_s > 0
+    slow.set()
+    for thread in started:
+        thread.join()
+    assert producer.enqueue("bob", [event(1)]) == 1
+    assert order_of(store, "bob") == ["1"], "what was refused was not written"
+    producer.close()
+
+
+def test_who_was_forgotten_meanwhile_is_told_and_everybody_elses_events_are_there(store: FileStore) -> None:
+    producer = Producer.open(store, "pop")
+    producer.enqueue_many([("ada", [event(1)]), ("bob", [event(1)])])
+    producer.keys.forget(producer.pseudonym("ada"))
+    with pytest.raises(Forgotten):
+        producer.enqueue("ada", [event(2)])
+    producer.enqueue("bob", [event(2)])
+    assert order_of(store, "bob") == ["1", "2"]
+    producer.close()
+
+
+def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    make(store)
+    producer, create = Producer.open(store, "pop"), store.create
+    producer.enqueue("ada", [event(1)])
+
+    def fail(key: str, body: bytes) -> None:
+        if "/experience/" in key:
+            raise OutcomeUnknown("503")
+        create(key, body)
+
+    store.create = fail  # type: ignore[method-assign]
+    monkeypatch.setattr("populace.population.stream.MAX_UNKNOWN", 1)
+    with pytest.raises(OutcomeUnknown, match="send them again with the same"):
+        producer.enqueue("ada", [event(2)])
+    store.create = create  # type: ignore[method-assign]
+    producer.enqueue("ada", [event(2)])
+    assert order_of(store, "ada") == ["1", "2"]
+    producer.close()
+
+
+def race(url: str, number: int, seconds: float, results: multiprocessing.Queue[tuple[int, int]]) -> None:
+    log = ExperienceLog(FileStore(Path(url)), "pop", 0)
+    deadline, count = time.monotonic() + seconds, 0
+    while time.monotonic() < deadline:
+        log.append([{"pseudonym": f"{number:032x}", "tag": f"{count:032x}", "sealed": b"x" * 100}])
+        count += 1
+    results.put((number, count))
+
+
+def test_racing_producers_lose_nothing_and_none_starves(store: FileStore) -> None:
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[tuple[int, int]] = context.Queue()
+    arguments = [(str(store.root), number, 3.0, results) for number in range(8)]
+    processes = [context.Process(target=race, args=own) for own in arguments]
+    for process in processes:
+        process.start()
+    counts = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    there = Counter(
+        row["pseudonym"] for _, table in ExperienceLog(store, "pop", 0).read_from(0) for row in table.to_pylist()
+    )
+    assert {int(name, 16): count for name, count in there.items()} == counts
+    assert min(counts.values()) > 0.1 * max(counts.values()), counts
+
+
+def test_a_population_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidInput, match="no population 'nobody'"):
+        Producer.open(MemoryStore(), "nobody")
