@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow bench-store bench-step bench-shards aot lint types format clean
+.PHONY: demo test test-slow test-crash soak bench-store bench-step bench-streams bench-shards aot lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -25,6 +25,17 @@ bench-store: .venv/dev
 
 bench-step: .venv/dev
 	$(BIN)/python -m tests.benchmarks.step
+
+bench-streams: .venv/dev
+	$(BIN)/python -m tests.benchmarks.streams
+
+# Producers, gateway, controllers and shards killed at random for ten minutes, every event sent twice.
+test-crash: .venv/dev
+	$(BIN)/python -m pytest -s -m endurance tests/test_endurance.py -k ten_minutes
+
+# An hour of 20,000 users with 50 events a second, with kills.
+soak: .venv/dev
+	$(BIN)/python -m pytest -s -m endurance tests/test_endurance.py -k an_hour
 
 bench-shards: .venv/dev
 	$(BIN)/python -m tests.benchmarks.shards

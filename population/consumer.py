@@ -342,7 +342,8 @@ class Consumer:
         tenant = 0
         if self.rules.tenant is not None:
             tenant = self.rules.tenant(UserId(self.seals.keys.get(pseudonym).user))
-        return self.index.add_user(pseudonym, self.partition, tenant, int(catalog.rows_of([pseudonym])[0]))
+        adapter = catalog.get(pseudonym)
+        return self.index.add_user(pseudonym, self.partition, tenant, 0 if adapter is None else adapter.spec["rank"])
 
     def _open(self, row: Mapping[str, str | bytes], position: Position) -> LoggedEvent | None:
         try:

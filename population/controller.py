@@ -264,12 +264,12 @@ class Controller:
             alone = None if ahead or self._busy else self._member(min(suspects), 1)
             return [alone] if alone is not None else []
         pending, scheduler = self.ledger.pending, self.settings.scheduler
-        rows, candidates = pending.candidates(self.ledger.catalog, self._load_bytes_per_rank)
+        candidates = pending.candidates(self._load_bytes_per_rank)
         choice = form_wave(candidates, self._budget(), policy_of(self.settings.scheduler), self._served, pending.now())
         if ahead and not choice.was_cut and len(choice.chosen) < scheduler.max_adapters_per_wave:
             return []
         self._served = choice.served
-        names = [pending.pseudonym(row) for row in rows[choice.chosen].tolist()]
+        names = [pending.pseudonym(row) for row in choice.chosen.tolist()]
         members = [self._member(name, scheduler.events_per_update) for name in names]
         return [member for member in members if member is not None]
 
@@ -374,7 +374,8 @@ class Controller:
             records.append((member.partition, created))
         records += [(partition, _attempt(wave, members)) for partition, members in _by_partition(wave).items()]
         self.ledger.append_all(records)
-        self.ledger.pending.mark_adapters([member.pseudonym for member in new], catalog)
+        for member in new:
+            self.ledger.pending.mark_rank(member.pseudonym, catalog.require(member.pseudonym).spec["rank"])
         return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
 
     def _prepare(self, member: WaveMember, adapter: AdapterState) -> Prepared:

@@ -228,6 +228,8 @@ def _check_completion(where: str, completion: str) -> None:
 
 
 def _check_lengths(where: str, event: Trajectory) -> None:
+    if event.completion_ids == event.logprobs == event.expert_ids == ():  # most have none, and checks take time
+        return
     for name in ("completion_ids", "logprobs", "expert_ids"):
         if not isinstance(getattr(event, name), Sequence) or isinstance(getattr(event, name), str):
             raise InvalidInput(f"{where}: {name} is {getattr(event, name)!r}; give a list")

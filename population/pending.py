@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from populace.population.scheduler import Candidates
-from populace.storage.catalog import Catalog
 from populace.storage.columns import Index, Table, halves_of
 from populace.storage.records import Position, Record, Settled, WaveManifest
 
@@ -55,25 +54,28 @@ class PendingIndex:
     def __init__(self, events_per_update: int = 1) -> None:
         self.events_per_update = events_per_update
         self.users = Table(
-            high="u8", low="u8", partition="u2", tenant="u2", adapter="i4", head="i4", tail="i4", held="i4",
+            high="u8", low="u8", partition="u2", tenant="u2", rank="u4", head="i4", tail="i4", held="i4",
             held_tail="i4", num_waiting="u4", num_pending="u4", num_held="u4", tokens="u4", since="f8", updated="f8",
-            is_hot="?", is_busy="?",
+            is_hot="?", is_busy="?", is_candidate="?",
         )  # fmt: skip
         self.events = Table(user="u4", segment="u4", row="u4", next="i4", tokens="u4", state="u1")
         self.index = Index()
         self._free: list[int] = []
+        self._candidates = np.zeros(0, np.int64)
+        self._joined: list[int] = []
+        """Users who may have become candidates since these were put together."""
         self._epoch = time.time()
         self._turns = 0
 
     # Filling.
 
-    def add_user(self, pseudonym: str, partition: int, tenant: int = 0, adapter: int = NONE) -> int:
-        """A row for a new user; `adapter`: its row in the catalog, if there is one."""
+    def add_user(self, pseudonym: str, partition: int, tenant: int = 0, rank: int = 0) -> int:
+        """A row for a new user; `rank`: of the adapter, if there is one."""
         high, low = halves_of([pseudonym])
         row = self.users.append(
-            1, high=high, low=low, partition=partition, tenant=tenant, adapter=adapter, head=NONE, tail=NONE,
+            1, high=high, low=low, partition=partition, tenant=tenant, rank=rank, head=NONE, tail=NONE,
             held=NONE, held_tail=NONE, num_waiting=0, num_pending=0, num_held=0, tokens=0, since=0.0,
-            updated=-np.inf, is_hot=False, is_busy=False,
+            updated=-np.inf, is_hot=False, is_busy=False, is_candidate=False,
         )  # fmt: skip
         self.index.add(high, low, np.array([row]))
         return row
@@ -101,6 +103,8 @@ class PendingIndex:
         if not users["num_waiting"][user]:
             users["since"][user] = self._in_line(min(arrived_at, time.time()))
         users["num_waiting"][user] += 1
+        users["is_candidate"][user] = not users["is_busy"][user]
+        self._joined.append(user)
         if state == PENDING:
             if users["num_pending"][user] < self.events_per_update:
                 users["tokens"][user] += tokens
@@ -131,6 +135,7 @@ class PendingIndex:
             event = following
         users["head"][user] = event
         users["num_waiting"][user] -= num_gone
+        users["is_candidate"][user] &= event != NONE
         if event == NONE:
             users["tail"][user] = NONE
         if num_gone:
@@ -202,23 +207,28 @@ class PendingIndex:
         order = alive[np.lexsort((events["row"][alive], events["segment"][alive]))]
         return Survivors(**{name: events[name][order].copy() for name in ("segment", "row", "state", "tokens")})
 
-    def candidates(self, catalog: Catalog, load_bytes_per_rank: float = 0.0) -> tuple[NDArray[np.int64], Candidates]:
-        """Rows of the users who may be in a wave, and what the scheduler has to know of them."""
-        users = self.users
-        rows = np.flatnonzero((users["num_waiting"] > 0) & ~users["is_busy"])
-        adapter = users["adapter"][rows]
-        rank = catalog.ranks_of(adapter)
-        is_hot = users["is_hot"][rows]
-        return rows, Candidates(
-            since_U=users["since"][rows],
-            num_events_U=users["num_pending"][rows],
-            tokens_U=users["tokens"][rows],
-            tenant_U=users["tenant"][rows],
-            rank_U=rank,
-            load_bytes_U=np.where(is_hot | (adapter < 0), 0.0, rank * load_bytes_per_rank),
-            is_hot_U=is_hot,
-            updated_U=users["updated"][rows],
+    def candidates(self, load_bytes_per_rank: float = 0.0) -> Candidates:
+        """Who may be in a wave, and what the scheduler has to know of them."""
+        columns = {name: self.users[name] for name in ("since", "tokens", "tenant", "rank", "is_hot", "updated")}
+        return Candidates(
+            row_U=self._candidate_rows(),
+            num_events=self.users["num_pending"],
+            load_bytes_per_rank=load_bytes_per_rank,
+            **columns,
         )
+
+    def _candidate_rows(self) -> NDArray[np.int64]:
+        """In order. Kept from call to call: looking through a million users takes longer than the rest of a wave."""
+        is_candidate = self.users["is_candidate"]
+        rows = self._candidates[is_candidate[self._candidates]]
+        joined = np.unique(np.array(self._joined, np.int64))
+        joined = joined[is_candidate[joined]]
+        places = np.searchsorted(rows, joined)
+        is_new = np.ones(len(joined), bool)
+        inside = places < len(rows)
+        is_new[inside] = rows[places[inside]] != joined[inside]
+        self._candidates, self._joined = np.insert(rows, places[is_new], joined[is_new]), []
+        return self._candidates
 
     def now(self) -> float:
         """The time by which users wait, in seconds."""
@@ -236,23 +246,25 @@ class PendingIndex:
 
     def mark_busy(self, pseudonyms: Sequence[str], is_busy: bool) -> None:
         """Users in an uncommitted wave are in no other."""
-        self._rows_mark("is_busy", pseudonyms, is_busy)
+        rows = self._rows_mark("is_busy", pseudonyms, is_busy)
+        self.users["is_candidate"][rows] = (self.users["num_waiting"][rows] > 0) & (not is_busy)
+        self._joined += rows.tolist()
 
     def mark_hot(self, pseudonyms: Sequence[str]) -> None:
         """Whose adapters the workers hold now; nobody else's."""
         self.users["is_hot"][:] = False
         self._rows_mark("is_hot", pseudonyms, True)
 
-    def mark_adapters(self, pseudonyms: Sequence[str], catalog: Catalog) -> None:
-        """Remember the catalog's rows of these users."""
-        if pseudonyms:
-            rows = self.index.find(*halves_of(pseudonyms))
-            self.users["adapter"][rows[rows >= 0]] = catalog.rows_of(pseudonyms)[rows >= 0]
+    def mark_rank(self, pseudonym: str, rank: int) -> None:
+        """The user has an adapter of that rank now."""
+        if (user := self.row_of(pseudonym)) is not None:
+            self.users["rank"][user] = rank
 
-    def _rows_mark(self, column: str, pseudonyms: Sequence[str], value: bool) -> None:
-        if pseudonyms:
-            rows = self.index.find(*halves_of(pseudonyms))
-            self.users[column][rows[rows >= 0]] = value
+    def _rows_mark(self, column: str, pseudonyms: Sequence[str], value: bool) -> NDArray[np.int64]:
+        rows = self.index.find(*halves_of(pseudonyms)) if pseudonyms else np.zeros(0, np.int64)
+        rows = rows[rows >= 0]
+        self.users[column][rows] = value
+        return rows
 
     def _in_line(self, at: float) -> float:
         """A place in the line: later calls for the same time come later."""
@@ -287,5 +299,5 @@ class PendingIndex:
             for event in list(self._chain(int(users[first][user]))):
                 self._drop(event)
             users[first][user] = users[last][user] = NONE
-        for name in ("num_waiting", "num_pending", "num_held", "tokens"):
+        for name in ("num_waiting", "num_pending", "num_held", "tokens", "is_candidate"):
             users[name][user] = 0

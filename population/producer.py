@@ -168,10 +168,17 @@ class Producer:
         return started.num_events
 
     def _for_all(self, call: Callable[[str], object], names: Sequence[str]) -> None:
-        if len(names) == 1:
-            call(names[0])
+        """Ask about many users' keys: side by side where an answer takes its time, and in few threads where not."""
+
+        def some(part: Sequence[str]) -> None:
+            for name in part:
+                call(name)
+
+        size = 64 if self.store.url.startswith(("file:", "memory:")) else 4
+        if len(names) <= size:
+            some(names)
         else:
-            for _ in self._pool.map(call, names):
+            for _ in self._pool.map(some, [names[start : start + size] for start in range(0, len(names), size)]):
                 pass
 
 

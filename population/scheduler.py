@@ -13,6 +13,7 @@ Suffixes: U users with something waiting, G tenants.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,20 +31,23 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """Everybody who may be in the next wave; all columns are [U]."""
+    """Everybody who may be in the next wave: rows of columns that hold others too."""
 
-    since_U: Floats
+    row_U: NDArray[np.int64]
+    since: Floats
     """Seconds; when the user got in line."""
-    num_events_U: NDArray[np.uint32]
-    tokens_U: NDArray[np.uint32]
+    num_events: NDArray[np.uint32]
+    """To be trained on."""
+    tokens: NDArray[np.uint32]
     """Of the next update, estimated."""
-    tenant_U: NDArray[np.uint16]
-    rank_U: NDArray[np.int64]
-    load_bytes_U: Floats
-    """What has to be paged in; 0 for hot adapters."""
-    is_hot_U: NDArray[np.bool_]
-    updated_U: Floats
+    tenant: NDArray[np.uint16]
+    rank: NDArray[np.uint32]
+    """0 for an adapter that isn't there yet."""
+    is_hot: NDArray[np.bool_]
+    updated: Floats
     """Seconds; the last update, minus infinity for none."""
+    load_bytes_per_rank: float = 0.0
+    """What an adapter that isn't hot costs to page in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The users of a wave, as indices into the candidates in order of service, and the tenants' new account."""
+    """The rows of a wave's users in order of service, and the tenants' new account."""
 
     chosen: NDArray[np.int64]
     served: Served
@@ -111,76 +115,66 @@ def form_wave(candidates: Candidates, budget: Budget, policy: Policy, served: Se
 
     A user who doesn't fit beside the others keeps its tenant's later users out of this wave, so that the tenant's
     virtual time stands still until the user is first of all and fits alone."""
-    is_ready_U = _is_ready(candidates, policy, now_s)
-    num_ready = int(is_ready_U.sum())
-    if num_ready == len(is_ready_U):
-        order = _fronts(_places_U(candidates, policy), candidates.tenant_U, budget.max_adapters)
-    else:
-        ready = np.flatnonzero(is_ready_U)
-        order = _fronts(_places_U(candidates, policy)[ready], candidates.tenant_U[ready], budget.max_adapters)
-        order = ready[order]
-    tenant, cost = candidates.tenant_U[order], _cost(candidates, budget, order)
+    row_U = _ready(candidates, policy, now_s)
+    front = row_U[_fronts(_places(candidates, policy, row_U), candidates.tenant[row_U], budget.max_adapters)]
+    tenant, needs = candidates.tenant[front], _needs(candidates, budget, front)
+    # A tenant pays for the resource of which a user takes the largest share of a wave.
+    cost = np.maximum.reduce([np.full(len(front), 1 / budget.max_adapters), *(column / most for column, most in needs)])
     finish = _finish_times(tenant, cost, policy.weight_G, served.time_G)
-    taken = _fill(candidates, budget, order, np.argsort(finish, kind="stable"))
+    taken = _fill(np.argsort(finish, kind="stable"), tenant, needs, budget.max_adapters)
     time_G = served.time_G.copy()
     np.add.at(time_G, tenant[taken], cost[taken] / policy.weight_G[tenant[taken]])
     return Choice(
-        chosen=order[taken], served=Served(time_G=_without_credit(time_G, tenant)), was_cut=len(taken) < num_ready
+        chosen=front[taken], served=Served(time_G=_without_credit(time_G, tenant)), was_cut=len(taken) < len(row_U)
     )
 
 
-def _is_ready(candidates: Candidates, policy: Policy, now_s: float) -> NDArray[np.bool_]:
-    """Enough evidence, or waited long enough for it; not updated a moment ago."""
-    ready = now_s - candidates.updated_U >= policy.cool_down_s
+def _ready(candidates: Candidates, policy: Policy, now_s: float) -> NDArray[np.int64]:
+    """Who has enough evidence, or has waited long enough for it, and wasn't updated a moment ago."""
+    row_U = candidates.row_U
+    if policy.cool_down_s:
+        row_U = row_U[now_s - candidates.updated[row_U] >= policy.cool_down_s]
     if policy.min_events > 1:
-        has_waited = now_s - candidates.since_U >= policy.patience_s
+        num_events, has_waited = candidates.num_events[row_U], now_s - candidates.since[row_U] >= policy.patience_s
         # Without anything to train on there is only something to settle, which needs no evidence.
-        ready &= (candidates.num_events_U >= policy.min_events) | has_waited | (candidates.num_events_U == 0)
-    result: NDArray[np.bool_] = ready
-    return result
+        row_U = row_U[(num_events >= policy.min_events) | has_waited | (num_events == 0)]
+    return row_U
 
 
-def _places_U(candidates: Candidates, policy: Policy) -> Floats:
+def _places(candidates: Candidates, policy: Policy, row_U: NDArray[np.int64]) -> Floats:
     """When everybody got in line, bonuses counted."""
-    place_U = candidates.since_U
+    place_U = candidates.since[row_U]
     if policy.residency_bonus_s:
-        place_U = place_U - policy.residency_bonus_s * candidates.is_hot_U
+        place_U -= policy.residency_bonus_s * candidates.is_hot[row_U]
     if policy.evidence_bonus_s:
         # Twice the evidence of an update is as much as counts.
         most = 2 * policy.events_per_update
-        place_U = place_U - np.minimum(candidates.num_events_U, most) * (policy.evidence_bonus_s / most)
+        place_U -= np.minimum(candidates.num_events[row_U], most) * (policy.evidence_bonus_s / most)
     return place_U
 
 
 def _fronts(place_U: Floats, tenant_U: NDArray[np.uint16], length: int) -> NDArray[np.int64]:
-    """The first `length` of every tenant's line, tenant by tenant: no wave can take more, and the rest needs no
-    sorting."""
+    """The first `length` of every tenant's line, in order, tenant by tenant: no wave can take more of one."""
     by_tenant = np.argsort(tenant_U, kind="stable")
-    sizes = np.bincount(tenant_U) if len(tenant_U) else np.zeros(0, np.int64)
-    keep = np.ones(len(by_tenant), bool)
-    for start, size in zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True):
-        if size > length:
-            own = by_tenant[start : start + size]
-            by_tenant[start : start + size] = own[np.argpartition(place_U[own], length)]
-            keep[start + length : start + size] = False
-    front = by_tenant[keep]
-    order: NDArray[np.int64] = front[np.lexsort((place_U[front], tenant_U[front]))]
+    ends = np.cumsum(np.bincount(tenant_U)) if len(tenant_U) else np.zeros(0, np.int64)
+    fronts = []
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
+        own = by_tenant[start:end]
+        if len(own) > length:
+            own = own[np.argpartition(place_U[own], length)[:length]]
+        fronts.append(own[np.argsort(place_U[own], kind="stable")])
+    order: NDArray[np.int64] = np.concatenate([np.zeros(0, np.int64), *fronts])
     return order
 
 
-def _cost(candidates: Candidates, budget: Budget, order: NDArray[np.int64]) -> Floats:
-    """Share of a wave that each takes, by the resource that it takes most of (dominant share)."""
-    cost = np.full(len(order), 1.0 / budget.max_adapters)
-    for column_U, most in _resources(candidates, budget):
-        cost = np.maximum(cost, column_U[order] / most)
-    return cost
-
-
-def _resources(candidates: Candidates, budget: Budget) -> list[tuple[NDArray[Any], float]]:
+def _needs(candidates: Candidates, budget: Budget, front: NDArray[np.int64]) -> list[tuple[NDArray[Any], float]]:
+    """What each takes of every limited resource, and how much there is of it."""
+    rank = candidates.rank[front]
+    load_bytes = np.where(candidates.is_hot[front], 0.0, rank * candidates.load_bytes_per_rank)
     columns = (
-        (candidates.tokens_U, budget.max_tokens),
-        (candidates.rank_U, budget.max_rank),
-        (candidates.load_bytes_U, budget.max_load_bytes),
+        (candidates.tokens[front], budget.max_tokens),
+        (rank, budget.max_rank),
+        (load_bytes, budget.max_load_bytes),
     )
     return [(column, most) for column, most in columns if most is not None]
 
@@ -199,21 +193,17 @@ def _finish_times(tenant: NDArray[np.uint16], cost: Floats, weight_G: Floats, ti
 
 
 def _fill(
-    candidates: Candidates, budget: Budget, order: NDArray[np.int64], line: NDArray[np.int64]
+    line: NDArray[np.int64], tenant: NDArray[np.uint16], needs: list[tuple[NDArray[Any], float]], max_adapters: int
 ) -> NDArray[np.int64]:
-    """Places in `order` that fit together, in the order of `line`."""
-    resources = _resources(candidates, budget)
-    left = [most for _, most in resources]
+    """Who of `line` fits together, first come, first served."""
+    left = [most for _, most in needs]
     taken: list[int] = []
     blocked: set[int] = set()
-    for start in range(0, len(line), 2 * budget.max_adapters):
-        places = line[start : start + 2 * budget.max_adapters]
-        rows = order[places]
-        wanted = (
-            zip(*(column[rows].tolist() for column, _ in resources), strict=True) if resources else [()] * len(rows)
-        )
-        for place, group, need in zip(places.tolist(), candidates.tenant_U[rows].tolist(), wanted, strict=True):
-            if len(taken) == budget.max_adapters:
+    for start in range(0, len(line), 2 * max_adapters):  # in parts: mostly the first one is enough
+        places = line[start : start + 2 * max_adapters]
+        wanted = zip(*(column[places].tolist() for column, _ in needs), strict=True) if needs else [()] * len(places)
+        for place, group, need in zip(places.tolist(), tenant[places].tolist(), wanted, strict=True):
+            if len(taken) == max_adapters:
                 return np.array(taken, np.int64)
             if group in blocked:
                 continue

@@ -111,9 +111,8 @@ def simulate(load: Load, settings: Settings, policy: Policy) -> SimulationReport
     num_hot = 0
     for now, arrivals in _arrivals(load):
         line.arrive(arrivals, now)
-        rows, candidates = line.candidates(slots)
-        choice = form_wave(candidates, budget, policy, served, now)
-        served, chosen = choice.served, rows[choice.chosen]
+        choice = form_wave(line.candidates(slots), budget, policy, served, now)
+        served, chosen = choice.served, choice.chosen
         always &= line.waiting_by_tenant() > 0
         num_hot += sum(user in slots for user in chosen.tolist())
         for user in chosen.tolist():
@@ -146,20 +145,19 @@ class _Line:
         np.add.at(self.num_events, users, 1)
         np.add.at(self.arrived, self.tenant[users], 1)
 
-    def candidates(self, slots: Tier[int]) -> tuple[NDArray[np.int64], Candidates]:
-        rows = np.flatnonzero(self.num_events)
+    def candidates(self, slots: Tier[int]) -> Candidates:
         is_hot = np.zeros(self._load.users, bool)
         is_hot[list(slots)] = True
-        events = np.minimum(self.num_events[rows], self._events_per_update)
-        return rows, Candidates(
-            since_U=self.since[rows],
-            num_events_U=self.num_events[rows],
-            tokens_U=(events * self._load.tokens_per_event).astype(np.uint32),
-            tenant_U=self.tenant[rows].astype(np.uint16),
-            rank_U=np.full(len(rows), self._load.rank),
-            load_bytes_U=np.zeros(len(rows)),
-            is_hot_U=is_hot[rows],
-            updated_U=self.updated[rows],
+        events = np.minimum(self.num_events, self._events_per_update)
+        return Candidates(
+            row_U=np.flatnonzero(self.num_events),
+            since=self.since,
+            num_events=self.num_events,
+            tokens=(events * self._load.tokens_per_event).astype(np.uint32),
+            tenant=self.tenant.astype(np.uint16),
+            rank=np.full(self._load.users, self._load.rank, np.uint32),
+            is_hot=is_hot,
+            updated=self.updated,
         )
 
     def serve(self, user: int, now: float) -> list[float]:

@@ -185,15 +185,6 @@ class Catalog:
             consumed=(int(table["consumed_segment"][row]), int(table["consumed_row"][row])),
         )
 
-    def ranks_of(self, rows: NDArray[Any]) -> NDArray[np.int64]:
-        """Rank of the adapters in `rows`; 0 for rows of -1."""
-        known = np.array([json.loads(spec).get("rank", 0) for spec in self.specs.values] + [0], np.int64)
-        spec = np.full(len(rows), len(known) - 1)
-        there = rows >= 0
-        spec[there] = self.adapters["spec"][rows[there]]
-        ranks: NDArray[np.int64] = known[spec]
-        return ranks
-
     def unjudged(self) -> list[AdapterState]:
         """Adapters whose tip is not what serves."""
         table = self.adapters

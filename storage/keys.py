@@ -16,9 +16,10 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -33,6 +34,9 @@ NONCE_BYTES = 12
 OVERHEAD_BYTES = NONCE_BYTES + 16
 """What sealing adds: nonce in front, authentication tag behind (NIST SP 800-38D)."""
 _MAX_CACHED = 1 << 16
+FRESH_S = 1.0
+"""How old an answer about a key may be when a producer begins to write. It asks again when it is done, which is what
+tells it of a forgetting for certain."""
 _UNOPENED = "{} does not decrypt: its bytes or its key were changed"
 
 
@@ -133,6 +137,8 @@ class UserKey:
     key: bytes
     wrapped: bytes = field(default=b"", compare=False, repr=False)
     """As it lies in the store: equal bytes need no second unwrapping."""
+    read_s: float = field(default=0.0, compare=False, repr=False)
+    """By the monotonic clock, when it was last read from the store."""
 
 
 class UserKeys:
@@ -161,13 +167,14 @@ class UserKeys:
             raise
         with self._lock:
             if (known := self._cache.get(pseudonym)) is not None and known.wrapped == wrapped:
+                self._cache[pseudonym] = known = replace(known, read_s=time.monotonic())
                 return known
         self.drop([pseudonym])
         body = _parse(wrapped, self._path(pseudonym))
         if body.get("forgotten"):
             raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
         plain = json.loads(self._unwrap(body, pseudonym))
-        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped)
+        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped, read_s=time.monotonic())
         with self._lock:
             self._cache[pseudonym] = found
             if len(self._cache) > _MAX_CACHED:
@@ -175,8 +182,11 @@ class UserKeys:
         return found
 
     def ensure(self, pseudonym: str, user: str, master: Callable[[], str]) -> UserKey:
-        """The user's key, made now if there is none; racing producers agree on one. For writing: always asks the
-        store, so that a forgotten user is `Forgotten` also to who had the key."""
+        """The user's key, made now if there is none; racing producers agree on one. For writing: asks the store, unless
+        it has just answered, so that a forgotten user is `Forgotten` also to who had the key."""
+        with self._lock:
+            if (known := self._cache.get(pseudonym)) is not None and time.monotonic() - known.read_s < FRESH_S:
+                return known
         for _ in range(4):
             with contextlib.suppress(ObjectNotFound):
                 return self.fetch(pseudonym)

@@ -20,7 +20,6 @@ from populace.population.experience import Demonstration, LogEvent, Task
 from populace.population.ledger import Ledger
 from populace.population.pending import CLASH, HELD, PENDING, PendingIndex
 from populace.population.stream import ExperienceLog
-from populace.storage.catalog import Catalog
 from populace.storage.errors import Damaged
 from populace.storage.objects import MemoryStore, ObjectStore
 from populace.storage.records import Compaction
@@ -133,9 +132,12 @@ def test_the_pending_index_is_what_a_list_per_user_would_be(steps: list[tuple[st
             assert index.users["tokens"][rows[number]] == (10 + number) * min(2, len(pending))
     alive = sum(len(model.waiting) + len(model.held) for model in models)
     assert index.events.size <= max(alive + 60, 1)
-    found, candidates = index.candidates(Catalog())
-    assert {int(row) for row in found} == {rows[n] for n, model in enumerate(models) if model.waiting}
-    assert candidates.num_events_U.tolist() == [int(index.users["num_pending"][row]) for row in found]
+    found = index.candidates().row_U.tolist()
+    assert found == [rows[n] for n, model in enumerate(models) if model.waiting]
+    index.mark_busy([f"{0:032x}"], True)
+    assert rows[0] not in index.candidates().row_U
+    index.mark_busy([f"{0:032x}"], False)
+    assert index.candidates().row_U.tolist() == found
 
 
 def run_to_the_end(controller: Controller) -> None:

@@ -16,20 +16,20 @@ from populace.population.simulate import Load, jain, simulate
 from populace.storage.errors import InvalidInput
 
 user = st.tuples(
-    st.floats(0, 100), st.integers(1, 9), st.integers(1, 50), st.integers(0, 2), st.integers(1, 8), st.floats(0, 40),
-    st.booleans(),
+    st.floats(0, 100), st.integers(1, 9), st.integers(1, 50), st.integers(0, 2), st.integers(1, 8), st.booleans(),
 )  # fmt: skip
 users = st.lists(user, max_size=30)
+Row = tuple[float, int, int, int, int, bool]
+LOAD_PER_RANK = 5.0
 weights = st.lists(st.floats(0.01, 100), min_size=3, max_size=3)
 
 
-def candidates_of(rows: list[tuple[float, int, int, int, int, float, bool]]) -> Candidates:
-    since, events, tokens, tenant, rank, load, hot = zip(*rows, strict=True) if rows else ((),) * 7
+def candidates_of(rows: list[Row]) -> Candidates:
+    since, events, tokens, tenant, rank, hot = zip(*rows, strict=True) if rows else ((),) * 6
     return Candidates(
-        since_U=np.array(since, np.float64), num_events_U=np.array(events, np.uint32),
-        tokens_U=np.array(tokens, np.uint32), tenant_U=np.array(tenant, np.uint16), rank_U=np.array(rank, np.int64),
-        load_bytes_U=np.array(load, np.float64), is_hot_U=np.array(hot, bool),
-        updated_U=np.full(len(rows), -np.inf),
+        row_U=np.arange(len(rows)), since=np.array(since, np.float64), num_events=np.array(events, np.uint32),
+        tokens=np.array(tokens, np.uint32), tenant=np.array(tenant, np.uint16), rank=np.array(rank, np.uint32),
+        is_hot=np.array(hot, bool), updated=np.full(len(rows), -np.inf), load_bytes_per_rank=LOAD_PER_RANK,
     )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def policy(weight: list[float] | None = None, **more: float) -> Policy:
 
 @given(users, weights, st.integers(1, 8), st.integers(50, 120), st.integers(8, 30), st.integers(40, 90))
 def test_no_budget_is_ever_exceeded_and_a_wave_is_never_empty_without_need(
-    rows: list[tuple[float, int, int, int, int, float, bool]],
+    rows: list[Row],
     weight: list[float],
     max_adapters: int,
     max_tokens: int,
@@ -51,17 +51,16 @@ def test_no_budget_is_ever_exceeded_and_a_wave_is_never_empty_without_need(
     choice = form_wave(candidates, budget, policy(weight), Served.nothing(3), 100.0)
     chosen = choice.chosen
     assert len(set(chosen.tolist())) == len(chosen) <= max_adapters
-    assert candidates.tokens_U[chosen].sum() <= max_tokens
-    assert candidates.rank_U[chosen].sum() <= max_rank
-    assert candidates.load_bytes_U[chosen].sum() <= max_load
+    assert candidates.tokens[chosen].sum() <= max_tokens
+    assert candidates.rank[chosen].sum() <= max_rank
+    cold = candidates.rank[chosen][~candidates.is_hot[chosen]]
+    assert cold.sum() * LOAD_PER_RANK <= max_load
     assert len(chosen) > 0 or not rows
     assert choice.was_cut == (len(chosen) < len(rows))
 
 
 @given(users, weights)
-def test_the_same_inputs_give_the_same_wave(
-    rows: list[tuple[float, int, int, int, int, float, bool]], weight: list[float]
-) -> None:
+def test_the_same_inputs_give_the_same_wave(rows: list[Row], weight: list[float]) -> None:
     budget, served = Budget(max_adapters=5, max_tokens=90), Served(time_G=np.array([0.0, 0.5, 0.1]))
     first, again = (
         form_wave(candidates_of(rows), budget, policy(weight, residency_bonus_s=3), served, 100.0) for _ in range(2)
@@ -72,22 +71,22 @@ def test_the_same_inputs_give_the_same_wave(
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40, unique=True), st.integers(1, 10))
 def test_within_a_tenant_the_longest_waiting_go_first(since: list[float], max_adapters: int) -> None:
-    rows = [(value, 4, 1, 0, 1, 0.0, False) for value in since]
+    rows = [(value, 4, 1, 0, 1, False) for value in since]
     choice = form_wave(candidates_of(rows), Budget(max_adapters=max_adapters), policy(), Served.nothing(3), 100.0)
     assert [since[index] for index in choice.chosen] == sorted(since)[:max_adapters]
 
 
 def serve_for_ever(
-    weight: list[float], demands: list[tuple[int, int, float]], budget: Budget, policy: Policy, num_waves: int
+    weight: list[float], demands: list[tuple[int, int, int]], budget: Budget, policy: Policy, num_waves: int
 ) -> list[list[int]]:
-    """Users who always have more: (tenant, tokens, load) each. Returns the waves that served each of them."""
+    """Users who always have more: (tenant, tokens, rank) each. Returns the waves that served each of them."""
     since, served = np.arange(len(demands)) * 1e-3, Served.nothing(len(weight))
     turns: list[list[int]] = [[] for _ in demands]
     for number in range(num_waves):
         now = 1.0 + number
         rows = [
-            (float(since[index]), 99, tokens, tenant, 1, load, index % 3 == 0)
-            for index, (tenant, tokens, load) in enumerate(demands)
+            (float(since[index]), 99, tokens, tenant, rank, index % 3 == 0)
+            for index, (tenant, tokens, rank) in enumerate(demands)
         ]
         choice: Choice = form_wave(candidates_of(rows), budget, policy, served, now)
         served = choice.served
@@ -100,12 +99,12 @@ def serve_for_ever(
 @settings(max_examples=60, deadline=None)
 @given(
     weights,
-    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50), st.floats(0, 40)), min_size=2, max_size=25),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50), st.integers(1, 8)), min_size=2, max_size=25),
     st.integers(1, 6),
     st.floats(0, 5),
 )
 def test_nobody_starves_whatever_the_weights_sizes_and_bonuses(
-    weight: list[float], demands: list[tuple[int, int, float]], max_adapters: int, bonus_s: float
+    weight: list[float], demands: list[tuple[int, int, int]], max_adapters: int, bonus_s: float
 ) -> None:
     """The wait between two turns is bounded by what stands before one in line and by one's tenant's share."""
     budget = Budget(max_adapters=max_adapters, max_tokens=50, max_load_bytes=40)
@@ -126,22 +125,20 @@ def test_nobody_starves_whatever_the_weights_sizes_and_bonuses(
 def test_a_hot_adapter_goes_first_only_for_so_long() -> None:
     own = policy(residency_bonus_s=5.0)
     for waited, first in ((4.0, 1), (6.0, 0)):
-        rows = [(10.0, 4, 1, 0, 1, 0.0, False), (10.0 + waited, 4, 1, 0, 1, 0.0, True)]
+        rows = [(10.0, 4, 1, 0, 1, False), (10.0 + waited, 4, 1, 0, 1, True)]
         choice = form_wave(candidates_of(rows), Budget(max_adapters=1), own, Served.nothing(3), 100.0)
         assert choice.chosen.tolist() == [first]
 
 
 def test_users_wait_for_enough_evidence_but_not_longer_than_their_patience() -> None:
     own = policy(min_events=3, patience_s=60.0)
-    rows = [(90.0, 2, 1, 0, 1, 0.0, False), (30.0, 2, 1, 0, 1, 0.0, False), (99.0, 3, 1, 0, 1, 0.0, False)]
+    rows = [(90.0, 2, 1, 0, 1, False), (30.0, 2, 1, 0, 1, False), (99.0, 3, 1, 0, 1, False)]
     choice = form_wave(candidates_of(rows), Budget(max_adapters=9), own, Served.nothing(3), 100.0)
     assert sorted(choice.chosen.tolist()) == [1, 2]
 
 
 def test_users_cool_down_between_updates() -> None:
-    candidates = dataclasses.replace(
-        candidates_of([(1.0, 4, 1, 0, 1, 0.0, False)] * 2), updated_U=np.array([95.0, 80.0])
-    )
+    candidates = dataclasses.replace(candidates_of([(1.0, 4, 1, 0, 1, False)] * 2), updated=np.array([95.0, 80.0]))
     choice = form_wave(candidates, Budget(max_adapters=9), policy(cool_down_s=10.0), Served.nothing(3), 100.0)
     assert choice.chosen.tolist() == [1]
 
@@ -149,12 +146,12 @@ def test_users_cool_down_between_updates() -> None:
 def test_an_idle_tenant_saves_up_no_credit() -> None:
     own, budget = policy([1.0, 1.0, 1.0]), Budget(max_adapters=2)
     served = Served.nothing(3)
-    alone = [(float(n), 4, 1, 0, 1, 0.0, False) for n in range(8)]
+    alone = [(float(n), 4, 1, 0, 1, False) for n in range(8)]
     for _ in range(50):
         served = form_wave(candidates_of(alone), budget, own, served, 100.0).served
-    both = alone + [(50.0 + n, 4, 1, 1, 1, 0.0, False) for n in range(8)]
+    both = alone + [(50.0 + n, 4, 1, 1, 1, False) for n in range(8)]
     choice = form_wave(candidates_of(both), budget, own, served, 100.0)
-    tenants = candidates_of(both).tenant_U[choice.chosen]
+    tenants = candidates_of(both).tenant[choice.chosen]
     assert sorted(tenants.tolist()) == [0, 1], "half each, from the first wave on"
 
 
