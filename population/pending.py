@@ -103,8 +103,9 @@ class PendingIndex:
         if not users["num_waiting"][user]:
             users["since"][user] = self._in_line(min(arrived_at, time.time()))
         users["num_waiting"][user] += 1
-        users["is_candidate"][user] = not users["is_busy"][user]
-        self._joined.append(user)
+        if not users["is_busy"][user] and not users["is_candidate"][user]:
+            users["is_candidate"][user] = True
+            self._joined.append(user)
         if state == PENDING:
             if users["num_pending"][user] < self.events_per_update:
                 users["tokens"][user] += tokens
