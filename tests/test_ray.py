@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -15,7 +16,15 @@ from pathlib import Path
 import pytest
 import ray
 
+from populace.configs.schema import StreamSettings
+from populace.population.experience import Demonstration, Task
+from populace.population.gateway import Gateway
+from populace.population.ledger import Ledger
+from populace.population.meta import PopulationMeta
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
+from populace.storage.errors import Forgotten, InvalidInput, Overloaded
+from populace.storage.keys import Keyring
+from populace.storage.objects import FileStore
 from tests.accounting import account
 from tests.streams import experience, open_population, write_config
 
@@ -210,3 +219,52 @@ def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(
     assert "this reward is broken" in outcomes[2]
     assert "reward task failed" in outcomes[3]
     assert "can't be imported" in outcomes[5]
+
+
+@pytest.fixture
+def gateway_store(tmp_path: Path) -> FileStore:
+    store = FileStore(tmp_path / "store")
+    PopulationMeta.create(store, Keyring(), name="pop", base="none", base_digest="b" * 64, partitions=2, seed=0,
+                          heldout_share=0.0)  # fmt: skip
+    return store
+
+
+def test_many_producers_share_a_gateway_that_survives_its_own_death(local_ray: None, gateway_store: FileStore) -> None:
+    store, rewards = gateway_store, {"letters": "m:f"}
+    with pytest.raises(InvalidInput, match=r"stream\.gateway=true"):
+        Gateway.connect(store.url, "pop")
+    gateway = Gateway.start(store.url, "pop", rewards=rewards, stream=StreamSettings(linger_ms=5, max_waiting_mb=0.05))
+    again = Gateway.connect(store.url, "pop", rewards=rewards)
+
+    def event(number: int, size: int = 10) -> Demonstration:
+        return Demonstration(prompt="rain", completion="x" * size, event_id=f"e{number}")
+
+    async def everybody() -> None:
+        sent = (again.enqueue_async(f"user-{n % 20}", [event(n)]) for n in range(200))
+        assert await asyncio.gather(*sent) == [1] * 200
+
+    asyncio.run(everybody())
+    with pytest.raises(InvalidInput, match="reward 'nope' is not registered"):
+        gateway.enqueue("ada", [Task(prompt="hi", reward="nope")])
+    with pytest.raises(Overloaded) as error:
+        asyncio.run(overload(gateway, [event(n, 4000) for n in range(1000, 1040)]))
+    assert error.value.retry_after_s > 0
+    pid = ray.get(gateway._actor.pid.remote())
+    os.kill(pid, signal.SIGKILL)
+    assert gateway.enqueue("late", [event(1), event(2)]) == 2
+    assert ray.get(gateway._actor.pid.remote()) != pid
+    ledger = Ledger(store, PopulationMeta.read(store, "pop"))
+    ledger.refresh()
+    segments = sum(len(list(log.read_from(0))) for log in ledger.experience.values())
+    names = set(ledger.users().values())
+    assert {f"user-{n}" for n in range(20)} | {"late"} <= names
+    assert ledger.pending.num_pending() >= 202 and segments < 150, "calls share segments"
+    ledger.producer.keys.forget(ledger.pseudonym("late"))
+    with pytest.raises(Forgotten):
+        gateway.enqueue("late", [event(3)])
+    gateway.stop()
+
+
+async def overload(gateway: Gateway, events: list[Demonstration]) -> None:
+    """More at once than may wait."""
+    await asyncio.gather(*(gateway.enqueue_async("ada", [event] * 10) for event in events))
