@@ -52,6 +52,9 @@ from populace.workers.batch import (
 )
 from populace.workers.layout import AdapterSpec, layout_of
 
+SUSPECTS_SHARE = 8
+"""What died in a full wave is tried again in waves of this part of one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveReport:
@@ -208,13 +211,12 @@ class Controller:
         self.dims, self.numerics = self.workers.describe()
 
     def suspect_unfinished(self, partitions: Sequence[int] | None = None) -> None:
-        """Try events whose attempts died twice, with their controller or with the shards, one user at a time: the first
-        death is mostly a machine's, and everything is tried again together. `partitions`: those that were just taken
-        over; None: all."""
+        """Try events whose attempt died with its controller, or with the shards, in small waves, and those of which two
+        attempts died all alone: what kills is soon found, and what was only beside it isn't blamed. `partitions`: those
+        that were just taken over; None: all."""
         for partition in self.ledger.owned() if partitions is None else partitions:
             for pseudonym, refs in self.ledger.catalog.unfinished.get(partition, {}).items():
-                if self.ledger.catalog.tries[pseudonym].count > 1:  # up to each user's last event that was tried
-                    self._suspects[pseudonym] = max(ref.position for ref in refs)
+                self._suspects[pseudonym] = max(ref.position for ref in refs)
 
     def forgive(self, partitions: Sequence[int]) -> None:
         """Take back the attempts that this run gave up because the store went away: it wasn't the events' fault."""
@@ -260,9 +262,7 @@ class Controller:
         """The users of the next wave with their events."""
         suspects = self._suspected_users()
         if suspects:
-            # One user and one event at a time, and nothing beside it: a poisonous event stops nobody else.
-            alone = None if ahead or self._busy else self._member(min(suspects), 1)
-            return [alone] if alone is not None else []
+            return [] if ahead or self._busy else self._suspicious(suspects)
         pending, scheduler = self.ledger.pending, self.settings.scheduler
         candidates = pending.candidates(self._load_bytes_per_rank)
         choice = form_wave(candidates, self._budget(), policy_of(self.settings.scheduler), self._served, pending.now())
@@ -271,6 +271,17 @@ class Controller:
         self._served = choice.served
         names = [pending.pseudonym(row) for row in choice.chosen.tolist()]
         members = [self._member(name, scheduler.events_per_update) for name in names]
+        return [member for member in members if member is not None]
+
+    def _suspicious(self, suspects: frozenset[str]) -> list[WaveMember]:
+        """A small wave of suspects, or one event of one user of whom two attempts died; nothing is beside it."""
+        scheduler, tries = self.settings.scheduler, self.ledger.catalog.tries
+        twice = [name for name in sorted(suspects) if name in tries and tries[name].count > 1]
+        if twice:
+            members = [self._member(twice[0], 1)]
+        else:
+            names = sorted(suspects)[: max(1, scheduler.max_adapters_per_wave // SUSPECTS_SHARE)]
+            members = [self._member(name, scheduler.events_per_update) for name in names]
         return [member for member in members if member is not None]
 
     def _budget(self) -> Budget:

@@ -7,6 +7,7 @@ that raises, hangs or returns something else costs its own event and nothing mor
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import signal
@@ -98,9 +99,7 @@ def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[Re
     The time limit counts from where the user's code starts. A task that an alarm can't interrupt is killed
     `START_GRACE_S` later; tasks never wait behind it, because they ask Ray for no processor.
     """
-    # User code: it gets neither the store's credentials nor the population's keys.
-    environment = {"env_vars": {**{name: "" for name in CREDENTIALS}, "POPULACE_KEYS": os.devnull}}
-    remote = ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(score_replies)
+    remote = _scoring_task()
     outcomes: list[RewardOutcome] = [""] * len(requests)
     queue = list(range(len(requests)))[::-1]
     running: dict[Any, tuple[int, float]] = {}
@@ -122,6 +121,14 @@ def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[Re
                 del running[reference]
                 outcomes[index] = f"reward took longer than {timeout_s} s and was killed"
     return outcomes
+
+
+@functools.cache
+def _scoring_task() -> Any:
+    """Made once: Ray keeps every remote function that was ever made, in the driver and in the cluster."""
+    # User code: it gets neither the store's credentials nor the population's keys.
+    environment = {"env_vars": {**{name: "" for name in CREDENTIALS}, "POPULACE_KEYS": os.devnull}}
+    return ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(score_replies)
 
 
 @contextlib.contextmanager

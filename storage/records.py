@@ -77,8 +77,8 @@ class AdapterCreated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The wave about to be trained. What died in it is tried again, the second time alone. An adapter without events:
-    its attempt is taken back."""
+    """The wave about to be trained. What died in it is tried again in a small wave, and then alone. An adapter without
+    events: its attempt is taken back."""
 
     KIND: ClassVar[str] = "attempt"
     wave: str

@@ -226,22 +226,32 @@ def test_a_controller_that_lost_its_claim_is_fenced_and_commits_nothing(settings
     second.ledger.release()
 
 
-def test_events_whose_attempts_died_twice_are_tried_one_user_at_a_time(settings: Settings, start: Start) -> None:
+def test_what_was_tried_when_a_controller_died_is_tried_in_small_waves_and_then_alone(
+    settings: Settings, start: Start
+) -> None:
+    scheduler = dataclasses.replace(settings.scheduler, max_adapters_per_wave=16, slots=32)
+    settings = dataclasses.replace(settings, scheduler=scheduler)
     store = MemoryStore()
     population = Population.create(store, settings)
-    population.enqueue_many(experience(settings, num_users=3))
-    for _ in range(2):  # the first death is taken for the machine's
+    population.enqueue_many(experience(settings, num_users=6))
+    tried: list[list[tuple[str, int]]] = []
+
+    def die(batch: WaveBatch) -> StepResult:
+        tried.append([(item.adapter.pseudonym, len(item.groups)) for item in batch.adapters])
+        raise MemoryError
+
+    for _ in range(2):
         controller = start(Population.open(store, settings))
-        controller.workers.train_wave = lambda batch: (_ for _ in ()).throw(MemoryError)  # type: ignore[method-assign]
+        controller.workers.train_wave = die  # type: ignore[method-assign]
         with pytest.raises(MemoryError):
             controller.run_once()
         controller.ledger._heartbeat.stop()  # type: ignore[union-attr]
     again = Population.open(store, settings)
     controller = start(again)
     waves = [controller.run_once() for _ in range(7)]
-    # Three users with two events each were in it: six turns alone, then waves are shared again.
-    assert [wave.num_adapters for wave in waves][:6] == [1] * 6  # type: ignore[union-attr]
-    assert waves[6].num_adapters == 3  # type: ignore[union-attr]
+    assert [len(wave) for wave in tried] == [6, 2], "an eighth of a wave after the first death"
+    # Those two users one event at a time, then what they had beside it and the other four in pairs.
+    assert [wave.num_adapters for wave in waves][:6] == [1, 1, 2, 2, 2, 6], waves  # type: ignore[union-attr]
     run_to_the_end(controller)
     assert account(again).is_exact()
     again.ledger.release()

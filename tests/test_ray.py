@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from populace.configs.load import load_settings
 from populace.configs.schema import StreamSettings
+from populace.population.client import Population
 from populace.population.experience import Demonstration, Task
 from populace.population.gateway import Gateway
 from populace.population.ledger import Ledger
@@ -268,3 +270,33 @@ def test_many_producers_share_a_gateway_that_survives_its_own_death(local_ray: N
 async def overload(gateway: Gateway, events: list[Demonstration]) -> None:
     """More at once than may wait."""
     await asyncio.gather(*(gateway.enqueue_async("ada", [event] * 10) for event in events))
+
+
+def test_the_streaming_example_learns_from_users_while_they_talk(
+    head: dict[str, str], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ROOT / "examples" / "streaming" / "config.yaml"
+    overrides = [
+        f"base.model={bases['mixtral']}", f"store=file://{tmp_path}/store", f"residency.near_folder={tmp_path}/near",
+        "run.threads=1", "run.takeover_s=2.5", "adapter.rank=2",
+    ]  # fmt: skip
+    environment = on_head(head)
+    talking = subprocess.Popen(
+        [sys.executable, "-m", "examples.streaming.users", str(config), *overrides, "--seconds", "12", "--pause", "1"],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "store" / "streaming" / "population.json").exists():
+        assert talking.poll() is None
+        time.sleep(0.1)
+    training = subprocess.Popen(
+        [*POPULACE, "run", str(config), *overrides], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    told, _ = talking.communicate(timeout=240)
+    training.send_signal(signal.SIGINT)
+    log, _ = training.communicate(timeout=120)
+    assert talking.returncode == 0 and training.returncode == 0, told + log
+    assert "events of 14 users are durable" in told and "done: " in told and "  wave " in log
+    settings = load_settings(config, overrides)
+    population = Population.open(settings.store, settings)
+    outcome = account(population)
+    assert outcome.is_exact() and len(outcome.trained) > 20
