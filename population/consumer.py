@@ -9,10 +9,10 @@ the segments behind it, never the whole history.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ from populace.storage.catalog import Catalog
 from populace.storage.columns import Index, Table, halves_of
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.records import Compaction, Position
+from populace.workers.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ HORIZON = 1 << 20
 Integer ids need no memory: they fall out for ever."""
 COMMAND = 5
 """State of a command in a snapshot; beside those of `pending.py`."""
+
+_OVERHEAD_BYTES = 300
+"""Of a cached segment besides its bytes."""
 
 Payload = tuple[str, str, bytes]
 """Pseudonym, tag, sealed."""
@@ -121,20 +125,20 @@ def _key(pseudonym: str) -> tuple[int, int]:
 
 
 class SegmentCache:
-    """The newest segments read, up to a number of bytes: a wave mostly takes what has just come in."""
+    """The newest segments read, up to a number of bytes: a wave mostly takes what has just come in. As they are stored,
+    because an Arrow table of a few rows takes several times the memory."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._size_bytes = max_bytes, 0
-        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._segments = Tier[tuple[int, int]](max_bytes)
+        self._bodies: dict[tuple[int, int], bytes] = {}
 
-    def put(self, partition: int, segment: int, table: pa.Table) -> None:
-        self._tables[partition, segment] = table
-        self._size_bytes += table.nbytes
-        while self._size_bytes > self._max_bytes and len(self._tables) > 1:
-            self._size_bytes -= self._tables.popitem(last=False)[1].nbytes
+    def put(self, partition: int, segment: int, body: bytes) -> None:
+        self._bodies[partition, segment] = body
+        for gone in self._segments.put((partition, segment), len(body) + _OVERHEAD_BYTES):
+            del self._bodies[gone]
 
-    def get(self, partition: int, segment: int) -> pa.Table | None:
-        return self._tables.get((partition, segment))
+    def get(self, partition: int, segment: int) -> bytes | None:
+        return self._bodies.get((partition, segment))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +179,9 @@ class Consumer:
         if compaction is not None and compaction.floor > self.next_segment:
             self._start_from(self._read_snapshot(compaction), catalog)
         num_events = 0
-        for seq, table in self.log.read_from(self.next_segment):
-            self.cache.put(self.partition, seq, table)
-            num_events += self._take_in(seq, table, catalog)
+        for seq, body in self.log.log.read_from(self.next_segment):
+            self.cache.put(self.partition, seq, body)
+            num_events += self._take_in(seq, decode_rows(self.log.log.key(seq), body), catalog)
             self.next_segment = seq + 1
             if limit is not None and (limit := limit - 1) <= 0:
                 break
@@ -186,11 +190,9 @@ class Consumer:
     def load(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, LoggedEvent]:
         """The events at these places; those of forgotten users are left out."""
         events = {}
-        for position in positions:
-            try:
-                events[position] = self.seals.open(_row(*self._payload(position, catalog)), position)
-            except Forgotten:
-                continue
+        for position, payload in self._payloads(positions, catalog).items():
+            with contextlib.suppress(Forgotten):
+                events[position] = self.seals.open(_row(*payload), position)
         return events
 
     def forget(self, pseudonym: str) -> None:
@@ -212,7 +214,8 @@ class Consumer:
         entries = list(zip(positions, alive.state.tolist(), alive.tokens.tolist(), strict=True))
         entries += [(logged.ref.position, COMMAND, 0) for logged in self.commands]
         entries.sort()
-        payloads = [self._payload(position, catalog) for position, _, _ in entries]
+        found = self._payloads([position for position, _, _ in entries], catalog)
+        payloads = [found[position] for position, _, _ in entries]
         table = pa.table({
             "pseudonym": pa.array([item[0] for item in payloads], pa.string()),
             "tag": pa.array([item[1] for item in payloads], pa.string()),
@@ -243,19 +246,26 @@ class Consumer:
             if key < now.snapshot:  # never a newer one: this may be an owner that was fenced meanwhile
                 self.log.log.store.delete(key)
 
-    def _payload(self, position: Position, catalog: Catalog) -> Payload:
-        segment, row = position
+    def _payloads(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, Payload]:
+        """What lies at these places, segment by segment."""
         compaction = catalog.compactions.get(self.partition)
-        if compaction is not None and segment < compaction.floor:
-            if self._snapshot is None or self._snapshot.compaction != compaction:
-                self._snapshot = self._read_snapshot(compaction)
-            return self._snapshot.payload(position)
-        table = self.cache.get(self.partition, segment)
-        if table is None:
-            key = self.log.log.key(segment)
-            table = decode_rows(key, self.log.log.store.get(key))
-            self.cache.put(self.partition, segment, table)
-        return _payload_at(table, row)
+        found: dict[Position, Payload] = {}
+        by_segment: dict[int, list[int]] = {}
+        for segment, row in positions:
+            by_segment.setdefault(segment, []).append(row)
+        for segment, rows in by_segment.items():
+            if compaction is not None and segment < compaction.floor:
+                if self._snapshot is None or self._snapshot.compaction != compaction:
+                    self._snapshot = self._read_snapshot(compaction)
+                found |= {(segment, row): self._snapshot.payload((segment, row)) for row in rows}
+                continue
+            key, body = self.log.log.key(segment), self.cache.get(self.partition, segment)
+            if body is None:
+                body = self.log.log.store.get(key)
+                self.cache.put(self.partition, segment, body)
+            table = decode_rows(key, body)
+            found |= {(segment, row): _payload_at(table, row) for row in rows}
+        return found
 
     def _read_snapshot(self, compaction: Compaction) -> Snapshot:
         body = self.log.log.store.get(compaction.snapshot)
