@@ -309,7 +309,7 @@ class Population:
                 done = ledger.obey_commands()
         except OwnerAlive:
             return False
-        tag = self.ledger.seals.tag(self.ledger.pseudonym(user), command.event_id)
+        tag = self.ledger.seals.tag(self.ledger.pseudonym(user), str(command.event_id))
         for record in done:
             if isinstance(record, Verdict) and record.command == tag and record.decision == "refused":
                 raise InvalidInput(f"refused: {record.reason}")

@@ -336,7 +336,7 @@ class Consumer:
         if isinstance(event, Command):
             if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed:
                 self.commands.append(logged)
-        elif isinstance(event, Task) and is_held_out(event.event_id, self.rules.heldout_key, self.rules.heldout_share):
+        elif isinstance(event, Task) and is_held_out(logged.event_id, self.rules.heldout_key, self.rules.heldout_share):
             self._add(logged, HELD, catalog, arrived_at)
         elif not is_consumed:
             self._add(logged, PENDING, catalog, arrived_at)

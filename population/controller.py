@@ -37,7 +37,16 @@ from populace.population.publish import Publication, Publisher
 from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
 from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
 from populace.storage.errors import PopulaceError
-from populace.storage.records import AdapterCreated, Attempt, Record, Settled, SettledEvent, Tombstone, Verdict
+from populace.storage.records import (
+    AdapterCreated,
+    Attempt,
+    EventRef,
+    Record,
+    Settled,
+    SettledEvent,
+    Tombstone,
+    Verdict,
+)
 from populace.storage.repack import RetentionRule
 from populace.storage.states import AdapterState
 from populace.workers.batch import (
@@ -221,7 +230,9 @@ class Controller:
     def forgive(self, partitions: Sequence[int]) -> None:
         """Take back the attempts that this run gave up because the store went away: it wasn't the events' fault."""
         for partition in partitions:
-            gone = {pseudonym: [] for pseudonym in self.ledger.catalog.unfinished.get(partition, {})}
+            gone: dict[str, list[EventRef]] = {
+                pseudonym: [] for pseudonym in self.ledger.catalog.unfinished.get(partition, {})
+            }
             if gone:
                 self.ledger.append(partition, Attempt(wave="given up", num_adapters=len(gone), adapters=gone))
 
@@ -423,7 +434,7 @@ class Controller:
         requests = []
         for group, base in rollouts:
             member = members[group.adapter.pseudonym]
-            logged = next(item for item in member.events if item.event.event_id == group.event_id)
+            logged = next(item for item in member.events if item.event_id == group.event_id)
             requests.append(self.trials.reward_request(logged, self.trials.replies(logged, group, base)))
         scored: dict[tuple[str, str], TrainGroup | str] = {}
         for (group, base), outcome in zip(rollouts, self.trials.judge(requests), strict=True):

@@ -97,7 +97,7 @@ class Examiner:
         exams = []
         for pseudonym, revision in dict.fromkeys((adapter.pseudonym, n) for adapter, n in pairs):
             known = self._heldout_rewards.get(AdapterKey(pseudonym, revision), {})
-            tasks = [item for item in self.heldout_tasks(pseudonym) if item.event.event_id not in known]
+            tasks = [item for item in self.heldout_tasks(pseudonym) if item.event_id not in known]
             exams.append((self.ledger.catalog.require(pseudonym), revision, tasks))
         answers = self.answer_heldout(exams, self.settings.evaluation.samples_per_task)
         requests = [self.trials.reward_request(logged, replies) for _, logged, replies in answers]
@@ -105,7 +105,7 @@ class Examiner:
         for (key, logged, _), outcome in zip(answers, outcomes, strict=True):
             # An answer that its reward can't judge is worth nothing: a tip must not be promoted for breaking it.
             reward = 0.0 if isinstance(outcome, str) else fmean(outcome)
-            self._heldout_rewards.setdefault(key, {})[logged.event.event_id] = reward
+            self._heldout_rewards.setdefault(key, {})[logged.event_id] = reward
 
 
 def _shorten(memory: dict[Any, Any], most: int = 1 << 14) -> None:

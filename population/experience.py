@@ -41,7 +41,7 @@ class Task:
     """Name of a registered reward."""
     reward_args: Mapping[str, Any] = field(default_factory=dict)
     """JSON values handed to the reward with each answer."""
-    event_id: str = field(default_factory=_new_id)
+    event_id: str | int = field(default_factory=_new_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Trajectory:
     """Natural log-probability of each completion token when it was sampled."""
     expert_ids: Sequence[Sequence[Sequence[int]]] = ()
     """[token][layer][k] experts that each completion token was routed to; -1 where unknown."""
-    event_id: str = field(default_factory=_new_id)
+    event_id: str | int = field(default_factory=_new_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Demonstration:
 
     prompt: str | Messages
     completion: str
-    event_id: str = field(default_factory=_new_id)
+    event_id: str | int = field(default_factory=_new_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Rollback:
     """A command: move tip and serving of this user to revision `to`."""
 
     to: int
-    event_id: str = field(default_factory=_new_id)
+    event_id: str | int = field(default_factory=_new_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +85,14 @@ class Pin:
 
     revision: int
     pinned: bool
-    event_id: str = field(default_factory=_new_id)
+    event_id: str | int = field(default_factory=_new_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forget:
     """A command: forget this user."""
 
-    event_id: str = field(default_factory=_new_id)
+    event_id: str | int = field(default_factory=_new_id)
 
 
 Experience = Task | Trajectory | Demonstration
@@ -228,8 +228,8 @@ def _check_completion(where: str, completion: str) -> None:
 
 
 def _check_lengths(where: str, event: Trajectory) -> None:
-    if event.completion_ids == event.logprobs == event.expert_ids == ():  # most have none, and checks take time
-        return
+    if not any(getattr(event, name) != () for name in ("completion_ids", "logprobs", "expert_ids")):
+        return  # most have none, and checks take time
     for name in ("completion_ids", "logprobs", "expert_ids"):
         if not isinstance(getattr(event, name), Sequence) or isinstance(getattr(event, name), str):
             raise InvalidInput(f"{where}: {name} is {getattr(event, name)!r}; give a list")

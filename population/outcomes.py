@@ -53,7 +53,7 @@ def account_for(
     settled: list[SettledEvent] = []
     failed: Failed | None = None
     for logged in member.events:
-        found = scored.get((member.pseudonym, logged.event.event_id)) or prepared.groups.get(logged.event.event_id)
+        found = scored.get((member.pseudonym, logged.event_id)) or prepared.groups.get(logged.event_id)
         if (gone := settled_before.get(logged.ref.position)) is not None:
             settled.append(gone)
         elif isinstance(found, TrainGroup):

@@ -55,7 +55,7 @@ def prepare_member(
             case RolloutRequest() as wanted:
                 requests.append(wanted)
             case TrainGroup() as group:
-                groups[logged.event.event_id] = group
+                groups[logged.event_id] = group
             case str() as reason:
                 settled.append(settle(logged, reason))
     return Prepared(
@@ -154,7 +154,7 @@ def _logged_group(
     )
     reward = event.reward if isinstance(event, Trajectory) else 1.0
     return TrainGroup(
-        event_id=event.event_id,
+        event_id=str(event.event_id),
         kind="trajectory" if isinstance(event, Trajectory) else "demonstration",
         prompt_ids=prompt_ids,
         prompt_expert_ids=None,

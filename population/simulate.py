@@ -74,7 +74,7 @@ class SimulationReport:
     """Users of every wave."""
 
 
-def jain(values: Sequence[float]) -> float:
+def jain(values: Sequence[float] | Floats) -> float:
     """Jain's fairness index of an allocation."""
     array = np.asarray(values, np.float64)
     return float(array.sum() ** 2 / (len(array) * (array**2).sum())) if array.any() else 1.0

@@ -53,6 +53,10 @@ class LoggedEvent:
     sequence: int | None = None
     """The event id, where it is an integer."""
 
+    @property
+    def event_id(self) -> str:
+        return str(self.event.event_id)
+
 
 class Seals:
     """Turns events into rows that only holders of the keys can read, and back."""

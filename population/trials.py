@@ -69,7 +69,7 @@ class Trials:
     def request(self, key: AdapterKey, event: Task, num_samples: int) -> RolloutRequest:
         return RolloutRequest(
             adapter=key,
-            event_id=event.event_id,
+            event_id=str(event.event_id),
             prompt_ids=self.chat.prompt_ids(event.prompt),
             num_samples=num_samples,
             max_new_tokens=self.settings.rollout.max_new_tokens,
