@@ -195,6 +195,7 @@ class Controller:
         self._set_free(self._busy)
         with contextlib.suppress(PopulaceError):
             self._lane.submit(self.workers.evict, keys).result()
+        self._renaming = None  # of a group that may be gone
 
     def withdraw(self) -> None:
         """Take back the attempts that haven't begun to train: an orderly end must not make them suspect."""

@@ -173,6 +173,7 @@ class _Run:
         """The store is away or full: nothing is lost and nothing can be done. Claim anew once it is back."""
         before = set(self._ledger.owned())
         self._view.stage(f"[yellow]paused[/]: {escape(str(error))}; looking again every {self._run.store_retry_s:g} s")
+        self._controller.abandon()
         self._ledger.give_up()
         while not self._stop.wait(self._run.store_retry_s):
             try:
