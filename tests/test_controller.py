@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from populace.configs.schema import EvaluationSettings, Settings
+from populace.population.cli import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Demonstration, Rollback, Task, Trajectory
@@ -47,6 +50,34 @@ def test_every_event_is_trained_held_out_or_settled_exactly_once(settings: Setti
     assert population.status().pending_events == 0
     assert population.status().revisions > 5
     population.ledger.release()
+
+
+def test_a_failing_event_gets_three_tries_is_parked_and_its_user_goes_on(
+    settings: Settings, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(settings, evaluation=dataclasses.replace(settings.evaluation, heldout_share=0.0))
+    population = Population.create(f"file://{tmp_path}", settings)
+    good = [Demonstration(prompt="yes", completion="the sea", event_id=f"good-{number}") for number in range(3)]
+    population.enqueue("ada", [good[0], Task(prompt="rain", reward="raising", event_id="bad"), *good[1:]])
+    controller = start(population)
+    controller.run_once()
+    (failure,) = controller.ledger.catalog.failures.values()
+    assert failure[1] == 1 and account(population).trained == {("ada", "good-0"): 1}
+    population.ledger.release()
+    again = Population.open(f"file://{tmp_path}", settings)  # the count is in the log
+    run_to_the_end(start(again))
+    outcome = account(again)
+    assert outcome.trained == {("ada", f"good-{number}"): 1 for number in range(3)}
+    again.ledger.release()
+    (parked,) = again.parked("ada")
+    assert parked.user == "ada" and parked.position == (0, 1)
+    assert parked.reason == "parked: failed 3 times: reward tests.rewards:raising raised RuntimeError"
+    assert parked.detail == "this reward is broken"
+    assert again.parked() == [parked] and again.parked("bob") == []
+    table = CliRunner().invoke(app, ["parked", "--store", str(tmp_path), "--json"])
+    assert json.loads(table.output)[0]["detail"] == "this reward is broken"
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "failed 3 times" in CliRunner().invoke(app, ["parked", "ada", "--store", str(tmp_path)]).output
 
 
 def test_enqueueing_twice_trains_once_and_another_content_is_settled(settings: Settings, start: Start) -> None:
