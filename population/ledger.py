@@ -28,7 +28,15 @@ from populace.population.stream import LoggedEvent, partition_of
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionLogReader
-from populace.storage.errors import Fenced, Forgotten, InvalidInput, OutcomeUnknown, OwnerAlive, PopulaceError
+from populace.storage.errors import (
+    Fenced,
+    Forgotten,
+    InvalidInput,
+    ObjectNotFound,
+    OutcomeUnknown,
+    OwnerAlive,
+    PopulaceError,
+)
 from populace.storage.keys import Keyring, Secrets
 from populace.storage.objects import ObjectStore
 from populace.storage.records import (
@@ -122,9 +130,15 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read what the logs have gained. Partitions that this process owns have nothing new from others."""
-        for partition in self.readers:
-            self._follow(partition)
-        self.read_experience()
+        for turn in range(3):
+            for partition in self.readers:
+                self._follow(partition)
+            try:
+                self.read_experience()
+                return
+            except ObjectNotFound:  # a snapshot that was replaced meanwhile; the record that says so is there now
+                if turn == 2:
+                    raise
 
     def read_experience(self) -> int:
         """Take in newly enqueued events, of the owned partitions once there was a claim; returns how many."""
@@ -211,13 +225,16 @@ class Ledger:
         claims, releases = share_out(heartbeat.owner, holders, heartbeat.living(takeover_s))
         if releases:
             before_release()
+        claimed = []
         for partition in claims:
-            self._own(partition, heartbeat)
-        if claims:
+            with contextlib.suppress(Fenced):  # somebody else was faster
+                self._own(partition, heartbeat)
+                claimed.append(partition)
+        if claimed:
             self._finish_forgetting()
         for partition in releases:
             self._release(partition)
-        return claims, releases
+        return tuple(claimed), releases
 
     def release(self) -> None:
         """Give every partition back; a no-op without a claim."""

@@ -127,7 +127,8 @@ class _Run:
     def until_done(self) -> None:
         """A run that ends by itself judges its last tips."""
         self._wait_for_partitions()
-        while not self._stop.is_set() and self._controller.num_waves != self._run.max_waves:
+        most = self._run.max_waves
+        while not self._stop.is_set() and (most is None or self._controller.num_waves < most):
             try:
                 if not self._turn():
                     break
