@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,11 @@ def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_wo
     producer.close()
 
 
-def race(url: str, number: int, seconds: float, results: multiprocessing.Queue[tuple[int, int]]) -> None:
+def race(
+    url: str, number: int, seconds: float, barrier: Barrier, results: multiprocessing.Queue[tuple[int, int]]
+) -> None:
     log = ExperienceLog(FileStore(Path(url)), "pop", 0)
+    barrier.wait(120)  # processes that start earlier would have the log to themselves
     deadline, count = time.monotonic() + seconds, 0
     while time.monotonic() < deadline:
         log.append([{"pseudonym": f"{number:032x}", "tag": f"{count:032x}", "sealed": b"x" * 100}])
@@ -160,11 +164,12 @@ def race(url: str, number: int, seconds: float, results: multiprocessing.Queue[t
 def test_racing_producers_lose_nothing_and_none_starves(store: FileStore) -> None:
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[tuple[int, int]] = context.Queue()
-    arguments = [(str(store.root), number, 3.0, results) for number in range(8)]
+    barrier = context.Barrier(8)
+    arguments = [(str(store.root), number, 4.0, barrier, results) for number in range(8)]
     processes = [context.Process(target=race, args=own) for own in arguments]
     for process in processes:
         process.start()
-    counts = dict(results.get(timeout=60) for _ in processes)
+    counts = dict(results.get(timeout=180) for _ in processes)
     for process in processes:
         process.join()
     there = Counter(
