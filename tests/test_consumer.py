@@ -81,9 +81,10 @@ def test_the_memory_knows_at_least_its_horizon_and_survives_being_saved(numbers:
         if not known:
             order.append(number)
             memory.add([tag], [number + 1])
-        loaded = EventMemory.load(memory.dump(), horizon)
-        tags = [f"{other:032x}" for other in range(61)]
-        assert loaded.find(tags).tolist() == memory.find(tags).tolist()
+    loaded = EventMemory.load(memory.dump(), horizon)
+    tags = [f"{other:032x}" for other in range(61)]
+    assert loaded.find(tags).tolist() == memory.find(tags).tolist()
+    assert loaded.has_forgotten == memory.has_forgotten
 
 
 class Model:

@@ -96,7 +96,7 @@ def serve_for_ever(
     return turns
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     weights,
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50), st.integers(1, 8)), min_size=2, max_size=25),
