@@ -410,7 +410,7 @@ def test_an_unknown_append_is_never_called_a_definite_failure(history: History) 
     store = FaultyStore(history.store)
     log = ExperienceLog(store, "pop", 0)  # type: ignore[arg-type]
     row = {"pseudonym": name_of("ada"), "tag": "t", "sealed": b"s"}
-    faults = mock.patch.object(FaultyStore, "_due", side_effect=[None, "lost", *["dropped"] * 99])
+    faults = mock.patch.object(FaultyStore, "_due", side_effect=[None, None, "lost", *["dropped"] * 99])
     with mock.patch("time.sleep"), faults, pytest.raises(OutcomeUnknown, match="send them again with the same"):
         log.append([row])
     assert len(list(ExperienceLog(history.store, "pop", 0).read_from(0))) == 1

@@ -143,6 +143,17 @@ def test_nothing_of_this_or_the_next_wave_is_evicted(
         assert all(key in residency.slab.slots for key in keep)
 
 
+def test_what_is_evicted_follows_from_the_calls_alone(
+    trained: tuple[CountingStore, Population, list[AdapterRef]],
+) -> None:
+    """The shards of a group are processes of their own and must choose the same slots."""
+    store, population, refs = trained
+    residency = residency_of(population, store)
+    for order in (refs[:6], refs[3:8], refs[1:5][::-1]):
+        residency.page_in(order, True)
+        assert list(residency._hot)[-len(order) :] == [ref.key for ref in order]
+
+
 def test_the_near_folder_may_lose_and_damage_anything(
     trained: tuple[CountingStore, Population, list[AdapterRef]], tmp_path: Path
 ) -> None:

@@ -118,8 +118,8 @@ class Residency:
                 self.slab.initialise(ref.key)
             if with_moments:
                 self._has_moments[ref.key] = ref.moments is not None
-        for key in wanted:
-            self._hot.touch(key)
+        for ref in refs:  # in their order, not a set's: all shards must evict alike
+            self._hot.touch(ref.key)
         hot = tuple(dict.fromkeys(key.pseudonym for key in self.slab.slots))
         return Paging(found=dict(found), waited_s=waited_s, hot=hot)
 
