@@ -142,8 +142,9 @@ class Controller:
             batch, outcomes = self._batch(current.planned, self._score(current.planned, rollouts))
             clock.lap("score")
             training = self._lane.submit(self.workers.train_wave, batch)
+            training.add_done_callback(lambda _: clock.mark())
             self.settle()
-            clock.lap("publish")
+            clock.lap_up_to_mark("train", "publish")
             result = training.result()
             clock.lap("train")
             self._publication = self.publisher.start(
@@ -528,6 +529,19 @@ class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.monotonic()
+        self._marked: float | None = None
+
+    def mark(self) -> None:
+        """Something that was waited for is done."""
+        self._marked = time.monotonic()
+
+    def lap_up_to_mark(self, before: str, after: str) -> None:
+        """Time up to the mark counts as `before`, time behind it as `after`; all of it as `before` without a mark."""
+        now = time.monotonic()
+        waited = 0.0 if self._marked is None else max(0.0, now - max(self._marked, self._last))
+        self.seconds[before] = self.seconds.get(before, 0.0) + now - self._last - waited
+        self.seconds[after] = self.seconds.get(after, 0.0) + waited
+        self._last = now
 
     def lap(self, stage: str) -> None:
         now = time.monotonic()
