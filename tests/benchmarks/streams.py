@@ -67,7 +67,8 @@ SECONDS = float(os.environ.get("POPULACE_BENCH_SECONDS", 4.0))
 """Of every race of producers."""
 TEXT = "x" * 850
 """With prompt and ids an event has about 1 KB."""
-USERS = 500
+USERS = 100
+PRODUCERS = [int(count) for count in os.environ.get("POPULACE_BENCH_PRODUCERS", "1,16,64").split(",")]
 
 
 def event(number: int, sender: int) -> LogEvent:
@@ -174,7 +175,7 @@ def enqueue_figures(folder: Path) -> Iterator[Figure]:
         stores = {"file": f"file://{folder}/store", "SeaweedFS": server.url}
         for url in stores.values():
             make_population(url)
-        for num_processes in (1, 16, 64):
+        for num_processes in PRODUCERS:
             sqlite = {batch: sqlite_rate(folder, num_processes, batch) for batch in (1, 100)}
             for batch, (_, figures) in sqlite.items():
                 yield from figures
@@ -502,7 +503,9 @@ def main() -> None:
         if "overlap" in wanted:
             figures += overlap_figures(folder)
         if "enqueue" in wanted:
-            figures += enqueue_figures(folder)
+            for item in enqueue_figures(folder):
+                print(f"{item.name}: {item.median:,.4g} ({item.min:,.4g} to {item.max:,.4g}) {item.unit}", flush=True)
+                figures.append(item)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     publish("streams", figures, Path("build/bench/streams.json"))
