@@ -28,8 +28,9 @@ POPULACE = [sys.executable, "-c", "from populace.population.cli import main; mai
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head, where drivers and rewards run, and one more node."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A head, where drivers and rewards run, and one more node. Parameter: how often a worker looks whether its raylet
+    lives, in milliseconds."""
     variables = {
         "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
         "TRITON_INTERPRET": "0",
@@ -37,7 +38,10 @@ def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 3, "health_check_initial_delay_ms": 0}
+        quick = {
+            "health_check_period_ms": 500, "health_check_failure_threshold": 3, "health_check_initial_delay_ms": 0,
+            "raylet_death_check_interval_milliseconds": getattr(request, "param", 1000),
+        }  # fmt: skip
         head = {
             "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000, "_system_config": quick,
             "temp_dir": f"/tmp/rn{os.getpid()}-{time.monotonic_ns() % 1000}",
@@ -154,8 +158,9 @@ class OldController:
 
         def train_then_wait(batch: Any) -> Any:
             result = train_wave(batch)
+            raylet = os.getppid()
             (self.folder / "trained").touch()
-            while not (self.folder / "go").exists():
+            while os.getppid() == raylet:
                 time.sleep(0.001)
             return result
 
@@ -175,6 +180,7 @@ class OldController:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("cluster", [100_000], indirect=True)
 def test_an_actor_that_outlives_its_raylet_is_fenced(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     ray.init(cluster.address, logging_level="error", log_to_driver=False)
     settings: Settings = load_settings(config)
@@ -187,15 +193,14 @@ def test_an_actor_that_outlives_its_raylet_is_fenced(cluster: Cluster, config: P
     population.ledger.refresh()
     node = next(node for node in cluster.list_all_nodes() if not node.is_head())
     population.ledger.claim(0.2)
-    # A worker notices that its raylet is gone only after a second or so: all that takes long comes before.
     node.kill_raylet()
     os.kill(pid, 0)
-    (tmp_path / "go").touch()
     wait_for(tmp_path / "outcome", 30)
     assert (tmp_path / "outcome").read_text().startswith("fenced"), (tmp_path / "outcome").read_text()
     population.ledger.refresh()
     assert population.ledger.catalog.num_updated() == 0, "nothing of the old one is there"
     population.ledger.release()
+    os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(path: Path, timeout_s: float) -> None:
