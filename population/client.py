@@ -29,7 +29,7 @@ from populace.storage.keys import Keyring, PublicKey
 from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store
 from populace.storage.probe import require_safe
-from populace.storage.records import Batch, Position, Rotate, Settled, SettledEvent, Verdict, WaveManifest
+from populace.storage.records import Position, Rotate, Settled, SettledEvent, Verdict, WaveManifest, parts_of
 from populace.storage.repack import RepackReport, RetentionRule
 from populace.storage.states import AdapterState, RevisionState
 from populace.storage.verify import Findings, verify_partition
@@ -422,7 +422,7 @@ def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> I
     """(pseudonym, event) of everything that was parked in a partition, oldest first."""
     reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
     for _, whole in reader.read_new():
-        for record in whole.records if isinstance(whole, Batch) else [whole]:
+        for record in parts_of(whole):
             settled: list[tuple[str, SettledEvent]] = []
             if isinstance(record, WaveManifest):
                 settled = [(entry.pseudonym, item) for entry in record.revisions for item in entry.settled]

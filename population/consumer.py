@@ -91,9 +91,9 @@ class EventMemory:
 
     def dump(self) -> list[pa.Table]:
         tables = []
-        for number, generation in enumerate(self._generations):
+        for generation in self._generations:
             columns = {name: pa.array(generation.table[name]) for name in ("high", "low", "digest")}
-            metadata = {"generation": str(number), "has_forgotten": str(int(self.has_forgotten))}
+            metadata = {"has_forgotten": str(int(self.has_forgotten))}
             tables.append(pa.table(columns).replace_schema_metadata(metadata))
         keys = np.array(list(self._highest), np.uint64).reshape(-1, 2)
         highest = pa.array(list(self._highest.values()), pa.int64())
@@ -159,22 +159,15 @@ class Consumer:
     def __init__(
         self, log: ExperienceLog, partition: int, seals: Seals, index: PendingIndex, cache: SegmentCache, rules: Rules
     ) -> None:
-        self.log, self.partition, self.seals, self.index, self.cache, self.rules = (
-            log,
-            partition,
-            seals,
-            index,
-            cache,
-            rules,
-        )
+        self.log, self.partition, self.seals = log, partition, seals
+        self.index, self.cache, self.rules = index, cache, rules
         self.next_segment = 0
         self.commands: list[LoggedEvent] = []
         self.memory = EventMemory()
         self._snapshot: Snapshot | None = None
 
-    def observe(self, catalog: Catalog, limit: int | None = None) -> int:
-        """Read what is new, `limit` segments at most; returns the number of events. What forgotten users sent can't be
-        read any more."""
+    def observe(self, catalog: Catalog) -> int:
+        """Read what is new; returns the number of events. What forgotten users sent can't be read any more."""
         compaction = catalog.compactions.get(self.partition)
         if compaction is not None and compaction.floor > self.next_segment:
             self._start_from(self._read_snapshot(compaction), catalog)
@@ -183,8 +176,6 @@ class Consumer:
             self.cache.put(self.partition, seq, body)
             num_events += self._take_in(seq, decode_rows(self.log.log.key(seq), body), catalog)
             self.next_segment = seq + 1
-            if limit is not None and (limit := limit - 1) <= 0:
-                break
         return num_events
 
     def load(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, LoggedEvent]:

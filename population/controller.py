@@ -338,10 +338,11 @@ class Controller:
         )
 
     def _obey_commands(self) -> None:
-        """Commands come between two waves of a user; the workers must not keep what is forgotten."""
+        """Commands come between two waves of a user; neither the workers nor the exams may keep what is forgotten."""
         done = self.ledger.obey_commands(self._busy)
         forgotten = [record.pseudonym for record in done if isinstance(record, Tombstone)]
         if forgotten:
+            self.examiner.forget(forgotten)
             self._lane.submit(self.workers.forget, forgotten).result()
 
     def _suspected_users(self) -> frozenset[str]:

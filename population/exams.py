@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -55,6 +55,13 @@ class Examiner:
     def heldout_rewards(self, adapter: AdapterState, revision: int) -> dict[str, float]:
         """Task id -> mean reward of `revision` on its user's held-out tasks, as last measured."""
         return self._heldout_rewards.get(AdapterKey(adapter.pseudonym, revision), {})
+
+    def forget(self, pseudonyms: Collection[str]) -> None:
+        """Drop what users asked, and how their revisions did."""
+        for pseudonym in pseudonyms:
+            self._tasks.pop(pseudonym, None)
+        for key in [key for key in self._heldout_rewards if key.pseudonym in pseudonyms]:
+            del self._heldout_rewards[key]
 
     def heldout_tasks(self, pseudonym: str) -> list[LoggedEvent]:
         """The held-out tasks that evaluations use: the first ones that can be answered and rewarded."""

@@ -65,7 +65,7 @@ class Gateway:
             name=_actor_name(store_url, name), namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
             num_cpus=0, max_restarts=-1, max_task_retries=MAX_TRIES, max_concurrency=MAX_CALLS,
         )  # fmt: skip
-        actor = options.remote(store_url, name, stream or StreamSettings(linger_ms=2.0), str(Keyring().folder))
+        actor = options.remote(store_url, name, stream or StreamSettings(), str(Keyring().folder))
         _get(actor.pid.remote())
         return Gateway(actor, rewards)
 

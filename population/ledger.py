@@ -48,12 +48,12 @@ from populace.storage.records import (
     Tombstone,
     Verdict,
     WaveManifest,
+    parts_of,
 )
 from populace.storage.repack import RepackReport, RetentionRule, repack
 from populace.storage.states import AdapterState
 
 logger = logging.getLogger(__name__)
-DEFAULT_TENANT = "default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class Ledger:
         for partition, reader in self.readers.items():
             if (seq := restore(reader, self.catalog)) is not None:
                 self._checkpointed[partition] = seq
-            self._follow(partition)
+        self._follow()
 
     @property
     def secrets(self) -> Secrets:
@@ -131,8 +131,7 @@ class Ledger:
     def refresh(self) -> None:
         """Read what the logs have gained. Partitions that this process owns have nothing new from others."""
         for turn in range(3):
-            for partition in self.readers:
-                self._follow(partition)
+            self._follow()
             try:
                 self.read_experience()
                 return
@@ -154,10 +153,6 @@ class Ledger:
         found = self.consumers[partition].load(positions, self.catalog)
         return [found[position] for position in positions if position in found]
 
-    def commands(self) -> list[LoggedEvent]:
-        """Commands that wait for an answer."""
-        return [logged for consumer in self.consumers.values() for logged in consumer.commands]
-
     # Owning partitions.
 
     def claim(self, takeover_s: float, partitions: Iterable[int] | None = None) -> None:
@@ -174,7 +169,7 @@ class Ledger:
                     "stop that one first, or wait for it"
                 )
         seen = {partition: self.readers[partition].next_seq for partition in wanted}
-        self.refresh()
+        self._follow()
         if any(self.readers[partition].next_seq != seen[partition] for partition in wanted):
             raise OwnerAlive(f"population {self.meta.name!r} was written by another process just now; start again")
         try:
@@ -213,8 +208,7 @@ class Ledger:
         and what was released. `before_release` is called before anything is released: nothing may be under way then."""
         heartbeat = self._heartbeat
         assert heartbeat is not None
-        for partition in self.readers:
-            self._follow(partition)
+        self._follow()
         holders: dict[int, str | None] = {}
         for partition in self.readers:
             if partition in self._owners:
@@ -293,9 +287,9 @@ class Ledger:
             self._heartbeat.start()
         return self._heartbeat
 
-    def _follow(self, partition: int) -> None:
-        """Read a revision log that this process doesn't write."""
-        if partition not in self._owners:
+    def _follow(self) -> None:
+        """Read the revision logs that this process doesn't write."""
+        for partition in self.readers.keys() - self._owners.keys():
             for header, record in self.readers[partition].read_new():
                 self.apply(header, record)
 
@@ -331,7 +325,7 @@ class Ledger:
     def apply(self, header: RecordHeader, record: Record) -> None:
         """Let the catalog and the pending index follow a record that is in the log."""
         self.catalog.apply(header, record)
-        for part in record.records if isinstance(record, Batch) else [record]:
+        for part in parts_of(record):
             self.pending.follow(part)
             if isinstance(part, Tombstone):
                 self.consumers[header.partition].forget(part.pseudonym)

@@ -81,7 +81,7 @@ class PendingIndex:
         return row
 
     def add(self, user: int, position: Position, state: int, tokens: int, arrived_at: float) -> None:
-        """Append an event to a user's chain; `arrived_at`: seconds since 1970."""
+        """Append an event to a user's chain; `arrived_at`: seconds since 1970, 0 when nobody knows."""
         event = (
             self._free.pop()
             if self._free
@@ -101,7 +101,8 @@ class PendingIndex:
             users["num_held"][user] += 1
             return
         if not users["num_waiting"][user]:
-            users["since"][user] = self._in_line(min(arrived_at, time.time()))
+            # What isn't known is old; nobody waits from before this index, though, or waits would look like decades.
+            users["since"][user] = self._in_line(min(arrived_at, time.time()) or self._epoch)
         users["num_waiting"][user] += 1
         if not users["is_busy"][user] and not users["is_candidate"][user]:
             users["is_candidate"][user] = True
@@ -184,11 +185,6 @@ class PendingIndex:
             [] if user is None else [self._at(event).position for event in self._chain(int(self.users["held"][user]))]
         )
 
-    def has_events(self, pseudonym: str) -> bool:
-        """Whether anything of the user waits or is held out."""
-        user = self.row_of(pseudonym)
-        return user is not None and bool(self.users["num_waiting"][user] or self.users["num_held"][user])
-
     def num_pending(self) -> int:
         return int(self.users["num_pending"].sum())
 
@@ -198,7 +194,7 @@ class PendingIndex:
     def oldest_wait_s(self) -> float:
         """How long the user at the head of the line has waited; 0 without any."""
         waiting = self.users["num_waiting"] > 0
-        return float(time.time() - self._epoch - self.users["since"][waiting].min()) if waiting.any() else 0.0
+        return float(self.now() - self.users["since"][waiting].min()) if waiting.any() else 0.0
 
     def survivors(self, partition: int, floor: int) -> Survivors:
         """Events of a partition below segment `floor` that wait or are held out."""

@@ -57,7 +57,7 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
         # Before the shards: only one controller of a name may take over or remove those of a run that died.
         ledger.join(run.controller, run.takeover_s)
         if settings.stream.gateway:
-            Gateway.start(population.store.url, settings.name)
+            Gateway.start(population.store.url, settings.name, stream=settings.stream)
         try:
             shards = ShardGroup(population.shard_settings(base, chat), settings.shard, run.controller)
             group = _Group(shards, view)

@@ -273,3 +273,8 @@ Record = (
     | Rotate
     | Batch
 )
+
+
+def parts_of(record: Record) -> list[Any]:
+    """What a record says: itself, or what a batch holds."""
+    return record.records if isinstance(record, Batch) else [record]

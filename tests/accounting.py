@@ -9,7 +9,7 @@ from populace.population.client import Population
 from populace.population.experience import Command
 from populace.population.stream import ExperienceLog, partition_of
 from populace.storage.commit import RevisionLogReader
-from populace.storage.records import Settled, WaveManifest
+from populace.storage.records import Settled, WaveManifest, parts_of
 
 Name = tuple[str, str]
 """(user, event id)."""
@@ -49,7 +49,7 @@ def account(population: Population) -> Outcome:
     reasons, clashes = {}, {}
     for partition in range(meta.partitions):
         reader = RevisionLogReader(population.store, meta.name, partition, meta.root_key)
-        for record in (part for _, whole in reader.read_new() for part in getattr(whole, "records", [whole])):
+        for record in (part for _, whole in reader.read_new() for part in parts_of(whole)):
             entries = []
             if isinstance(record, WaveManifest):
                 entries = [(entry.pseudonym, entry.trained, entry.settled) for entry in record.revisions]

@@ -11,7 +11,11 @@ import yaml
 from populace.configs.load import load_settings
 from populace.configs.schema import Settings
 from populace.population.client import Population
+from populace.population.controller import Controller, WaveReport
 from populace.population.experience import Task
+from populace.population.meta import PopulationMeta
+from populace.storage.keys import Keyring
+from populace.storage.objects import ObjectStore
 
 WORDS = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
 
@@ -56,3 +60,19 @@ def write_config(path: Path, base: Path, name: str, **more: Any) -> Path:
 def open_population(config: Path) -> Population:
     settings = load_settings(config)
     return Population.open(settings.store, settings)
+
+
+def make_population(store: ObjectStore, *, name: str = "pop", partitions: int = 2) -> PopulationMeta:
+    """A population without a base: enough to enqueue, nothing to train on."""
+    return PopulationMeta.create(
+        store, Keyring(), name=name, base="none", base_digest="b" * 64, partitions=partitions, seed=0, heldout_share=0.0
+    )
+
+
+def run_to_the_end(controller: Controller) -> list[WaveReport]:
+    """Waves until nobody has anything."""
+    waves = []
+    while (report := controller.run_once()) is not None:
+        waves.append(report)
+        assert len(waves) < 200
+    return waves

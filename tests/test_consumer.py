@@ -24,7 +24,7 @@ from populace.storage.errors import Damaged
 from populace.storage.objects import MemoryStore, ObjectStore
 from populace.storage.records import Compaction
 from tests.accounting import account
-from tests.streams import experience
+from tests.streams import experience, run_to_the_end
 
 Start = Callable[..., Controller]
 
@@ -141,13 +141,6 @@ def test_the_pending_index_is_what_a_list_per_user_would_be(steps: list[tuple[st
     assert index.candidates().row_U.tolist() == found
 
 
-def run_to_the_end(controller: Controller) -> None:
-    for _ in range(300):
-        if controller.run_once() is None:
-            return
-    raise AssertionError("it does not end")
-
-
 def compacting(settings: Settings, every: int = 3) -> Settings:
     stream = dataclasses.replace(settings.stream, compact_every_segments=every)
     evaluation = dataclasses.replace(settings.evaluation, every_waves=1000, heldout_share=0.3)
@@ -178,6 +171,7 @@ def test_a_compacted_log_opens_the_same_and_repetitions_still_fall_out(settings:
     controller.ledger.read_experience()
     after = {name: again.ledger.pending.heldout(name) for name in before}
     assert after == before and sum(map(len, before.values())) > 5
+    assert 0 < again.ledger.pending.oldest_wait_s() < 600, "a snapshot doesn't say since when its events wait"
     run_to_the_end(controller)
     tags = outcome_tags(again)
     ledger = again.ledger

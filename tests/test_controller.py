@@ -19,17 +19,9 @@ from populace.storage.errors import Fenced, InvalidInput, OwnerAlive
 from populace.storage.objects import MemoryStore, open_store
 from populace.workers.batch import StepResult, WaveBatch
 from tests.accounting import account
-from tests.streams import experience
+from tests.streams import experience, run_to_the_end
 
 Start = Callable[..., Controller]
-
-
-def run_to_the_end(controller: Controller) -> int:
-    waves = 0
-    while controller.run_once() is not None:
-        waves += 1
-        assert waves < 200
-    return waves
 
 
 def test_every_event_is_trained_held_out_or_settled_exactly_once(settings: Settings, start: Start) -> None:

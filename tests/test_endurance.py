@@ -14,7 +14,7 @@ import pytest
 from populace.configs.load import load_settings
 from populace.population.client import Population
 from populace.storage.commit import RevisionLogReader
-from populace.storage.records import Batch, Settled, WaveManifest
+from populace.storage.records import Settled, WaveManifest, parts_of
 from tests.endurance import endure, event_at
 from tests.streams import write_config
 
@@ -26,7 +26,7 @@ def outcomes(population: Population) -> tuple[Counter[str], Counter[str], Counte
     for partition in range(meta.partitions):
         reader = RevisionLogReader(population.store, meta.name, partition, meta.root_key)
         for _, whole in reader.read_new():
-            for record in whole.records if isinstance(whole, Batch) else [whole]:
+            for record in parts_of(whole):
                 if isinstance(record, WaveManifest):
                     for entry in record.revisions:
                         trained.update(ref.tag for ref in entry.trained)

@@ -157,15 +157,20 @@ def test_a_running_controller_forgets_between_two_waves(settings: Settings, star
     controller.ledger.refresh()
     population.enqueue(USER, [Demonstration(prompt="a", completion="rain", event_id="e3")])
     population.enqueue("bob", [Demonstration(prompt="a", completion="rain", event_id="e3")])
+    heldout = [Task(prompt=SECRET, reward="letters", event_id=f"t{number}") for number in range(20)]
+    population.enqueue(USER, heldout)
     controller.run_once()
+    controller.evaluate()
     pseudonym = running.ledger.pseudonym(USER)
     slab = controller.workers.slab  # type: ignore[attr-defined]
     assert any(key.pseudonym == pseudonym for key in slab.slots)
+    assert SECRET in str(vars(controller.examiner)["_tasks"])
     population.ledger.enqueue({USER: [Forget()]})
     population.enqueue("bob", [Demonstration(prompt="a", completion="sea", event_id="e4")])
     report = controller.run_once()
     assert report is not None and report.num_revisions == 1
     assert not any(key.pseudonym == pseudonym for key in slab.slots)
+    assert pseudonym not in str(vars(controller.examiner)), "neither their tasks nor their rewards"
     with pytest.raises(Forgotten):
         population.revisions(USER)
     running.ledger.release()

@@ -14,7 +14,7 @@ from populace.storage.keys import Keyring
 from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.manifest import open_record
 from populace.storage.objects import FileStore
-from populace.storage.records import Batch, Record
+from populace.storage.records import Record, parts_of
 from populace.storage.verify import Findings, verify_partition
 from tests.golden import make
 
@@ -58,6 +58,6 @@ def check(folder: Path, expected: set[str]) -> None:
     reader = ledger.readers[0]
     for seq in range(reader.next_seq):
         _, record = reader.read_at(seq)
-        kinds |= {part.KIND for part in (record.records if isinstance(record, Batch) else [record])} | {record.KIND}
+        kinds |= {part.KIND for part in parts_of(record)} | {record.KIND}
     assert kinds == expected, "a record of every kind that this version has is in it"
     assert open_record(reader.log.read(0) or b"", meta.root_key)

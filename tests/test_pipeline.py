@@ -17,7 +17,7 @@ from populace.storage.errors import Fenced, OutcomeUnknown, StoreUnavailable
 from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.objects import MemoryStore
 from tests.accounting import account
-from tests.streams import experience
+from tests.streams import experience, run_to_the_end
 
 Start = Callable[..., Controller]
 
@@ -35,14 +35,6 @@ def pipelined(settings: Settings) -> Settings:
         scheduler={"slots": 12},
         evaluation={"every_waves": 1000},
     )
-
-
-def run_to_the_end(controller: Controller) -> list[str]:
-    waves = []
-    while (report := controller.run_once()) is not None:
-        waves.append(report.wave)
-        assert len(waves) < 200
-    return waves
 
 
 def weights_of(population: Population) -> dict[tuple[str, int], bytes]:

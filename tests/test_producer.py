@@ -20,21 +20,14 @@ from populace.population.meta import PopulationMeta
 from populace.population.producer import Producer
 from populace.population.stream import ExperienceLog
 from populace.storage.errors import Forgotten, InvalidInput, OutcomeUnknown, Overloaded
-from populace.storage.keys import Keyring
 from populace.storage.objects import FileStore, MemoryStore, ObjectStore
-
-
-def make(store: ObjectStore, partitions: int = 1) -> PopulationMeta:
-    return PopulationMeta.create(
-        store, Keyring(), name="pop", base="none", base_digest="b" * 64, partitions=partitions, seed=0,
-        heldout_share=0.0,
-    )  # fmt: skip
+from tests.streams import make_population
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FileStore]:
     store = FileStore(tmp_path / "store")
-    make(store)
+    make_population(store, partitions=1)
     yield store
 
 
@@ -90,7 +83,7 @@ def test_asyncio_keeps_the_order_of_calls_and_returns_when_all_is_durable(store:
 
 def test_too_much_at_once_is_refused_whole_and_says_when_to_come_back() -> None:
     store = MemoryStore()
-    make(store)
+    make_population(store, partitions=1)
     slow, create = threading.Event(), store.create
 
     def wait(key: str, body: bytes) -> None:
@@ -130,7 +123,7 @@ def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_wo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = MemoryStore()
-    make(store)
+    make_population(store, partitions=1)
     producer, create = Producer.open(store, "pop"), store.create
     producer.enqueue("ada", [event(1)])
 

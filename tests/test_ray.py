@@ -25,10 +25,9 @@ from populace.population.ledger import Ledger
 from populace.population.meta import PopulationMeta
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
-from populace.storage.keys import Keyring
 from populace.storage.objects import FileStore
 from tests.accounting import account
-from tests.streams import experience, open_population, write_config
+from tests.streams import experience, make_population, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
 POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
@@ -226,8 +225,7 @@ def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(
 @pytest.fixture
 def gateway_store(tmp_path: Path) -> FileStore:
     store = FileStore(tmp_path / "store")
-    PopulationMeta.create(store, Keyring(), name="pop", base="none", base_digest="b" * 64, partitions=2, seed=0,
-                          heldout_share=0.0)  # fmt: skip
+    make_population(store)
     return store
 
 

@@ -17,8 +17,8 @@ from populace.population.meta import PopulationMeta
 from populace.population.producer import Producer
 from populace.population.readers import COLUMNS, enqueue_file, event_from_row, read_rows
 from populace.storage.errors import InvalidInput
-from populace.storage.keys import Keyring
 from populace.storage.objects import FileStore
+from tests.streams import make_population
 
 ROOT = Path(__file__).parent.parent
 ROWS: list[dict[str, Any]] = [
@@ -34,8 +34,7 @@ ROWS: list[dict[str, Any]] = [
 @pytest.fixture
 def store(tmp_path: Path) -> FileStore:
     store = FileStore(tmp_path / "store")
-    PopulationMeta.create(store, Keyring(), name="pop", base="none", base_digest="b" * 64, partitions=2, seed=0,
-                          heldout_share=0.0)  # fmt: skip
+    make_population(store)
     return store
 
 

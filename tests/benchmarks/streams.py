@@ -46,7 +46,6 @@ from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
 from populace.population.experience import LogEvent, Task, Trajectory
 from populace.population.gateway import Gateway
-from populace.population.meta import PopulationMeta
 from populace.population.pending import PendingIndex
 from populace.population.producer import Producer
 from populace.population.rewards import score_on_ray
@@ -60,6 +59,7 @@ from populace.storage.s3 import Bucket
 from populace.workers.group import ShardGroup
 from populace.workers.tiers import Tier
 from tests.benchmarks.figures import Figure, figure, publish
+from tests.streams import make_population
 from tests.tiny import tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -157,13 +157,6 @@ def describe(name: str, found: Sequence[tuple[int, list[float], float]]) -> tupl
     return sum(rates), figures
 
 
-def make_population(url: str) -> PopulationMeta:
-    store = open_store(url)
-    return PopulationMeta.create(
-        store, Keyring(), name="bench", base="none", base_digest="b" * 64, partitions=4, seed=0, heldout_share=0.0
-    )
-
-
 def count_events(url: str) -> int:
     return sum(len(t) for p in range(4) for _, t in ExperienceLog(open_store(url), "bench", p).read_from(0))
 
@@ -174,7 +167,7 @@ def enqueue_figures(folder: Path) -> Iterator[Figure]:
         Bucket(server.url).ensure()
         stores = {"file": f"file://{folder}/store", "SeaweedFS": server.url}
         for url in stores.values():
-            make_population(url)
+            make_population(open_store(url), name="bench", partitions=4)
         for num_processes in PRODUCERS:
             sqlite = {batch: sqlite_rate(folder, num_processes, batch) for batch in (1, 100)}
             for batch, (_, figures) in sqlite.items():
