@@ -141,7 +141,8 @@ class ExperienceLog:
                     # The same number again: only then is it certain who occupies it.
                     unknown_seq = seq
                     raise
-                self._next = seq + 1
+                # Whatever fails from here on: the segment is there, and must not get a second number.
+                self._next, unknown_seq = seq + 1, seq
                 if seq >= self.floor():
                     took_s = time.monotonic() - started
                     self._rest_until = started + took_s * (1 + num_collisions * random.uniform(0.5, 1.0))

@@ -416,6 +416,20 @@ def test_an_unknown_append_is_never_called_a_definite_failure(history: History) 
     assert len(list(ExperienceLog(history.store, "pop", 0).read_from(0))) == 1
 
 
+@pytest.mark.parametrize("num_before", range(12))
+def test_whatever_request_of_an_append_fails_its_events_are_in_the_log_once(history: History, num_before: int) -> None:
+    row = {"pseudonym": name_of("ada"), "tag": "t", "sealed": b"s"}
+    for _ in range(13):
+        ExperienceLog(history.store, "pop", 0).append([{**row, "tag": "before"}])
+    store = FaultyStore(history.store)
+    store.plan("dropped", num_before)
+    with mock.patch("time.sleep"):
+        ExperienceLog(store, "pop", 0).append([row])  # type: ignore[arg-type]
+    store.plan(None, 0)
+    rows = [row for _, table in ExperienceLog(history.store, "pop", 0).read_from(13) for row in table.to_pylist()]
+    assert [row["tag"] for row in rows] == ["t"]
+
+
 def test_of_racing_producers_of_one_user_all_use_one_key(history: History) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
