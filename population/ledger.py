@@ -410,10 +410,13 @@ class Ledger:
         return done
 
     def _finish_forgetting(self) -> None:
-        """A controller may have died between a tombstone and the end of the key."""
-        for pseudonym in self.catalog.forgotten():
+        """A controller may have died between a tombstone and the end of the key, or before it told the producers."""
+        forgotten = self.catalog.forgotten()
+        for pseudonym in forgotten:
             if not self.keys.is_forgotten(pseudonym):
                 self._erase(pseudonym)
+        if forgotten:
+            self.keys.begin_era()
 
     def _forget(self, logged: LoggedEvent) -> Tombstone:
         """The tombstone first, then the key: a crash in between is finished by the next claim."""

@@ -8,7 +8,6 @@ Calls from several threads share segments: while one segment is being written, w
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import threading
 import time
@@ -132,8 +131,7 @@ class Producer:
 
     def pseudonym(self, user: str) -> str:
         """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
-        key = bytes.fromhex(self.secrets.pseudonym_key)
-        return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]
+        return hmac.digest(bytes.fromhex(self.secrets.pseudonym_key), user.encode(), "sha256").hex()[:32]
 
     def close(self) -> None:
         """End this producer's threads; what was acknowledged is durable anyway."""
@@ -164,7 +162,7 @@ class Producer:
         anybody then."""
         for future in started.written:
             future.result()
-        self._for_all(self.keys.fetch, started.pseudonyms)
+        self._for_all(self.keys.fetch, self.keys.outdated(started.pseudonyms))
         return started.num_events
 
     def _for_all(self, call: Callable[[str], object], names: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ import json
 import os
 import secrets
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -34,9 +33,6 @@ NONCE_BYTES = 12
 OVERHEAD_BYTES = NONCE_BYTES + 16
 """What sealing adds: nonce in front, authentication tag behind (NIST SP 800-38D)."""
 _MAX_CACHED = 1 << 16
-FRESH_S = 1.0
-"""How old an answer about a key may be when a producer begins to write. It asks again when it is done, which is what
-tells it of a forgetting for certain."""
 _UNOPENED = "{} does not decrypt: its bytes or its key were changed"
 
 
@@ -137,18 +133,23 @@ class UserKey:
     key: bytes
     wrapped: bytes = field(default=b"", compare=False, repr=False)
     """As it lies in the store: equal bytes need no second unwrapping."""
-    read_s: float = field(default=0.0, compare=False, repr=False)
-    """By the monotonic clock, when it was last read from the store."""
+    era: bytes | None = field(default=None, compare=False, repr=False)
+    """The one in which it was read from the store."""
 
 
 class UserKeys:
-    """One wrapped data key per user, at `<population>/keys/<aa>/<pseudonym>`."""
+    """One wrapped data key per user, at `<population>/keys/<aa>/<pseudonym>`.
+
+    Every forgetting begins a new era, which one object names: a key that was read in the era that still lasts need not
+    be read again to know that its user wasn't forgotten."""
 
     def __init__(self, store: ObjectStore, population: str, keyring: Keyring) -> None:
         self.store, self.population, self.keyring = store, population, keyring
         self._cache: OrderedDict[str, UserKey] = OrderedDict()
         self._lock = threading.Lock()  # loads run in several threads
         self._masters: dict[str, bytes] = {}
+        self._era: bytes | None = None
+        """As last read; None: never."""
 
     def get(self, pseudonym: str) -> UserKey:
         """The key as last seen; `Forgotten` if the user was. For reading what is there."""
@@ -160,6 +161,7 @@ class UserKeys:
 
     def fetch(self, pseudonym: str) -> UserKey:
         """The key as the store has it now. `ObjectNotFound` if there is none."""
+        era = self._era if self._era is not None else self._read_era()
         try:
             wrapped = self.store.get(self._path(pseudonym))
         except BaseException:
@@ -167,14 +169,14 @@ class UserKeys:
             raise
         with self._lock:
             if (known := self._cache.get(pseudonym)) is not None and known.wrapped == wrapped:
-                self._cache[pseudonym] = known = replace(known, read_s=time.monotonic())
+                self._cache[pseudonym] = known = replace(known, era=era)
                 return known
         self.drop([pseudonym])
         body = _parse(wrapped, self._path(pseudonym))
         if body.get("forgotten"):
             raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
         plain = json.loads(self._unwrap(body, pseudonym))
-        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped, read_s=time.monotonic())
+        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped, era=era)
         with self._lock:
             self._cache[pseudonym] = found
             if len(self._cache) > _MAX_CACHED:
@@ -182,10 +184,11 @@ class UserKeys:
         return found
 
     def ensure(self, pseudonym: str, user: str, master: Callable[[], str]) -> UserKey:
-        """The user's key, made now if there is none; racing producers agree on one. For writing: asks the store, unless
-        it has just answered, so that a forgotten user is `Forgotten` also to who had the key."""
+        """The user's key, made now if there is none; racing producers agree on one. For writing: asks the store unless
+        the key is of the era last seen. `outdated`, when the writing is done, tells of a forgetting meanwhile."""
         with self._lock:
-            if (known := self._cache.get(pseudonym)) is not None and time.monotonic() - known.read_s < FRESH_S:
+            if (known := self._cache.get(pseudonym)) is not None and known.era == self._era:
+                self._cache.move_to_end(pseudonym)
                 return known
         for _ in range(4):
             with contextlib.suppress(ObjectNotFound):
@@ -199,12 +202,24 @@ class UserKeys:
                 self.rewrap(pseudonym, now)
         return self.fetch(pseudonym)
 
+    def outdated(self, pseudonyms: Iterable[str]) -> list[str]:
+        """Those of whom it isn't certain that their keys are still there; one request, however many they are."""
+        era = self._read_era()
+        with self._lock:
+            known = [(pseudonym, self._cache.get(pseudonym)) for pseudonym in pseudonyms]
+        return [pseudonym for pseudonym, key in known if key is None or key.era != era]
+
     def forget(self, pseudonym: str) -> None:
         """Overwrite the key. From here on nobody can read what it encrypted."""
         self.drop([pseudonym])
         # The nonce keeps this body unlike any other: an ETag of equal bodies would be equal too.
         marker = {"forgotten": True, "nonce": secrets.token_hex(8)}
         self.store.put(self._path(pseudonym), json.dumps(marker).encode())
+        self.begin_era()
+
+    def begin_era(self) -> None:
+        """Let everybody who writes ask for keys again: somebody was forgotten."""
+        self.store.put(self._era_path, secrets.token_hex(16).encode())
 
     def drop(self, pseudonyms: Iterable[str]) -> None:
         """Take keys out of the memory of this process."""
@@ -250,6 +265,17 @@ class UserKeys:
 
     def _context(self, pseudonym: str, context: str) -> str:
         return f"{self.population}/{pseudonym}/{context}"
+
+    def _read_era(self) -> bytes:
+        try:
+            self._era = era = self.store.get(self._era_path)
+        except ObjectNotFound:
+            self._era = era = b""
+        return era
+
+    @property
+    def _era_path(self) -> str:
+        return f"{self.population}/era"
 
     def _path(self, pseudonym: str) -> str:
         return f"{self.population}/keys/{pseudonym[:2]}/{pseudonym}"

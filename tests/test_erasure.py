@@ -139,6 +139,8 @@ def test_a_crash_between_the_tombstone_and_the_key_is_finished_by_the_next_owner
     adapter = ledger.adapter(USER)
     ledger.append(adapter.partition, Tombstone(pseudonym=adapter.pseudonym, command="c"))
     assert not ledger.keys.is_forgotten(adapter.pseudonym)
+    producer = Population.open(store, settings)
+    producer.enqueue(USER, [Demonstration(prompt="a", completion="b")])
     with pytest.raises(Forgotten):
         Population.open(store, settings).revisions(USER)
     assert ledger._heartbeat is not None
@@ -147,6 +149,8 @@ def test_a_crash_between_the_tombstone_and_the_key_is_finished_by_the_next_owner
     again.claim(0.05)
     assert again.keys.is_forgotten(adapter.pseudonym)
     again.release()
+    with pytest.raises(Forgotten):
+        producer.enqueue(USER, [Demonstration(prompt="a", completion="b")])
 
 
 def test_a_running_controller_forgets_between_two_waves(settings: Settings, start: Start) -> None:

@@ -119,6 +119,31 @@ def test_who_was_forgotten_meanwhile_is_told_and_everybody_elses_events_are_ther
     producer.close()
 
 
+def test_a_forgetting_anywhere_reaches_every_producer_and_costs_a_call_one_request(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, other = Producer.open(store, "pop"), Producer.open(store, "pop")
+    users = [f"user-{number}" for number in range(20)]
+    producer.enqueue_many([(user, [event(1)]) for user in users])
+    asked: list[str] = []
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda key: (asked.append(key), get(key))[1])
+    producer.enqueue_many([(user, [event(2)]) for user in users])
+    assert [key for key in asked if "/floors/" not in key] == ["pop/era"]
+    other.keys.forget(other.pseudonym("user-3"))
+    with pytest.raises(Forgotten):
+        producer.enqueue_many([(user, [event(3)]) for user in users])
+    producer.enqueue_many([(user, [event(4)]) for user in users if user != "user-3"])
+    with pytest.raises(Forgotten):
+        producer.enqueue("user-3", [event(4)])
+    assert order_of(store, "user-4") == ["1", "2", "3", "4"]
+    asked.clear()
+    producer.enqueue_many([(user, [event(5)]) for user in users if user != "user-3"])
+    assert [key for key in asked if "/floors/" not in key] == ["pop/era"]
+    producer.close()
+    other.close()
+
+
 def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
