@@ -42,7 +42,7 @@ class Candidates:
     """Of the next update, estimated."""
     tenant: NDArray[np.uint16]
     rank: NDArray[np.uint32]
-    """0 for an adapter that isn't there yet."""
+    """Of the adapter, or of the one that the user will get."""
     is_hot: NDArray[np.bool_]
     updated: Floats
     """Seconds; the last update, minus infinity for none."""
@@ -52,7 +52,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one wave may take; None: as much as it likes. Each must have room for any one user."""
+    """What one wave may take; None: as much as it likes. A user who alone needs more is served with nobody beside."""
 
     max_adapters: int
     max_tokens: float | None = None
@@ -111,7 +111,7 @@ class Choice:
 
 
 def form_wave(candidates: Candidates, budget: Budget, policy: Policy, served: Served, now_s: float) -> Choice:
-    """The next wave. Same inputs, same wave; no budget is ever exceeded.
+    """The next wave. Same inputs, same wave; no budget is exceeded, except by a user who alone is above it.
 
     A user who doesn't fit beside the others keeps its tenant's later users out of this wave, so that the tenant's
     virtual time stands still until the user is first of all and fits alone."""
@@ -168,7 +168,8 @@ def _fronts(place_U: Floats, tenant_U: NDArray[np.uint16], length: int) -> NDArr
 
 
 def _needs(candidates: Candidates, budget: Budget, front: NDArray[np.int64]) -> list[tuple[NDArray[Any], float]]:
-    """What each takes of every limited resource, and how much there is of it."""
+    """What each takes of every limited resource, and how much there is of it. Who needs more than there is takes all of
+    it, and is served with nobody beside: it must not block its tenant for ever."""
     rank = candidates.rank[front]
     load_bytes = np.where(candidates.is_hot[front], 0.0, rank * candidates.load_bytes_per_rank)
     columns = (
@@ -176,7 +177,7 @@ def _needs(candidates: Candidates, budget: Budget, front: NDArray[np.int64]) -> 
         (rank, budget.max_rank),
         (load_bytes, budget.max_load_bytes),
     )
-    return [(column, most) for column, most in columns if most is not None]
+    return [(np.minimum(column, most), most) for column, most in columns if most is not None]
 
 
 def _finish_times(tenant: NDArray[np.uint16], cost: Floats, weight_G: Floats, time_G: Floats) -> Floats:

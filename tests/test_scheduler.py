@@ -122,6 +122,16 @@ def test_nobody_starves_whatever_the_weights_sizes_and_bonuses(
         assert max(gaps) <= bound[tenant], (tenant, max(gaps), bound[tenant])
 
 
+def test_who_needs_more_than_a_budget_is_served_alone_and_blocks_nobody_for_ever() -> None:
+    rows = [(0.0, 4, 1000, 0, 900, False), (1.0, 4, 10, 0, 1, False), (2.0, 4, 10, 1, 1, False)]
+    budget = Budget(max_adapters=4, max_tokens=90, max_rank=30, max_load_bytes=60.0)
+    served, waves = Served.nothing(3), []
+    for _ in range(20):
+        choice = form_wave(candidates_of(rows), budget, policy(), served, 100.0)
+        served, waves = choice.served, [*waves, choice.chosen.tolist()]
+    assert [0] in waves and [2] in waves and not any(0 in wave and len(wave) > 1 for wave in waves)
+
+
 def test_a_hot_adapter_goes_first_only_for_so_long() -> None:
     own = policy(residency_bonus_s=5.0)
     for waited, first in ((4.0, 1), (6.0, 0)):
