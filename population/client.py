@@ -294,8 +294,8 @@ class Population:
         ledger = Ledger(self.store, self.meta)
         partitions = None if user is None else [partition_of(user, self.meta.partitions)]
         ledger.claim(self.settings.run.takeover_s, partitions)
-        ledger.read_experience()
         try:
+            ledger.read_experience()
             yield ledger
         finally:
             ledger.release()
@@ -414,6 +414,7 @@ def reading_of(settings: Settings) -> Reading:
         cache_bytes=int(settings.stream.cache_mb * 1e6),
         price=functools.partial(estimate_tokens, rollout=settings.rollout),
         events_per_update=settings.scheduler.events_per_update,
+        rank=lambda user: settings.user_ranks.get(user, settings.adapter.rank),
         tenants=tuple(settings.scheduler.tenants),
     )
 

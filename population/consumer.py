@@ -151,6 +151,8 @@ class Rules:
     """Estimated tokens of an event."""
     tenant: Callable[[UserId], int] | None = None
     """Number of the user's tenant; None: all belong to the first."""
+    rank: Callable[[UserId], int] = lambda user: 0
+    """Rank of the adapter that a user without one will get."""
 
 
 class Consumer:
@@ -165,6 +167,8 @@ class Consumer:
         self.commands: list[LoggedEvent] = []
         self.memory = EventMemory()
         self._snapshot: Snapshot | None = None
+        self._num_read = 0
+        """Events since the last snapshot."""
 
     def observe(self, catalog: Catalog) -> int:
         """Read what is new; returns the number of events. What forgotten users sent can't be read any more."""
@@ -176,6 +180,7 @@ class Consumer:
             self.cache.put(self.partition, seq, body)
             num_events += self._take_in(seq, decode_rows(self.log.log.key(seq), body), catalog)
             self.next_segment = seq + 1
+        self._num_read += num_events
         return num_events
 
     def load(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, LoggedEvent]:
@@ -195,8 +200,13 @@ class Consumer:
         """Forget what was read: another process has the partition now."""
         self.index.clear_partition(self.partition)
         self.next_segment, self.commands, self.memory, self._snapshot = 0, [], EventMemory(self.memory.horizon), None
+        self._num_read = 0
 
     # Compaction; the partition's owner alone.
+
+    def is_worth_a_snapshot(self) -> bool:
+        """Whether at least as much was read since the last one as has to be copied: a backlog isn't copied for ever."""
+        return self._num_read >= self.index.num_kept(self.partition)
 
     def write_snapshot(self, catalog: Catalog) -> Compaction:
         """Save what is still needed of everything read so far. Nothing depends on it until its record is there."""
@@ -224,7 +234,7 @@ class Consumer:
             previous=0 if before is None else before.floor, floor=floor, snapshot=key,
             sha256=hashlib.sha256(body).hexdigest(),
         )  # fmt: skip
-        self._snapshot = Snapshot(compaction, [table])
+        self._snapshot, self._num_read = Snapshot(compaction, [table]), 0
         return compaction
 
     def finish_compaction(self, now: Compaction) -> None:
@@ -284,7 +294,8 @@ class Consumer:
                 if logged is not None and (name, logged.ref.tag) not in catalog.obeyed:
                     self.commands.append(logged)
             elif state == HELD or position > consumed[name]:
-                self.index.add(self._user(name, catalog), position, state, tokens, 0.0)
+                with contextlib.suppress(Forgotten):  # the key is gone, the tombstone not read yet
+                    self.index.add(self._user(name, catalog), position, state, tokens, 0.0)
         self.memory = EventMemory.load(snapshot.tables[1:], self.memory.horizon)
         self._snapshot, self.next_segment = snapshot, snapshot.compaction.floor
 
@@ -340,11 +351,13 @@ class Consumer:
         row = self.index.row_of(pseudonym)
         if row is not None:
             return row
-        tenant = 0
-        if self.rules.tenant is not None:
-            tenant = self.rules.tenant(UserId(self.seals.keys.get(pseudonym).user))
         adapter = catalog.get(pseudonym)
-        return self.index.add_user(pseudonym, self.partition, tenant, 0 if adapter is None else adapter.spec["rank"])
+        tenant, rank = 0, 0 if adapter is None else adapter.spec["rank"]
+        if adapter is None or self.rules.tenant is not None:
+            user = UserId(self.seals.keys.get(pseudonym).user)
+            tenant = 0 if self.rules.tenant is None else self.rules.tenant(user)
+            rank = rank or self.rules.rank(user)
+        return self.index.add_user(pseudonym, self.partition, tenant, rank)
 
     def _open(self, row: Mapping[str, str | bytes], position: Position) -> LoggedEvent | None:
         try:

@@ -41,6 +41,7 @@ from populace.storage.keys import Keyring, Secrets
 from populace.storage.objects import ObjectStore
 from populace.storage.records import (
     Batch,
+    Claim,
     Compaction,
     Record,
     RecordHeader,
@@ -65,6 +66,8 @@ class Reading:
     price: Callable[[LogEvent], int] = lambda event: 1
     """Estimated tokens of an event."""
     events_per_update: int = 1
+    rank: Callable[[UserId], int] = lambda user: 0
+    """Rank of the adapter that a user without one will get."""
     tenants: tuple[str, ...] = ()
     """A user `NAME/…` belongs to tenant NAME if it is one of these, else to the default one."""
 
@@ -95,7 +98,7 @@ class Ledger:
         self.pending = PendingIndex(reading.events_per_update)
         rules = Rules(
             heldout_key=meta.heldout_key(), heldout_share=meta.heldout_share, price=reading.price,
-            tenant=reading.tenant if reading.tenants else None,
+            tenant=reading.tenant if reading.tenants else None, rank=reading.rank,
         )  # fmt: skip
         cache = SegmentCache(reading.cache_bytes)
         self.consumers = {
@@ -104,6 +107,8 @@ class Ledger:
         self.readers = {p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)}
         self._owners: dict[int, Owner] = {}
         self._checkpointed: dict[int, int] = {}
+        self._claims: dict[int, tuple[str, float]] = {}
+        """Partition -> whose the last claim is, and when this process saw it."""
         self._heartbeat: Heartbeat | None = None
         self._controller: str | None = None
         self._cleaner = ThreadPoolExecutor(1, thread_name_prefix="populace-compact")
@@ -179,7 +184,7 @@ class Ledger:
             for partition, consumer in self.consumers.items():
                 if partition not in self._owners:
                     consumer.let_go()
-            self._finish_forgetting()
+            self._finish_forgetting(wanted, bool(held))
         except BaseException:
             self.release()
             raise
@@ -215,28 +220,34 @@ class Ledger:
                 holders[partition] = heartbeat.owner
             else:
                 is_claimed = self.catalog.owned.get(partition)
-                holders[partition] = heartbeat.holder(partition, takeover_s) if is_claimed else None
+                claim = self._claims.get(partition)
+                holders[partition] = heartbeat.holder(partition, claim, takeover_s) if is_claimed else None
         claims, releases = share_out(heartbeat.owner, holders, heartbeat.living(takeover_s))
         if releases:
             before_release()
-        claimed = []
+        claimed, has_died = [], any(self.catalog.owned.get(partition) for partition in claims)
         for partition in claims:
             with contextlib.suppress(Fenced):  # somebody else was faster
                 self._own(partition, heartbeat)
                 claimed.append(partition)
         if claimed:
-            self._finish_forgetting()
+            self._finish_forgetting(claimed, has_died)
         for partition in releases:
             self._release(partition)
         return tuple(claimed), releases
 
     def release(self) -> None:
-        """Give every partition back; a no-op without a claim."""
-        if self._cleaning is not None:
-            self._cleaning.result()
-            self._cleaning = None
-        while self._owners:
-            self._release(next(iter(self._owners)))
+        """Give every partition back; a no-op without a claim. Whatever can't be given back is taken over later: no sign
+        of life comes after this, also when it raises."""
+        try:
+            if self._cleaning is not None:
+                self._cleaning.result()
+                self._cleaning = None
+            while self._owners:
+                self._release(next(iter(self._owners)))
+        except BaseException:
+            self.give_up()
+            raise
         if self._heartbeat is not None:
             self._heartbeat.stop()
             if self._controller is not None:
@@ -268,13 +279,15 @@ class Ledger:
             self.consumers[partition].finish_compaction(done)
 
     def _release(self, partition: int) -> None:
-        owner = self._owners.pop(partition)
+        owner, heartbeat = self._owners.pop(partition), self._heartbeat
         self.catalog.owned[partition] = False
         if not owner.is_lost:
             with contextlib.suppress(Fenced):  # then it isn't ours to release; the others are
                 owner.release()
-                if self._heartbeat is not None:
-                    self._heartbeat.disown(partition)
+                if heartbeat is not None:
+                    heartbeat.disown(partition)
+        if heartbeat is not None:
+            heartbeat.drop(partition)
         if self._controller is not None:
             self.consumers[partition].let_go()
 
@@ -319,7 +332,7 @@ class Ledger:
         for reader in self.readers.values():
             for header, record in reader.read_new():
                 self.apply(header, record)
-        self._finish_forgetting()
+        self._finish_forgetting(self.readers, has_died=False)
         return new.master
 
     def apply(self, header: RecordHeader, record: Record) -> None:
@@ -327,6 +340,8 @@ class Ledger:
         self.catalog.apply(header, record)
         for part in parts_of(record):
             self.pending.follow(part)
+            if isinstance(part, Claim):
+                self._claims[header.partition] = (part.owner, time.monotonic())
             if isinstance(part, Tombstone):
                 self.consumers[header.partition].forget(part.pseudonym)
                 self.keys.drop([part.pseudonym])
@@ -340,23 +355,29 @@ class Ledger:
                     self._checkpointed[partition] = seq
 
     def compact(self, every_segments: int) -> None:
-        """Replace the experience that owned partitions have read by a snapshot of what is still needed, where the log
-        has grown by that many segments since the last time. Old segments are deleted in the background."""
-        for partition in self._owners:
-            before, consumer = self.catalog.compactions.get(partition), self.consumers[partition]
-            if consumer.next_segment - (before.floor if before else 0) < every_segments:
-                continue
-            if self._cleaning is not None and not self._cleaning.done():
-                return
-            now = consumer.write_snapshot(self.catalog)
-            self.append(partition, now)
-            self._cleaning = self._cleaner.submit(self._clean, partition, now)
-            return  # one at a time, so that no wave waits for all
+        """Replace the experience that the owned partition with the longest log has read by a snapshot of what is still
+        needed, if the log has grown by that many segments since the last time. Old segments are deleted in the
+        background. One partition at a time, so that no wave waits for all."""
+        if not self._owners or (self._cleaning is not None and not self._cleaning.done()):
+            return
+        grown = {partition: self.consumers[partition].next_segment for partition in self._owners}
+        for partition, done in self.catalog.compactions.items():
+            if partition in grown:
+                grown[partition] -= done.floor
+        partition = max(grown, key=grown.__getitem__)
+        consumer, before = self.consumers[partition], self.catalog.compactions.get(partition)
+        if grown[partition] < every_segments or not consumer.is_worth_a_snapshot():
+            return
+        if before is not None:  # the chain must have no gap, and the thread that raised this floor may have failed
+            consumer.log.raise_floor(before.previous, before.floor)
+        now = consumer.write_snapshot(self.catalog)
+        self.append(partition, now)
+        self._cleaning = self._cleaner.submit(self._clean, partition, now)
 
     def _clean(self, partition: int, now: Compaction) -> None:
         try:
             self.consumers[partition].finish_compaction(now)
-        except PopulaceError as error:  # the next compaction, or the next owner, does it again
+        except PopulaceError as error:  # the next compaction, or the next owner, raises the floor and deletes the rest
             logger.warning("what lies below the floor of partition %d stays for now: %s", partition, error)
 
     def repack(self, rule: RetentionRule) -> RepackReport:
@@ -409,13 +430,13 @@ class Ledger:
             consumer.commands = [logged for logged in waiting if logged.pseudonym not in gone]
         return done
 
-    def _finish_forgetting(self) -> None:
-        """A controller may have died between a tombstone and the end of the key, or before it told the producers."""
-        forgotten = self.catalog.forgotten()
+    def _finish_forgetting(self, partitions: Collection[int], has_died: bool) -> None:
+        """An owner may have died between a tombstone and the end of the key, or before it told the producers."""
+        forgotten = self.catalog.forgotten(partitions)
         for pseudonym in forgotten:
             if not self.keys.is_forgotten(pseudonym):
                 self._erase(pseudonym)
-        if forgotten:
+        if forgotten and has_died:
             self.keys.begin_era()
 
     def _forget(self, logged: LoggedEvent) -> Tombstone:

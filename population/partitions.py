@@ -6,6 +6,7 @@ and the older claim loses.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -14,7 +15,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from populace.storage.errors import ObjectNotFound
+from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.objects import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -75,9 +76,17 @@ class Heartbeat(threading.Thread):
         """Key -> life of the others."""
 
     def own(self, partitions: Collection[int]) -> None:
-        """Show life for these partitions from now on."""
+        """Show life for these partitions from now on, at once: until then others see that nobody holds them."""
         with self._lock:
             self._owned |= set(partitions)
+        with self._writing, contextlib.suppress(PopulaceError):  # then the next beat does
+            for partition in partitions:
+                self._put(owner_key(self._population, partition), {"owner": self.owner, "counter": "claimed"})
+
+    def drop(self, partition: int) -> None:
+        """Show no life for a partition that somebody else has now."""
+        with self._lock:
+            self._owned.discard(partition)
 
     def disown(self, partition: int) -> None:
         """Say that this partition was released."""
@@ -101,12 +110,15 @@ class Heartbeat(threading.Thread):
                 if key.startswith(folder) and not life.is_released and now - life.changed_s < within_s
             }
 
-    def holder(self, partition: int, within_s: float) -> str | None:
-        """Who else holds a partition and showed life lately."""
+    def holder(self, partition: int, claim: tuple[str, float] | None, within_s: float) -> str | None:
+        """Who else holds a claimed partition and showed life lately. `claim`: whose it is, and when it was seen here;
+        None: from before this process read the log."""
         with self._lock:
             life = self.seen.get(owner_key(self._population, partition))
         if life is None:
             return "somebody"  # nobody has looked yet
+        if claim is not None and life.owner != claim[0]:  # a sign from before the claim; the claim itself is one too
+            return claim[0] if time.monotonic() - claim[1] < within_s else None
         if life.is_released or time.monotonic() - life.changed_s >= within_s:
             return None
         return life.owner

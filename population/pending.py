@@ -191,6 +191,11 @@ class PendingIndex:
     def num_heldout(self) -> int:
         return int(self.users["num_held"].sum())
 
+    def num_kept(self, partition: int) -> int:
+        """Events of a partition that wait or are held out."""
+        own = self.users["partition"] == partition
+        return int((self.users["num_waiting"][own] + self.users["num_held"][own]).sum())
+
     def oldest_wait_s(self) -> float:
         """How long the user at the head of the line has waited; 0 without any."""
         waiting = self.users["num_waiting"] > 0

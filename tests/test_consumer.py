@@ -19,8 +19,8 @@ from populace.population.controller import Controller
 from populace.population.experience import Demonstration, LogEvent, Task
 from populace.population.ledger import Ledger
 from populace.population.pending import CLASH, HELD, PENDING, PendingIndex
-from populace.population.stream import ExperienceLog
-from populace.storage.errors import Damaged
+from populace.population.stream import ExperienceLog, partition_of
+from populace.storage.errors import Damaged, StoreUnavailable
 from populace.storage.objects import MemoryStore, ObjectStore
 from populace.storage.records import Compaction
 from tests.accounting import account
@@ -255,6 +255,53 @@ def test_a_compaction_that_dies_half_way_is_finished_or_forgotten(
     tags = outcome_tags(again)
     assert set(tags.values()) == {1} and len(tags) == sum(map(len, wanted.values())) + 1
     again.ledger.release()
+
+
+def test_a_floor_that_was_not_written_is_written_before_the_next_one(settings: Settings, start: Start) -> None:
+    settings = compacting(settings, every=3)
+    store = MemoryStore()
+    population = Population.create(store, settings)
+    controller = start(population)
+    ledger, create = controller.ledger, store.create
+
+    def away(key: str, body: bytes) -> None:
+        if "/floors/" in key:
+            raise StoreUnavailable("away")
+        create(key, body)
+
+    for turn in range(12):
+        population.enqueue("ada", [demo(f"event-{turn}")])
+        store.create = away if ledger.catalog.compactions.get(0) is None else create  # type: ignore[method-assign]
+        controller.run_once()
+        if ledger._cleaning is not None:
+            ledger._cleaning.result()
+    assert ledger.catalog.compactions[0].previous > 0, "there was a second one"
+    late = Population.open(store, settings)
+    late.enqueue("ada", [demo("late")])
+    assert ledger.read_experience() == 1, "a producer that starts now finds the end of the log"
+    run_to_the_end(controller)
+    assert set(outcome_tags(population).values()) == {1} and len(outcome_tags(population)) == 13
+    population.ledger.release()
+
+
+def test_the_longest_log_is_compacted_first_and_a_backlog_is_not_copied_for_ever(settings: Settings) -> None:
+    settings = dataclasses.replace(settings, partitions=2)
+    population = Population.create(MemoryStore(), settings)
+    ledger = population.ledger
+    users = [next(f"user-{n}" for n in range(99) if partition_of(f"user-{n}", 2) == p) for p in (0, 1)]
+    ledger.claim(0.05)
+    for turn in range(12):
+        for user in users:
+            population.enqueue(user, [demo(f"event-{turn}")])
+        if turn > 5:
+            population.enqueue(users[1], [demo(f"more-{turn}")])
+        ledger.read_experience()
+        ledger.compact(6)
+        if ledger._cleaning is not None:
+            ledger._cleaning.result()
+    # Nothing is trained on: what was copied once is all that is there, and more than what came since.
+    assert {p: (done.previous, done.floor) for p, done in ledger.catalog.compactions.items()} == {0: (0, 6), 1: (0, 8)}
+    ledger.release()
 
 
 def test_an_append_below_the_floor_is_repeated_above_it(population: Population) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,9 @@ from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
+from populace.population.ledger import Ledger
 from populace.population.partitions import share_out
-from populace.storage.errors import OwnerAlive
+from populace.storage.errors import OutcomeUnknown, OwnerAlive, StoreUnavailable
 from populace.storage.objects import MemoryStore
 from populace.workers.engine import ShardEngine
 from tests.accounting import account
@@ -104,3 +106,44 @@ def test_two_controllers_share_the_partitions_and_one_takes_over_when_the_other_
     assert account(Population.open(store, shared)).is_exact()
     first.ledger.release()
     assert not any(Population.open(store, shared).ledger.catalog.owned.values())
+
+
+def test_what_was_just_claimed_is_not_nobodys(settings: Settings) -> None:
+    """Also to who has seen only that the one before released it."""
+    store = MemoryStore()
+    population = Population.create(store, settings)
+    ledgers = [Ledger(store, population.meta) for _ in range(2)]
+    first, second = ledgers
+    first.claim(4.0)
+    first.release()
+    for name, ledger in zip("ab", ledgers, strict=True):
+        ledger.join(name, 4.0)
+    wait_until(lambda: bool(second._heartbeat and second._heartbeat.seen.get("test/owners/0.json")), "a look")
+    claims, _ = first.rebalance(4.0, lambda: None)
+    assert 0 in claims
+    second._follow()
+    assert second._heartbeat is not None and first._heartbeat is not None
+    assert second._heartbeat.seen["test/owners/0.json"].owner != first._heartbeat.owner, "its look is older"
+    assert second._heartbeat.holder(0, second._claims.get(0), 4.0) == first._heartbeat.owner
+    assert second._heartbeat.holder(0, second._claims.get(0), 0.0) is None, "who claimed and died gives no sign"
+    for ledger in ledgers:
+        ledger.release()
+
+
+def test_a_release_that_fails_leaves_no_sign_of_life(settings: Settings) -> None:
+    store = MemoryStore()
+    population = Population.create(store, settings)
+    ledger, create = Ledger(store, population.meta), store.create
+    ledger.claim(0.2)
+
+    def away(key: str, body: bytes) -> None:
+        raise StoreUnavailable("away")
+
+    store.create = away  # type: ignore[method-assign]
+    with mock.patch("time.sleep"), pytest.raises(OutcomeUnknown):
+        ledger.release()
+    store.create = create  # type: ignore[method-assign]
+    assert ledger._heartbeat is None
+    other = Ledger(store, population.meta)
+    other.claim(0.4)
+    other.release()
