@@ -200,7 +200,10 @@ class Controller:
 
     def withdraw(self) -> None:
         """Take back the attempts that haven't begun to train: an orderly end must not make them suspect."""
-        self.quiesce()
+        self.settle()
+        if self._renaming is not None:
+            self._renaming.exception()  # a group that is lost says so at the next call
+            self._renaming = None
         waves = [self._planned] if self._planned is not None else []
         if self._rolling is not None:
             self._rolling.rollouts.exception()

@@ -208,6 +208,8 @@ class GroupCommit:
         entries = {partition: _Entry(own) for partition, own in rows.items() if own}
         size = sum(entry.size_bytes for entry in entries.values())
         with self._lock:
+            if self._closed:
+                raise InvalidInput("this producer is closed; open another one")
             if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
                 retry_after_s = max(0.05, self._waiting_bytes / self._bytes_per_s)
                 raise Overloaded(
@@ -277,4 +279,5 @@ class _Entry:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows, self.written = rows, Future[None]()
+        self.written.set_running_or_notify_cancel()  # who stops waiting for it doesn't stop it
         self.size_bytes = sum(len(row["sealed"]) + 100 for row in rows)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,9 +159,12 @@ class Catalog:
         row = int(self.rows_of([pseudonym])[0])
         return row >= 0 and bool(self.adapters["flags"][row] & FORGOTTEN)
 
-    def forgotten(self) -> list[str]:
-        """Everyone with a tombstone."""
-        return self.pseudonyms(np.flatnonzero(self.adapters["flags"] & FORGOTTEN))
+    def forgotten(self, partitions: Collection[int] | None = None) -> list[str]:
+        """Everyone with a tombstone, in these partitions or in all."""
+        has_tombstone = (self.adapters["flags"] & FORGOTTEN) > 0
+        if partitions is not None:
+            has_tombstone &= np.isin(self.adapters["partition"], list(partitions))
+        return self.pseudonyms(np.flatnonzero(has_tombstone))
 
     def consumed_of(self, pseudonyms: Sequence[str]) -> list[Position]:
         """Consumed positions; `BEFORE_ALL` for those without an adapter."""

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OutcomeUnknown
+from populace.storage.log import Log
 from populace.storage.objects import ObjectStore, sync_folder
 
 NONCE_BYTES = 12
@@ -133,22 +134,24 @@ class UserKey:
     key: bytes
     wrapped: bytes = field(default=b"", compare=False, repr=False)
     """As it lies in the store: equal bytes need no second unwrapping."""
-    era: bytes | None = field(default=None, compare=False, repr=False)
+    era: int = field(default=-1, compare=False, repr=False)
     """The one in which it was read from the store."""
 
 
 class UserKeys:
     """One wrapped data key per user, at `<population>/keys/<aa>/<pseudonym>`.
 
-    Every forgetting begins a new era, which one object names: a key that was read in the era that still lasts need not
-    be read again to know that its user wasn't forgotten."""
+    Every forgetting begins new eras, at `<population>/eras/<number>`: a key that was read in the era that still lasts
+    need not be read again to know that its user wasn't forgotten. They are created, never overwritten: no late write
+    brings an old one back."""
 
     def __init__(self, store: ObjectStore, population: str, keyring: Keyring) -> None:
         self.store, self.population, self.keyring = store, population, keyring
         self._cache: OrderedDict[str, UserKey] = OrderedDict()
         self._lock = threading.Lock()  # loads run in several threads
         self._masters: dict[str, bytes] = {}
-        self._era: bytes | None = None
+        self._eras = Log(store, f"{population}/eras", "")
+        self._era: int | None = None
         """As last read; None: never."""
 
     def get(self, pseudonym: str) -> UserKey:
@@ -207,19 +210,27 @@ class UserKeys:
         era = self._read_era()
         with self._lock:
             known = [(pseudonym, self._cache.get(pseudonym)) for pseudonym in pseudonyms]
-        return [pseudonym for pseudonym, key in known if key is None or key.era != era]
+        return [pseudonym for pseudonym, key in known if key is None or key.era < era]
 
     def forget(self, pseudonym: str) -> None:
         """Overwrite the key. From here on nobody can read what it encrypted."""
-        self.drop([pseudonym])
+        # An era before and one behind: should this process die in between, only who read the key in that moment has one
+        # of an era that lasts, until the next owner begins another.
+        self.begin_era()
         # The nonce keeps this body unlike any other: an ETag of equal bodies would be equal too.
         marker = {"forgotten": True, "nonce": secrets.token_hex(8)}
         self.store.put(self._path(pseudonym), json.dumps(marker).encode())
+        self.drop([pseudonym])
         self.begin_era()
 
     def begin_era(self) -> None:
-        """Let everybody who writes ask for keys again: somebody was forgotten."""
-        self.store.put(self._era_path, secrets.token_hex(16).encode())
+        """Let everybody who writes ask for keys again: somebody is being forgotten."""
+        era = self._era or 0
+        while True:
+            era = self._eras.next_after(era)
+            with contextlib.suppress(AlreadyExists):  # that one may be from before what this one tells of
+                self._eras.append_at(era, b"era")
+                return
 
     def drop(self, pseudonyms: Iterable[str]) -> None:
         """Take keys out of the memory of this process."""
@@ -266,16 +277,10 @@ class UserKeys:
     def _context(self, pseudonym: str, context: str) -> str:
         return f"{self.population}/{pseudonym}/{context}"
 
-    def _read_era(self) -> bytes:
-        try:
-            self._era = era = self.store.get(self._era_path)
-        except ObjectNotFound:
-            self._era = era = b""
+    def _read_era(self) -> int:
+        era = self._eras.next_after(self._era or 0)
+        self._era = max(era, self._era or 0)
         return era
-
-    @property
-    def _era_path(self) -> str:
-        return f"{self.population}/era"
 
     def _path(self, pseudonym: str) -> str:
         return f"{self.population}/keys/{pseudonym[:2]}/{pseudonym}"
