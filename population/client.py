@@ -17,8 +17,9 @@ from typing import Any
 
 from populace.configs.schema import RolloutSettings, Settings, problems
 from populace.population.chat import Chat
+from populace.population.consumer import Reading
 from populace.population.experience import Command, Forget, LogEvent, Messages, Pin, Rollback, check_prompt, check_user
-from populace.population.ledger import Ledger, Reading
+from populace.population.ledger import Ledger
 from populace.population.meta import PopulationMeta, check_name, verify_digest
 from populace.population.producer import Producer
 from populace.population.stream import partition_of
@@ -414,7 +415,8 @@ def reading_of(settings: Settings) -> Reading:
         cache_bytes=int(settings.stream.cache_mb * 1e6),
         price=functools.partial(estimate_tokens, rollout=settings.rollout),
         events_per_update=settings.scheduler.events_per_update,
-        rank=lambda user: settings.user_ranks.get(user, settings.adapter.rank),
+        rank=settings.adapter.rank,
+        user_ranks=settings.user_ranks,
         tenants=tuple(settings.scheduler.tenants),
     )
 

@@ -14,13 +14,14 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from populace.population.experience import Command, LogEvent, Task, UserId, is_held_out
+from populace.population.meta import PopulationMeta
 from populace.population.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
 from populace.population.stream import (
     ExperienceLog,
@@ -142,27 +143,43 @@ class SegmentCache:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """What decides about an event besides the log."""
+class Reading:
+    """How a process looks at experience."""
 
-    heldout_key: bytes
-    heldout_share: float
-    price: Callable[[LogEvent], int]
+    cache_bytes: int = 64_000_000
+    """Of segments kept in memory."""
+    price: Callable[[LogEvent], int] = lambda event: 1
     """Estimated tokens of an event."""
-    tenant: Callable[[UserId], int] | None = None
-    """Number of the user's tenant; None: all belong to the first."""
-    rank: Callable[[UserId], int] = lambda user: 0
-    """Rank of the adapter that a user without one will get."""
+    events_per_update: int = 1
+    rank: int = 0
+    """Of the adapters that new users get."""
+    user_ranks: Mapping[str, int] = field(default_factory=dict)
+    """Users whose adapters get another one."""
+    tenants: tuple[str, ...] = ()
+    """A user `NAME/…` belongs to tenant NAME if it is one of these, else to the default one."""
+
+    def tenant(self, user: UserId) -> int:
+        """Number of a user's tenant; 0 is the default."""
+        name, slash, _ = user.partition("/")
+        return self.tenants.index(name) + 1 if slash and name in self.tenants else 0
 
 
 class Consumer:
     """Follows one partition's experience log into a `PendingIndex`."""
 
     def __init__(
-        self, log: ExperienceLog, partition: int, seals: Seals, index: PendingIndex, cache: SegmentCache, rules: Rules
+        self,
+        log: ExperienceLog,
+        partition: int,
+        seals: Seals,
+        index: PendingIndex,
+        cache: SegmentCache,
+        meta: PopulationMeta,
+        reading: Reading,
     ) -> None:
         self.log, self.partition, self.seals = log, partition, seals
-        self.index, self.cache, self.rules = index, cache, rules
+        self.index, self.cache, self.reading = index, cache, reading
+        self._heldout_key, self._heldout_share = meta.heldout_key(), meta.heldout_share
         self.next_segment = 0
         self.commands: list[LoggedEvent] = []
         self.memory = EventMemory()
@@ -338,25 +355,25 @@ class Consumer:
         if isinstance(event, Command):
             if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed:
                 self.commands.append(logged)
-        elif isinstance(event, Task) and is_held_out(logged.event_id, self.rules.heldout_key, self.rules.heldout_share):
+        elif isinstance(event, Task) and is_held_out(logged.event_id, self._heldout_key, self._heldout_share):
             self._add(logged, HELD, catalog, arrived_at)
         elif not is_consumed:
             self._add(logged, PENDING, catalog, arrived_at)
 
     def _add(self, logged: LoggedEvent, state: int, catalog: Catalog, arrived_at: float) -> None:
-        tokens = self.rules.price(logged.event) if state == PENDING else 0
+        tokens = self.reading.price(logged.event) if state == PENDING else 0
         self.index.add(self._user(logged.pseudonym, catalog), logged.ref.position, state, tokens, arrived_at)
 
     def _user(self, pseudonym: str, catalog: Catalog) -> int:
         row = self.index.row_of(pseudonym)
         if row is not None:
             return row
-        adapter = catalog.get(pseudonym)
-        tenant, rank = 0, 0 if adapter is None else adapter.spec["rank"]
-        if adapter is None or self.rules.tenant is not None:
+        adapter, reading = catalog.get(pseudonym), self.reading
+        tenant, rank = 0, reading.rank if adapter is None else adapter.spec["rank"]
+        if reading.tenants or (adapter is None and reading.user_ranks):  # a name costs a request
             user = UserId(self.seals.keys.get(pseudonym).user)
-            tenant = 0 if self.rules.tenant is None else self.rules.tenant(user)
-            rank = rank or self.rules.rank(user)
+            tenant = reading.tenant(user)
+            rank = reading.user_ranks.get(user, rank) if adapter is None else rank
         return self.index.add_user(pseudonym, self.partition, tenant, rank)
 
     def _open(self, row: Mapping[str, str | bytes], position: Position) -> LoggedEvent | None:

@@ -16,10 +16,10 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from populace.population.consumer import Consumer, Rules, SegmentCache
-from populace.population.experience import Forget, LogEvent, Pin, Rollback, UserId
+from populace.population.consumer import Consumer, Reading, SegmentCache
+from populace.population.experience import Forget, LogEvent, Pin, Rollback
 from populace.population.meta import PopulationMeta
 from populace.population.partitions import HEARTBEAT_S, Heartbeat, owner_key, read_life, share_out
 from populace.population.pending import PendingIndex
@@ -57,26 +57,6 @@ from populace.storage.states import AdapterState
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """How this process looks at experience."""
-
-    cache_bytes: int = 64_000_000
-    """Of segments kept in memory."""
-    price: Callable[[LogEvent], int] = lambda event: 1
-    """Estimated tokens of an event."""
-    events_per_update: int = 1
-    rank: Callable[[UserId], int] = lambda user: 0
-    """Rank of the adapter that a user without one will get."""
-    tenants: tuple[str, ...] = ()
-    """A user `NAME/…` belongs to tenant NAME if it is one of these, else to the default one."""
-
-    def tenant(self, user: UserId) -> int:
-        """Number of a user's tenant; 0 is the default."""
-        name, slash, _ = user.partition("/")
-        return self.tenants.index(name) + 1 if slash and name in self.tenants else 0
-
-
 class Ledger:
     """Logs, keys and catalog of one population."""
 
@@ -96,13 +76,9 @@ class Ledger:
         self.experience = self.producer.logs
         self.catalog = Catalog(self.mask_seed)
         self.pending = PendingIndex(reading.events_per_update)
-        rules = Rules(
-            heldout_key=meta.heldout_key(), heldout_share=meta.heldout_share, price=reading.price,
-            tenant=reading.tenant if reading.tenants else None, rank=reading.rank,
-        )  # fmt: skip
         cache = SegmentCache(reading.cache_bytes)
         self.consumers = {
-            p: Consumer(log, p, self.seals, self.pending, cache, rules) for p, log in self.experience.items()
+            p: Consumer(log, p, self.seals, self.pending, cache, meta, reading) for p, log in self.experience.items()
         }
         self.readers = {p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)}
         self._owners: dict[int, Owner] = {}
@@ -274,7 +250,7 @@ class Ledger:
     def _own(self, partition: int, heartbeat: Heartbeat) -> None:
         self._owners[partition] = Owner(self.readers[partition], heartbeat.owner, self.keyring)
         self.catalog.owned[partition] = True
-        heartbeat.own([partition])
+        heartbeat.own(partition)
         if (done := self.catalog.compactions.get(partition)) is not None:
             self.consumers[partition].finish_compaction(done)
 
@@ -300,9 +276,9 @@ class Ledger:
             self._heartbeat.start()
         return self._heartbeat
 
-    def _follow(self) -> None:
-        """Read the revision logs that this process doesn't write."""
-        for partition in self.readers.keys() - self._owners.keys():
+    def _follow(self, partitions: Collection[int] | None = None) -> None:
+        """Read the revision logs of these partitions; None: of those that this process doesn't write."""
+        for partition in self.readers.keys() - self._owners.keys() if partitions is None else partitions:
             for header, record in self.readers[partition].read_new():
                 self.apply(header, record)
 
@@ -329,9 +305,7 @@ class Ledger:
         for pseudonym in self.keys.pseudonyms():
             self.keys.rewrap(pseudonym, new.master)
         # A takeover meanwhile may have forgotten somebody whose key was just written again.
-        for reader in self.readers.values():
-            for header, record in reader.read_new():
-                self.apply(header, record)
+        self._follow(self.readers)
         self._finish_forgetting(self.readers, has_died=False)
         return new.master
 

@@ -75,13 +75,12 @@ class Heartbeat(threading.Thread):
         self.seen: dict[str, Life] = {}
         """Key -> life of the others."""
 
-    def own(self, partitions: Collection[int]) -> None:
-        """Show life for these partitions from now on, at once: until then others see that nobody holds them."""
+    def own(self, partition: int) -> None:
+        """Show life for this partition from now on, at once: until then others see that nobody holds it."""
         with self._lock:
-            self._owned |= set(partitions)
+            self._owned.add(partition)
         with self._writing, contextlib.suppress(PopulaceError):  # then the next beat does
-            for partition in partitions:
-                self._put(owner_key(self._population, partition), {"owner": self.owner, "counter": "claimed"})
+            self._put(owner_key(self._population, partition), {"owner": self.owner, "counter": "claimed"})
 
     def drop(self, partition: int) -> None:
         """Show no life for a partition that somebody else has now."""
@@ -91,8 +90,7 @@ class Heartbeat(threading.Thread):
     def disown(self, partition: int) -> None:
         """Say that this partition was released."""
         with self._writing:  # so that no sign of life comes after it
-            with self._lock:
-                self._owned.discard(partition)
+            self.drop(partition)
             self._put(owner_key(self._population, partition), {"owner": self.owner, "released": True})
 
     def announce(self, controller: str) -> None:

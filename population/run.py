@@ -123,22 +123,30 @@ class _Run:
         self._controller, self._group, self._view, self._stop = controller, group, view, stop
         self._ledger, self._run = controller.ledger, controller.settings.run
         self._looked_s = -REBALANCE_S
+        self._given_up: set[int] = set()
+        """What this run owned when the store went away."""
 
     def until_done(self) -> None:
         """A run that ends by itself judges its last tips."""
-        self._wait_for_partitions()
-        most = self._run.max_waves
-        while not self._stop.is_set() and (most is None or self._controller.num_waves < most):
+        while True:
             try:
-                if not self._turn():
-                    break
+                self._wait_for_partitions()
+                while not self._stop.is_set() and self._has_waves_left() and self._turn():
+                    pass
+                self._controller.withdraw()
+                if not self._stop.is_set():
+                    self._judge()
+                return
             except (StoreUnavailable, OutcomeUnknown) as error:
                 self._wait_for_store(error)
-        self._controller.withdraw()
-        if not self._stop.is_set():
-            verdicts = self._group.surviving(self._controller, self._controller.evaluate)
-            if verdicts:
-                self._view.stage(f"judged {len(verdicts)} tips")
+
+    def _has_waves_left(self) -> bool:
+        return self._run.max_waves is None or self._controller.num_waves < self._run.max_waves
+
+    def _judge(self) -> None:
+        verdicts = self._group.surviving(self._controller, self._controller.evaluate)
+        if verdicts:
+            self._view.stage(f"judged {len(verdicts)} tips")
 
     def _turn(self) -> bool:
         """One wave; False when the run is over."""
@@ -157,6 +165,7 @@ class _Run:
         while not self._stop.is_set():
             self._share_partitions(at_once=True)
             if self._ledger.owned():
+                self._given_up.clear()
                 return
             self._stop.wait(0.2)
 
@@ -166,23 +175,20 @@ class _Run:
             return
         self._looked_s = now
         claims, releases = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
+        self._controller.forgive([partition for partition in claims if partition in self._given_up])
         self._controller.suspect_unfinished(claims)
         if releases or (claims and len(self._ledger.owned()) < len(self._ledger.readers)):
             self._view.stage(f"this controller owns partitions {self._ledger.owned()}")
 
     def _wait_for_store(self, error: PopulaceError) -> None:
-        """The store is away or full: nothing is lost and nothing can be done. Claim anew once it is back."""
-        before = set(self._ledger.owned())
+        """The store is away or full: nothing is lost and nothing can be done. Join anew once it is back."""
+        self._given_up |= set(self._ledger.owned())
         self._view.stage(f"[yellow]paused[/]: {escape(str(error))}; looking again every {self._run.store_retry_s:g} s")
         self._controller.abandon()
         self._ledger.give_up()
         while not self._stop.wait(self._run.store_retry_s):
             try:
                 self._ledger.join(self._run.controller, self._run.takeover_s)
-                while not self._ledger.owned() and not self._stop.wait(0.2):
-                    claims, _ = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
-                    self._controller.forgive([p for p in claims if p in before])
-                    self._controller.suspect_unfinished(claims)
                 self._view.stage("the store is back; going on")
                 return
             except (StoreUnavailable, OutcomeUnknown) as still:
