@@ -212,6 +212,20 @@ class RunSettings:
     """Controllers of different names share a population's partitions, and take over from those that die."""
     store_retry_s: float = 5.0
     """How often a run whose store is away looks whether it is back."""
+    metrics: bool = True
+    """Export to Ray's metrics, and through them to Prometheus: docs/reference/metrics.md."""
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """The population page. `populace page` serves the same of a population that doesn't run."""
+
+    enabled: bool = False
+    """Whether a run serves it, through Ray Serve."""
+    host: str = "127.0.0.1"
+    port: int = 8270
+    hosts: tuple[str, ...] = ()
+    """Names besides `host` and localhost that browsers may call it by."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +256,7 @@ class Settings:
     residency: ResidencySettings = field(default_factory=ResidencySettings)
     stream: StreamSettings = field(default_factory=StreamSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    page: PageSettings = field(default_factory=PageSettings)
 
 
 _CHOICES = {
@@ -289,6 +304,7 @@ _POSITIVE = [
     "retention.every_waves",
     "run.takeover_s",
     "run.checkpoint_every_records",
+    "page.port",
 ]
 _NOT_NEGATIVE = [
     "train.kl_coefficient",

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from populace.population.cli_streams import commands
+from populace.population.cli_operate import commands as operate_commands
+from populace.population.cli_streams import commands as stream_commands
 from populace.population.console import Name, Store, console, find_population, open_population
 from populace.storage.errors import InvalidInput, PopulaceError
 
@@ -39,18 +40,22 @@ keys_app = typer.Typer(no_args_is_help=True, help="Signing and master keys.")
 app.add_typer(keys_app, name="keys")
 catalog_app = typer.Typer(no_args_is_help=True, help="The index of all adapters.")
 app.add_typer(catalog_app, name="catalog")
-app.add_typer(commands)
+app.add_typer(stream_commands)
+app.add_typer(operate_commands)
+TEMPORARY = 75
+"""EX_TEMPFAIL of sysexits.h."""
 
 
 def main() -> None:
-    """Entry point: errors that Populace raises on purpose are one line, not a traceback."""
+    """Entry point: errors that Populace raises on purpose are one line, not a traceback. The exit code is 2 where
+    something has to change first, `TEMPORARY` where the same may work later, 1 for everything unforeseen."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a base is always local; never ask a hub
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
     except PopulaceError as error:
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        sys.exit(TEMPORARY if error.is_temporary else 2)
 
 
 @store_app.command("dev")
@@ -79,14 +84,20 @@ def store_dev(
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    log: Annotated[str, typer.Option(help="text, or json: one object a line, for machines.")] = "text",
 ) -> None:
     """Train a population until its experience is used up. Again on the same store continues."""
+    if log not in ("text", "json"):
+        raise InvalidInput(f"--log is {log!r}; use text or json")
     from populace.configs.load import load_settings
 
     settings = load_settings(config, overrides or ())
-    from populace.population.live import ConsoleView
+    from populace.population.live import ConsoleView, LogView
     from populace.population.run import run_population
 
+    if log == "json":
+        run_population(settings, LogView())
+        return
     with ConsoleView(console) as view:
         population, reported = run_population(settings, view)
     figures = population.status()

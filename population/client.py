@@ -30,7 +30,7 @@ from populace.storage.keys import Keyring, PublicKey
 from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store
 from populace.storage.probe import require_safe
-from populace.storage.records import Position, Rotate, Settled, SettledEvent, Verdict, WaveManifest, parts_of
+from populace.storage.records import Position, Record, Rotate, Settled, SettledEvent, Verdict, WaveManifest, parts_of
 from populace.storage.repack import RepackReport, RetentionRule
 from populace.storage.states import AdapterState, RevisionState
 from populace.storage.verify import Findings, verify_partition
@@ -184,7 +184,7 @@ class Population:
 
     def revisions(self, user: str) -> list[RevisionInfo]:
         """A user's revisions from 0 on."""
-        self.ledger.refresh()
+        self.ledger.follow()
         adapter = self.ledger.adapter(user)
         first = RevisionInfo(
             revision=0,
@@ -200,7 +200,7 @@ class Population:
 
     def manifest(self, user: str, revision: int) -> dict[str, Any]:
         """The payload of the record that committed a revision."""
-        self.ledger.refresh()
+        self.ledger.follow()
         adapter = self.ledger.adapter(user)
         if type(revision) is not int or not adapter.exists(revision):
             adapter.require(revision)
@@ -213,7 +213,7 @@ class Population:
     def verify(self, user: str) -> Findings:
         """Walk the history that `user` is part of from its first record, and read every blob of the user's
         revisions. `Findings.problems` is empty when all is well. `populace verify --all` walks everybody's."""
-        self.ledger.refresh()
+        self.ledger.follow()
         adapter, findings = self.ledger.adapter(user), Findings()
         verify_partition(
             self.store,
@@ -228,20 +228,20 @@ class Population:
     def rollback(self, user: str, to: int) -> bool:
         """Move a user's tip and serving to revision `to`. A running controller obeys between two waves; with
         none alive, this claims the population, does it, and releases it. Returns whether it is done already."""
-        self.ledger.refresh()
+        self.ledger.follow()
         self.ledger.adapter(check_user(user)).require(to)
         return self._command(user, Rollback(to=to))
 
     def pin(self, user: str, revision: int, pinned: bool = True) -> bool:
         """Keep a revision whatever the retention rule says; `pinned=False` takes it back. Obeyed like a rollback."""
-        self.ledger.refresh()
+        self.ledger.follow()
         self.ledger.adapter(check_user(user)).require(revision)
         return self._command(user, Pin(revision=revision, pinned=pinned))
 
     def forget(self, user: str) -> bool:
         """Make everything of a user unreadable for ever: their experience, their revisions, their name. Obeyed like
         a rollback; from then on whoever asks for the user gets `Forgotten`. The bytes go with the next repack."""
-        self.ledger.refresh()
+        self.ledger.follow()
         pseudonym = self.ledger.pseudonym(check_user(user))
         if self.ledger.catalog.is_forgotten(pseudonym):
             return True
@@ -273,21 +273,29 @@ class Population:
         return master
 
     def parked(self, user: str | None = None) -> list[ParkedEvent]:
-        """Events that were given up because they failed too often, of one user or of everybody. Reads the whole
-        history."""
-        self.ledger.refresh()
-        wanted = None if user is None else self.ledger.pseudonym(check_user(user))
+        """Events that were given up because they failed too often, of one user or of everybody, oldest first. For
+        everybody it reads the whole history."""
+        self.ledger.follow()
+        if user is None:
+            every = (parked_events(self.store, self.meta, partition) for partition in self.ledger.readers)
+            pairs = [pair for found in every for pair in found]
+        else:
+            adapter = self.ledger.catalog.get(self.ledger.pseudonym(check_user(user)))
+            pairs = [] if adapter is None else self._parked_of(adapter)
         found = []
-        for partition in self.ledger.readers:
-            for pseudonym, item in parked_events(self.store, self.meta, partition):
-                if wanted in (None, pseudonym):
-                    with contextlib.suppress(Forgotten):
-                        detail = self.ledger.seals.detail(pseudonym, item)
-                        name = self.ledger.keys.get(pseudonym).user
-                        found.append(
-                            ParkedEvent(user=name, position=item.event.position, reason=item.reason, detail=detail)
-                        )
+        for pseudonym, item in pairs:
+            with contextlib.suppress(Forgotten):
+                detail = self.ledger.seals.detail(pseudonym, item)
+                name = self.ledger.keys.get(pseudonym).user
+                found.append(ParkedEvent(user=name, position=item.event.position, reason=item.reason, detail=detail))
         return found
+
+    def _parked_of(self, adapter: AdapterState) -> list[tuple[str, SettledEvent]]:
+        """From the records that settled something of this adapter."""
+        seqs = {note.seq for note in adapter.notes() if note.decision == "settled"}
+        seqs |= {state.seq for state in adapter.revisions()}
+        records = (self.ledger.readers[adapter.partition].read_at(seq)[1] for seq in sorted(seqs))
+        return [pair for record in records for pair in _parked_in(record) if pair[0] == adapter.pseudonym]
 
     @contextlib.contextmanager
     def _claimed(self, user: str | None = None) -> Iterator[Ledger]:
@@ -337,7 +345,7 @@ class Population:
     ) -> str:
         """An answer of a user's adapter: `serving`, `tip`, or a revision number. A user without an adapter gets
         the base's answer."""
-        self.ledger.refresh()
+        self.ledger.follow()
         check_user(user)
         check_prompt("sample", messages)
         rollout = rollout or self.settings.rollout
@@ -346,7 +354,7 @@ class Population:
         try:
             engine.page_in([ref], False)
         except ObjectNotFound:  # its pack was just rewritten
-            self.ledger.refresh()
+            self.ledger.follow()
             engine.page_in([ref := self._ref(user, revision)], False)
         request = RolloutRequest(
             adapter=ref.key,
@@ -424,14 +432,18 @@ def reading_of(settings: Settings) -> Reading:
 def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> Iterator[tuple[str, SettledEvent]]:
     """(pseudonym, event) of everything that was parked in a partition, oldest first."""
     reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
-    for _, whole in reader.read_new():
-        for record in parts_of(whole):
-            settled: list[tuple[str, SettledEvent]] = []
-            if isinstance(record, WaveManifest):
-                settled = [(entry.pseudonym, item) for entry in record.revisions for item in entry.settled]
-            elif isinstance(record, Settled):
-                settled = [(record.pseudonym, item) for item in record.events]
-            yield from ((pseudonym, item) for pseudonym, item in settled if item.reason.startswith("parked: "))
+    for _, record in reader.read_new():
+        yield from _parked_in(record)
+
+
+def _parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
+    for record in parts_of(whole):
+        settled: list[tuple[str, SettledEvent]] = []
+        if isinstance(record, WaveManifest):
+            settled = [(entry.pseudonym, item) for entry in record.revisions for item in entry.settled]
+        elif isinstance(record, Settled):
+            settled = [(record.pseudonym, item) for item in record.events]
+        yield from ((pseudonym, item) for pseudonym, item in settled if item.reason.startswith("parked: "))
 
 
 def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:

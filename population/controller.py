@@ -19,11 +19,9 @@ order in which they are made. Every stage returns a value to `run_once`; no stag
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import fmean
 
 from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
@@ -36,6 +34,7 @@ from populace.population.prepare import Prepared, prepare_member
 from populace.population.publish import Publication, Publisher
 from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
 from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
+from populace.population.wave_report import Clock, WaveReport, report_of
 from populace.storage.errors import PopulaceError
 from populace.storage.records import (
     AdapterCreated,
@@ -55,7 +54,6 @@ from populace.workers.batch import (
     AdapterRef,
     Paging,
     ScoredSample,
-    StepResult,
     TrainGroup,
     WaveBatch,
 )
@@ -63,25 +61,6 @@ from populace.workers.layout import AdapterSpec, layout_of
 
 SUSPECTS_SHARE = 8
 """What died in a full wave is tried again in waves of this part of one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaveReport:
-    """What one turn of the loop did."""
-
-    wave: str
-    num_adapters: int
-    num_revisions: int
-    num_settled: int
-    num_tokens: int
-    mean_reward: float | None
-    out_of_route: float | None
-    """Share of replayed selections that the trainer's own gates would have made otherwise; None without any."""
-    verdicts: tuple[Verdict, ...]
-    seconds: Mapping[str, float]
-    """Stage -> wall time that this turn spent in it; what other waves' stages took beside it isn't in here."""
-    paging: Paging
-    """Where the wave's adapters were found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +99,8 @@ class Controller:
         self._rolling: RollingWave | None = None
         self._publication: Publication | None = None
         self._renaming: Future[None] | None = None
+        self._between: list[Verdict | Tombstone | Settled] = []
+        """Written since the last report, beside waves."""
         self._busy: set[str] = set()
         """Users in an uncommitted wave."""
         self._suspects: dict[str, tuple[int, int]] = {}
@@ -128,7 +109,7 @@ class Controller:
     def run_once(self) -> WaveReport | None:
         """One wave from pending experience to revisions; None when nobody has any. When the run is pipelined the
         wave may still be on its way into the store when this returns; `quiesce` waits for it."""
-        clock = _Clock()
+        clock = Clock()
         try:
             current, self._rolling = self._rolling or self._roll_out(self._plan()), None
             clock.lap("plan")
@@ -158,7 +139,8 @@ class Controller:
         except BaseException:
             self.abandon()
             raise
-        return _report(current, outcomes, result, verdicts, clock.seconds)
+        between, self._between = self._between, []
+        return report_of(current.planned.wave, current.paging[0], outcomes, result, verdicts, between, clock.seconds)
 
     def settle(self) -> None:
         """Wait until the last wave is in the store, and let the catalog and the slots follow."""
@@ -343,6 +325,7 @@ class Controller:
     def _obey_commands(self) -> None:
         """Commands come between two waves of a user; neither the workers nor the exams may keep what is forgotten."""
         done = self.ledger.obey_commands(self._busy)
+        self._between += done
         forgotten = [record.pseudonym for record in done if isinstance(record, Tombstone)]
         if forgotten:
             self.examiner.forget(forgotten)
@@ -382,7 +365,9 @@ class Controller:
                 if item.state != PENDING
             ]
             settled.append(SettledEvent(event=ref, reason=reason))
-            self.ledger.append(adapter.partition, Settled(pseudonym=pseudonym, events=settled, consumed=ref.position))
+            record = Settled(pseudonym=pseudonym, events=settled, consumed=ref.position)
+            self.ledger.append(adapter.partition, record)
+            self._between.append(record)
 
     def _admit(self, wave: Wave) -> dict[str, AdapterState]:
         """Create the adapters that don't exist yet, and log which events are about to be tried."""
@@ -483,7 +468,7 @@ class Controller:
         every = (self.settings.evaluation.every_waves, self.settings.retention.every_waves)
         return any(num_waves % number == 0 for number in every)
 
-    def _keep_up(self, clock: _Clock) -> list[Verdict]:
+    def _keep_up(self, clock: Clock) -> list[Verdict]:
         """Evaluations, repacks, checkpoints and compactions, as they are due."""
         verdicts: list[Verdict] = []
         if self.num_waves % self.settings.evaluation.every_waves == 0:
@@ -527,54 +512,3 @@ def _attempt(wave: Wave, members: Sequence[WaveMember], is_withdrawn: bool = Fal
     """What is about to be tried of one partition; nothing, when it is taken back."""
     tried = {member.pseudonym: [] if is_withdrawn else [event.ref for event in member.events] for member in members}
     return Attempt(wave=wave.wave_id, num_adapters=len(wave.members), adapters=tried)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-        self._marked: float | None = None
-
-    def mark(self) -> None:
-        """Something that was waited for is done."""
-        self._marked = time.monotonic()
-
-    def lap_up_to_mark(self, before: str, after: str) -> None:
-        """Time up to the mark counts as `before`, time behind it as `after`; all of it as `before` without a mark."""
-        now = time.monotonic()
-        waited = 0.0 if self._marked is None else max(0.0, now - max(self._marked, self._last))
-        self.seconds[before] = self.seconds.get(before, 0.0) + now - self._last - waited
-        self.seconds[after] = self.seconds.get(after, 0.0) + waited
-        self._last = now
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
-def _report(
-    current: RollingWave,
-    outcomes: Sequence[MemberOutcome],
-    result: StepResult,
-    verdicts: Sequence[Verdict],
-    seconds: Mapping[str, float],
-) -> WaveReport:
-    rewards = [update.metrics["reward"] for update in result.updates if "reward" in update.metrics]
-    updated = [update.status == "updated" for update in result.updates]
-    num_settled = [
-        len(outcome.settled) + (0 if is_updated else len(outcome.trained))
-        for outcome, is_updated in zip(outcomes, updated, strict=True)
-    ]
-    return WaveReport(
-        wave=current.planned.wave.wave_id,
-        num_adapters=len(current.planned.wave.members),
-        num_revisions=sum(updated),
-        num_settled=sum(num_settled),
-        num_tokens=int(sum(update.metrics.get("tokens", 0) for update in result.updates)),
-        mean_reward=fmean(rewards) if rewards else None,
-        out_of_route=result.out_of_route[0] / result.out_of_route[1] if result.out_of_route[1] else None,
-        verdicts=tuple(verdicts),
-        seconds=dict(seconds),
-        paging=current.paging[0],
-    )

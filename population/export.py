@@ -32,7 +32,7 @@ from populace.workers.slab import unpack_weights
 
 def export_peft(population: Population, user: str, folder: Path, revision: int | str = "serving") -> int:
     """Write `user`'s revision into `folder`; returns its number. `InvalidInput` if the folder has files."""
-    population.ledger.refresh()
+    population.ledger.follow()
     adapter = population.ledger.adapter(user)
     number = revision_number(adapter, revision)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -42,7 +42,7 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
     try:
         blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
     except ObjectNotFound:  # its pack was just rewritten
-        population.ledger.refresh()
+        population.ledger.follow()
         ref = revision_ref(population.ledger.adapter(user), number)
         blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
     flat = unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)

@@ -17,11 +17,20 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from populace.population.consumer import Consumer, Reading, SegmentCache
 from populace.population.experience import Forget, LogEvent, Pin, Rollback
 from populace.population.meta import PopulationMeta
-from populace.population.partitions import HEARTBEAT_S, Heartbeat, owner_key, read_life, share_out
+from populace.population.partitions import (
+    HEARTBEAT_S,
+    Heartbeat,
+    controller_key,
+    owner_key,
+    read_life,
+    share_out,
+    stop_key,
+)
 from populace.population.pending import PendingIndex
 from populace.population.producer import Producer
 from populace.population.stream import LoggedEvent, partition_of
@@ -92,7 +101,7 @@ class Ledger:
         for partition, reader in self.readers.items():
             if (seq := restore(reader, self.catalog)) is not None:
                 self._checkpointed[partition] = seq
-        self._follow()
+        self.follow()
 
     @property
     def secrets(self) -> Secrets:
@@ -110,9 +119,9 @@ class Ledger:
         return seed ^ (int.from_bytes(digest[:8], "big") >> 1)
 
     def refresh(self) -> None:
-        """Read what the logs have gained. Partitions that this process owns have nothing new from others."""
+        """`follow`, and read new experience. Partitions that this process owns have nothing new from others."""
         for turn in range(3):
-            self._follow()
+            self.follow()
             try:
                 self.read_experience()
                 return
@@ -150,7 +159,7 @@ class Ledger:
                     "stop that one first, or wait for it"
                 )
         seen = {partition: self.readers[partition].next_seq for partition in wanted}
-        self._follow()
+        self.follow()
         if any(self.readers[partition].next_seq != seen[partition] for partition in wanted):
             raise OwnerAlive(f"population {self.meta.name!r} was written by another process just now; start again")
         try:
@@ -165,10 +174,11 @@ class Ledger:
             self.release()
             raise
 
-    def join(self, controller: str, takeover_s: float) -> None:
-        """Become the controller of that name, owning nothing yet; see `rebalance`. `OwnerAlive` if there is one."""
+    def join(self, controller: str, takeover_s: float, on_stop: Callable[[], None] = lambda: None) -> None:
+        """Become the controller of that name, owning nothing yet; see `rebalance`. `OwnerAlive` if there is one.
+        `on_stop` is called, in a thread, when somebody asks this controller to stop."""
         heartbeat = self._beat(takeover_s)
-        key = f"{self.meta.name}/controllers/{controller}.json"
+        key = controller_key(self.meta.name, controller)
         if before := read_life(self.store, key):
             time.sleep(takeover_s)
             if read_life(self.store, key) != before:
@@ -178,9 +188,14 @@ class Ledger:
                     "or let this one share its partitions under another name: run.controller=NAME"
                 )
         self._controller = controller
-        heartbeat.announce(controller)
+        heartbeat.announce(controller, on_stop)
         for consumer in self.consumers.values():
             consumer.let_go()
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Let others see these with this controller's signs of life."""
+        if self._heartbeat is not None:
+            self._heartbeat.figures = figures
 
     def rebalance(
         self, takeover_s: float, before_release: Callable[[], None]
@@ -189,7 +204,7 @@ class Ledger:
         and what was released. `before_release` is called before anything is released: nothing may be under way then."""
         heartbeat = self._heartbeat
         assert heartbeat is not None
-        self._follow()
+        self.follow()
         holders: dict[int, str | None] = {}
         for partition in self.readers:
             if partition in self._owners:
@@ -228,7 +243,8 @@ class Ledger:
             self._heartbeat.stop()
             if self._controller is not None:
                 with contextlib.suppress(PopulaceError):
-                    self.store.delete(f"{self.meta.name}/controllers/{self._controller}.json")
+                    self.store.delete(stop_key(self.meta.name, self._controller))
+                    self.store.delete(controller_key(self.meta.name, self._controller))
             self._heartbeat = self._controller = None
 
     def give_up(self) -> None:
@@ -276,7 +292,7 @@ class Ledger:
             self._heartbeat.start()
         return self._heartbeat
 
-    def _follow(self, partitions: Collection[int] | None = None) -> None:
+    def follow(self, partitions: Collection[int] | None = None) -> None:
         """Read the revision logs of these partitions; None: of those that this process doesn't write."""
         for partition in self.readers.keys() - self._owners.keys() if partitions is None else partitions:
             for header, record in self.readers[partition].read_new():
@@ -305,7 +321,7 @@ class Ledger:
         for pseudonym in self.keys.pseudonyms():
             self.keys.rewrap(pseudonym, new.master)
         # A takeover meanwhile may have forgotten somebody whose key was just written again.
-        self._follow(self.readers)
+        self.follow(self.readers)
         self._finish_forgetting(self.readers, has_died=False)
         return new.master
 

@@ -2,25 +2,102 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from typing import Protocol
+from datetime import UTC, datetime
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from populace.population.controller import Controller, WaveReport
+from populace.population.controller import Controller
+from populace.population.wave_report import WaveReport
+from populace.storage.errors import PopulaceError
 
 
-class View(Protocol):
-    def stage(self, text: str) -> None: ...
-    def wave(self, report: WaveReport, controller: Controller) -> None: ...
+class View:
+    """Whoever follows a run; what a subclass doesn't care about does nothing."""
+
+    def stage(self, text: str) -> None:
+        """Something is being done, or has happened, beside waves."""
+
+    def wave(self, report: WaveReport, controller: Controller) -> None:
+        """A wave was trained."""
+
+    def idle(self, controller: Controller) -> None:
+        """Nobody has anything to learn from; told twice a second."""
+
+    def paused(self, error: PopulaceError | None) -> None:
+        """The store is away or full, and why; None: it is back."""
+
+    def restarted(self) -> None:
+        """The shard group died and is started again."""
 
 
-class ConsoleView:
-    """Use as a context manager around a run."""
+class Views(View):
+    """Several at once."""
+
+    def __init__(self, *views: View) -> None:
+        self._views = views
+
+    def stage(self, text: str) -> None:
+        for view in self._views:
+            view.stage(text)
+
+    def wave(self, report: WaveReport, controller: Controller) -> None:
+        for view in self._views:
+            view.wave(report, controller)
+
+    def idle(self, controller: Controller) -> None:
+        for view in self._views:
+            view.idle(controller)
+
+    def paused(self, error: PopulaceError | None) -> None:
+        for view in self._views:
+            view.paused(error)
+
+    def restarted(self) -> None:
+        for view in self._views:
+            view.restarted()
+
+
+class LogView(View):
+    """One JSON object per line, for machines that collect logs."""
+
+    def stage(self, text: str) -> None:
+        self._write("stage", text=text)
+
+    def wave(self, report: WaveReport, controller: Controller) -> None:
+        self._write(
+            "wave",
+            number=controller.num_waves,
+            wave=report.wave,
+            adapters=report.num_adapters,
+            revisions=report.num_revisions,
+            trained=report.num_trained,
+            settled=report.settled,
+            tokens=report.num_tokens,
+            reward=report.mean_reward,
+            rollout_kl=report.rollout_kl,
+            verdicts=Counter(record.decision for record in report.verdicts),
+            pending=controller.ledger.pending.num_pending(),
+            seconds={phase: round(value, 3) for phase, value in report.seconds.items()},
+        )
+
+    def paused(self, error: PopulaceError | None) -> None:
+        self._write("back" if error is None else "paused", **({} if error is None else {"error": str(error)}))
+
+    def _write(self, event: str, **fields: Any) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        print(json.dumps({"at": at, "event": event, **fields}), flush=True)
+
+
+class ConsoleView(View):
+    """For people. Use as a context manager around a run."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -38,7 +115,13 @@ class ConsoleView:
             self._live.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(f"[dim]{self._elapsed():6.0f} s[/]  {text}", soft_wrap=True)
+        self._print(escape(text))
+
+    def paused(self, error: PopulaceError | None) -> None:
+        if error is None:
+            self._print("the store is back; going on")
+        else:
+            self._print(f"[yellow]paused[/] until the store is back: {escape(str(error))}")
 
     def wave(self, report: WaveReport, controller: Controller) -> None:
         seconds = sum(report.seconds.values())
@@ -46,7 +129,6 @@ class ConsoleView:
             waves=1,
             updates=report.num_revisions,
             tokens=report.num_tokens,
-            settled=report.num_settled,
             milliseconds=round(1000 * seconds),
         )
         reward = "" if report.mean_reward is None else f"  reward {report.mean_reward:.3f}"
@@ -55,7 +137,7 @@ class ConsoleView:
         verdicts = "".join(f"  {count} {decision}" for decision, count in decisions.items())
         num_waiting = controller.ledger.pending.num_pending()
         waiting = f"  {num_waiting} events wait" if num_waiting else ""
-        self.stage(
+        self._print(
             f"wave {controller.num_waves:3d}  {report.num_adapters} adapters  {report.num_revisions} revisions"
             f"{reward}{route}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}{waiting}"
             f"  [dim]({_stages(report)})[/]"
@@ -80,8 +162,8 @@ class ConsoleView:
             table.add_row(f"[bold]{label}[/]", value)
         return Panel(table, title=f"populace · {controller.ledger.meta.name}", expand=False)
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
+    def _print(self, markup: str) -> None:
+        self._console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/]  {markup}", soft_wrap=True)
 
 
 def _stages(report: WaveReport) -> str:

@@ -16,6 +16,13 @@ MAX_TRIES = 3
 REASONS_WITHOUT_UPDATE = {"no_signal": "no signal", "non_finite": "gradient not finite"}
 
 
+def kind_of(reason: str) -> str:
+    """Of the reason of a settled event: parked, no signal, not finite, stale or rejected."""
+    if reason.startswith(("parked", "stale")):
+        return reason.partition(":")[0]
+    return {"no signal": "no signal", "gradient not finite": "not finite"}.get(reason, "rejected")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberOutcome:
     """A prefix of the member's events is accounted for; it ends before the first one that failed and may be tried

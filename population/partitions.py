@@ -12,8 +12,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.objects import ObjectStore
@@ -72,6 +73,9 @@ class Heartbeat(threading.Thread):
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._owned: set[int] = set()
         self._controller: str | None = None
+        self._on_stop: Callable[[], None] = lambda: None
+        self.figures: Mapping[str, Any] = {}
+        """What a controller shows of its work."""
         self.seen: dict[str, Life] = {}
         """Key -> life of the others."""
 
@@ -93,9 +97,10 @@ class Heartbeat(threading.Thread):
             self.drop(partition)
             self._put(owner_key(self._population, partition), {"owner": self.owner, "released": True})
 
-    def announce(self, controller: str) -> None:
-        """Show life as a controller, also while it owns nothing."""
-        self._controller = controller
+    def announce(self, controller: str, on_stop: Callable[[], None]) -> None:
+        """Show life as a controller, also while it owns nothing; `on_stop` is called, again and again, when somebody
+        asks it to stop."""
+        self._controller, self._on_stop = controller, on_stop
 
     def living(self, within_s: float) -> set[str]:
         """Names of the processes that run other controllers and showed life lately."""
@@ -143,14 +148,19 @@ class Heartbeat(threading.Thread):
             with self._lock:
                 keys = [owner_key(self._population, partition) for partition in sorted(self._owned)]
             if self._controller is not None:
-                keys.append(f"{controllers_folder(self._population)}/{self._controller}.json")
+                figures = {"figures": self.figures} if self.figures else {}
+                self._put(controller_key(self._population, self._controller), {"owner": self.owner, **figures})
             for key in keys:
                 self._put(key, {"owner": self.owner, "counter": counter})
 
     def _look(self) -> None:
         """Read what others show; a listing is good enough, nothing rests on it."""
-        own = f"{controllers_folder(self._population)}/{self._controller}.json"
-        keys = [key for key in self._store.list(controllers_folder(self._population)) if key != own]
+        assert self._controller is not None
+        own, request = controller_key(self._population, self._controller), stop_key(self._population, self._controller)
+        there = list(self._store.list(controllers_folder(self._population)))
+        if request in there and self._is_meant(request):
+            self._on_stop()
+        keys = [key for key in there if key.endswith(".json") and key != own]
         with self._lock:
             keys += [owner_key(self._population, p) for p in range(self._num_partitions) if p not in self._owned]
         for key in keys:
@@ -159,6 +169,11 @@ class Heartbeat(threading.Thread):
                 known = self.seen.get(key)
                 if known is None or known.body != body:
                     self.seen[key] = Life(body=body, changed_s=time.monotonic())
+
+    def _is_meant(self, request: str) -> bool:
+        """A request that an earlier run of this name got isn't for this one."""
+        body = read_life(self._store, request)
+        return bool(body) and json.loads(body)["owner"] == self.owner
 
     def _put(self, key: str, body: dict[str, object]) -> None:
         # The nonce: an ETag of equal bodies would be equal too.
@@ -174,6 +189,15 @@ def read_life(store: ObjectStore, key: str) -> str:
 
 def owner_key(population: str, partition: int) -> str:
     return f"{population}/owners/{partition}.json"
+
+
+def controller_key(population: str, controller: str) -> str:
+    return f"{controllers_folder(population)}/{controller}.json"
+
+
+def stop_key(population: str, controller: str) -> str:
+    """Where somebody asks a controller to stop."""
+    return f"{controllers_folder(population)}/{controller}.stop"
 
 
 def controllers_folder(population: str) -> str:

@@ -49,7 +49,7 @@ class Route:
 def replay(population: Population, user: str, revision: int | None = None) -> list[Replayed]:
     """Re-derive one revision, or every kept one, oldest first. A route that passes other kept revisions compares them
     on its way. Nothing is written."""
-    population.ledger.refresh()
+    population.ledger.follow()
     adapter = population.ledger.adapter(user)
     kept = [state.revision for state in adapter.revisions() if "weights" in state.blobs]
     if revision is not None and (revision == 0 or not adapter.exists(revision)):
@@ -70,7 +70,7 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
             try:
                 found |= player.play(number, compare)
             except ObjectNotFound:  # a repack moved its bytes meanwhile, or they are really gone
-                population.ledger.refresh()
+                population.ledger.follow()
                 found |= player.play(number, compare)
         except (Damaged, ObjectNotFound) as error:
             found[number] = Replayed(revision=number, outcome=DAMAGED, detail=str(error))

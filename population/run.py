@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import ray
-from rich.markup import escape
 
 from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
+from populace.population.figures import Beacon
 from populace.population.gateway import Gateway
-from populace.population.live import View
+from populace.population.live import View, Views
+from populace.population.metrics import RayMetrics
+from populace.population.page import serving_page
 from populace.population.report import write_report
 from populace.population.rewards import find_reward, score_on_ray
+from populace.storage.counted import CountedStore
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
+from populace.storage.objects import open_store
 from populace.workers.group import ShardGroup, ShardGroupLost
 from populace.workers.prepare import prepare_base
 
@@ -35,8 +40,8 @@ REBALANCE_S = 1.0
 
 
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
-    """Run until drained, `run.max_waves`, or the first SIGINT or SIGTERM, which ends after the current wave.
-    Also returns whether a report was written."""
+    """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which all end after the
+    current wave. Also returns whether a report was written."""
     started, reported = time.monotonic(), False
     sys.path.insert(0, os.getcwd())  # rewards and experience are modules of the directory the run starts in
     for target in settings.rewards.functions.values():
@@ -44,18 +49,22 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     experience = None if settings.experience is None else _import_target(settings.experience)
     view.stage(f"base {settings.base.model}")
     base = prepare_base(settings.base.model, view.stage)
-    population = Population.create(settings.store, settings)
+    store = CountedStore(open_store(settings.store))
+    population = Population.create(store, settings)
     chat = Chat(base.folder)
     if experience is not None:
         num_events = population.enqueue_many(experience(settings))
         view.stage(f"enqueued {num_events} events")
     view.stage("starting Ray")
-    _start_ray()
+    start_ray()
     ledger, run = population.ledger, settings.run
-    with _StopSignal(view) as stop:
+    view = Views(view, Beacon(ledger.show))
+    if run.metrics:
+        view = Views(view, RayMetrics(settings.name, run.controller, store.take_calls))
+    with StopSignal(view) as stop, _page(settings, population, view):
         view.stage("claiming the population")
         # Before the shards: only one controller of a name may take over or remove those of a run that died.
-        ledger.join(run.controller, run.takeover_s)
+        ledger.join(run.controller, run.takeover_s, stop.ask)
         if settings.stream.gateway:
             Gateway.start(population.store.url, settings.name, stream=settings.stream)
         try:
@@ -66,7 +75,7 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
                 controller = Controller(settings, ledger, group.shards, chat, score_on_ray)
                 try:
                     _Run(controller, group, view, stop).until_done()
-                    if settings.report is not None and not stop.is_set():
+                    if settings.report is not None and not stop.event.is_set():
                         view.stage("measuring every adapter on every user's held-out tasks")
                         folder = Path(settings.report)
                         group.surviving(controller, lambda: write_report(controller, folder, started))
@@ -78,6 +87,18 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
         finally:
             ledger.release()
     return population, reported
+
+
+@contextlib.contextmanager
+def _page(settings: Settings, population: Population, view: View) -> Iterator[None]:
+    """The population page beside a run that wants one."""
+    page = settings.page
+    if not page.enabled:
+        yield
+        return
+    with serving_page(population, page.host, page.port, page.hosts, settings.report or "") as address:
+        view.stage(f"the population page is at {address}")
+        yield
 
 
 class _Group:
@@ -92,8 +113,7 @@ class _Group:
         try:
             self.shards.wait_until_ready(self._tick)
         except ShardGroupLost as error:
-            self._view.stage(f"{escape(str(error))}; starting the group again")
-            self.shards.start_again(self._tick)
+            self._start_again(error)
 
     def surviving(self, controller: Controller, call: Callable[[], Result]) -> Result:
         """`call`, once more on a new group as often as the group dies in it."""
@@ -105,10 +125,14 @@ class _Group:
                 return call()
             except ShardGroupLost as error:
                 is_new, started = True, time.monotonic()
-                self._view.stage(f"{escape(str(error))}; starting the group again")
-                self.shards.start_again(self._tick)
+                self._start_again(error)
                 controller.suspect_unfinished()
                 self._view.stage(f"the group is back after {time.monotonic() - started:.1f} s")
+
+    def _start_again(self, error: ShardGroupLost) -> None:
+        self._view.restarted()
+        self._view.stage(f"{error}; starting the group again")
+        self.shards.start_again(self._tick)
 
     def _tick(self, loaded: int, shards: int) -> None:
         if loaded != self._shown and shards > 1:
@@ -119,8 +143,9 @@ class _Group:
 class _Run:
     """Waves until there is a reason to stop, whatever the store and the other controllers do meanwhile."""
 
-    def __init__(self, controller: Controller, group: _Group, view: View, stop: threading.Event) -> None:
-        self._controller, self._group, self._view, self._stop = controller, group, view, stop
+    def __init__(self, controller: Controller, group: _Group, view: View, stop: StopSignal) -> None:
+        self._controller, self._group, self._view = controller, group, view
+        self._ask_to_stop, self._stop = stop.ask, stop.event
         self._ledger, self._run = controller.ledger, controller.settings.run
         self._looked_s = -REBALANCE_S
         self._given_up: set[int] = set()
@@ -157,6 +182,7 @@ class _Run:
         elif self._run.until_drained and not self._ledger.pending.num_pending():
             return False
         else:
+            self._view.idle(self._controller)
             self._stop.wait(IDLE_S)
         return True
 
@@ -183,13 +209,13 @@ class _Run:
     def _wait_for_store(self, error: PopulaceError) -> None:
         """The store is away or full: nothing is lost and nothing can be done. Join anew once it is back."""
         self._given_up |= set(self._ledger.owned())
-        self._view.stage(f"[yellow]paused[/]: {escape(str(error))}; looking again every {self._run.store_retry_s:g} s")
+        self._view.paused(error)
         self._controller.abandon()
         self._ledger.give_up()
         while not self._stop.wait(self._run.store_retry_s):
             try:
-                self._ledger.join(self._run.controller, self._run.takeover_s)
-                self._view.stage("the store is back; going on")
+                self._ledger.join(self._run.controller, self._run.takeover_s, self._ask_to_stop)
+                self._view.paused(None)
                 return
             except (StoreUnavailable, OutcomeUnknown) as still:
                 self._ledger.give_up()
@@ -197,31 +223,37 @@ class _Run:
         raise error
 
 
-class _StopSignal:
+class StopSignal:
     """Turns SIGINT and SIGTERM into a flag; a second one interrupts at once, and loses nothing committed."""
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._event = threading.Event()
+        self.event = threading.Event()
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> threading.Event:
+    def ask(self) -> None:
+        """Somebody asked through the store."""
+        if not self.event.is_set():
+            self.event.set()
+            self._view.stage("asked to stop; stopping after this wave")
+
+    def __enter__(self) -> StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._on_signal)
-        return self._event
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
+        if self.event.is_set():
             raise KeyboardInterrupt
-        self._event.set()
+        self.event.set()
         self._view.stage("stopping after this wave (once more to stop at once)")
 
 
-def _start_ray() -> None:
+def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names (a job has one), or start one for this run."""
     if ray.is_initialized():
         return

@@ -6,6 +6,9 @@ from __future__ import annotations
 class PopulaceError(Exception):
     """Root of all; picklable, so that it crosses Ray unchanged."""
 
+    is_temporary = False
+    """Whether the same may work later, with nothing changed."""
+
 
 class InvalidInput(PopulaceError, ValueError):
     """A value from outside is impossible. Names the field, the value and the way out; nothing was written."""
@@ -22,13 +25,19 @@ class AlreadyExists(PopulaceError):
 class OutcomeUnknown(PopulaceError):
     """The store did not say whether the write landed."""
 
+    is_temporary = True
+
 
 class StoreUnavailable(PopulaceError):
     """The store does not answer, or can't write; nothing was written. Try again when it is back."""
 
+    is_temporary = True
+
 
 class Overloaded(PopulaceError):
     """More was sent than can be written right now; nothing of it was written. Send it again after `retry_after_s`."""
+
+    is_temporary = True
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s)

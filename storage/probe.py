@@ -12,7 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, UnsafeStore
-from populace.storage.objects import FileStore, ObjectStore, get_range
+from populace.storage.objects import FileStore, ObjectStore, get_range, open_store
 
 NUM_WRITERS = 32
 _passed: set[str] = set()
@@ -48,8 +48,8 @@ def probe(store: ObjectStore, prefix: str) -> None:
         with contextlib.suppress(Exception):  # what failed above is the news
             store.delete(first)
             store.delete(second)
-            if isinstance(store, FileStore):
-                (store.root / prefix).rmdir()
+            if isinstance(plain := open_store(store.url), FileStore):
+                (plain.root / prefix).rmdir()
 
 
 def _check_create_race(store: ObjectStore, key: str) -> None:

@@ -14,8 +14,9 @@ from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
-from populace.population.run import _Run
-from populace.storage.errors import OutcomeUnknown, StoreUnavailable
+from populace.population.live import View
+from populace.population.run import StopSignal, _Run
+from populace.storage.errors import OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects import MemoryStore
 from populace.workers.engine import ShardEngine
 from tests.accounting import account
@@ -49,15 +50,16 @@ class Here:
         return call()
 
 
-class Recorder:
+class Recorder(View):
     """A view that remembers what it was shown, and does something after some waves."""
 
     def __init__(self, after_wave: Callable[[int], None]) -> None:
-        self.stages: list[str] = []
+        self.pauses: list[str] = []
+        """Why it paused; empty where it came back."""
         self._after_wave = after_wave
 
-    def stage(self, text: str) -> None:
-        self.stages.append(text)
+    def paused(self, error: PopulaceError | None) -> None:
+        self.pauses.append("" if error is None else str(error))
 
     def wave(self, report: WaveReport, controller: Controller) -> None:
         self._after_wave(controller.num_waves)
@@ -86,10 +88,9 @@ def test_a_run_pauses_while_the_store_is_away_and_continues_by_itself(
             threading.Timer(1.0, lambda: setattr(store, "is_down", False)).start()
 
     view = Recorder(after_wave)
-    _Run(controller, Here(), view, threading.Event()).until_done()  # type: ignore[arg-type]
-    paused = [text for text in view.stages if "paused" in text]
-    assert len(paused) == 2 and all("connection refused" in text and "looking again" in text for text in paused)
-    assert view.stages.count("the store is back; going on") == 2
+    _Run(controller, Here(), view, StopSignal(view)).until_done()  # type: ignore[arg-type]
+    assert len(view.pauses) == 4 and all("connection refused" in text for text in view.pauses[::2])
+    assert view.pauses[1::2] == ["", ""]
     assert account(population).is_exact()
     assert not controller._suspected_users(), "an outage is nobody's fault"
     population.ledger.release()
@@ -115,8 +116,9 @@ def test_a_run_that_is_stopped_while_the_store_is_away_ends_with_the_reason(sett
     chat = Chat(population.base().folder)
     engine = ShardEngine(population.shard_settings(population.base(), chat), store)
     population.ledger.join("main", run.takeover_s)
-    controller, stop = Controller(settings, population.ledger, engine, chat, score_here), threading.Event()
+    controller = Controller(settings, population.ledger, engine, chat, score_here)
     view = Recorder(lambda number: setattr(store, "is_down", True))
-    threading.Timer(12.0, stop.set).start()
+    stop = StopSignal(view)
+    threading.Timer(12.0, stop.event.set).start()
     with pytest.raises((StoreUnavailable, OutcomeUnknown), match="connection refused"):
         _Run(controller, Here(), view, stop).until_done()  # type: ignore[arg-type]

@@ -175,6 +175,8 @@ MAY_IMPORT_RAY = {
     "workers/shard.py",
     "workers/group.py",
     "population/gateway.py",
+    "population/metrics.py",
+    "population/page.py",
     "population/rewards.py",
     "population/run.py",
 }

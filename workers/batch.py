@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from populace.storage.counted import Calls
 from populace.storage.loading import BlobRequest
 from populace.storage.pack import BlobPlace
 from populace.workers.layout import AdapterSpec
@@ -64,6 +65,11 @@ class Paging:
     """For bytes that weren't in memory yet."""
     hot: tuple[str, ...]
     """Pseudonyms."""
+    num_warm: int = 0
+    num_near: int = 0
+    """Blobs on the local disk."""
+    store_calls: Calls = field(default_factory=dict)
+    """What the shards asked of the store since the last time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

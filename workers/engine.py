@@ -8,13 +8,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import transformers
 
+from populace.storage.counted import CountedStore
 from populace.storage.errors import InvalidInput
 from populace.storage.keys import Keyring, UserKeys
 from populace.storage.objects import ObjectStore, open_store
@@ -103,7 +104,8 @@ class ShardEngine:
             dense=settings.dense,
         )
         self.kernels = settings.trainer.kernels
-        self._store = store or open_store(settings.store_url)
+        self._counted = CountedStore(open_store(settings.store_url)) if store is None else None
+        self._store: ObjectStore = store or self._counted  # type: ignore[assignment]  # one of the two
         self.reset()
 
     def reset(self) -> None:
@@ -141,7 +143,8 @@ class ShardEngine:
         self.residency.prefetch(refs)
 
     def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging:
-        return self.residency.page_in(refs, with_moments, keep)
+        paging = self.residency.page_in(refs, with_moments, keep)
+        return paging if self._counted is None else replace(paging, store_calls=self._counted.take_calls())
 
     def evict(self, keys: Sequence[AdapterKey]) -> None:
         self.residency.evict(keys)

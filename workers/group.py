@@ -30,6 +30,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from populace.configs.schema import GroupSettings
+from populace.storage.counted import add_calls
 from populace.storage.errors import InvalidInput, PopulaceError
 from populace.workers.batch import (
     AdapterKey,
@@ -55,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 class ShardGroupLost(PopulaceError):
     """A shard died and took the group with it. `start_again` brings it back; nothing that was committed is lost."""
+
+    is_temporary = True
 
 
 class ShardGroup:
@@ -116,8 +119,9 @@ class ShardGroup:
         self._all("prefetch", refs)
 
     def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging:
-        paging: Paging = self._all("page_in", refs, with_moments, keep)[0]
-        return paging
+        """All shards find adapters in the same tiers; the store is asked by each."""
+        pagings: list[Paging] = self._all("page_in", refs, with_moments, keep)
+        return replace(pagings[0], store_calls=add_calls([paging.store_calls for paging in pagings]))
 
     def evict(self, keys: Sequence[AdapterKey]) -> None:
         self._all("evict", keys)

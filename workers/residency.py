@@ -121,7 +121,8 @@ class Residency:
         for ref in refs:  # in their order, not a set's: all shards must evict alike
             self._hot.touch(ref.key)
         hot = tuple(dict.fromkeys(key.pseudonym for key in self.slab.slots))
-        return Paging(found=dict(found), waited_s=waited_s, hot=hot)
+        num_near = 0 if self.near is None else len(self.near)
+        return Paging(found=dict(found), waited_s=waited_s, hot=hot, num_warm=len(self._warm), num_near=num_near)
 
     def forget(self, pseudonyms: Iterable[str]) -> None:
         """Drop every revision and the key of forgotten users, from every tier."""
@@ -255,6 +256,9 @@ class NearTier:
         for stat, path in sorted(there, key=lambda item: item[0].st_mtime):
             for gone in self._files.put(f"{path.parent.name}/{path.name}", stat.st_size):
                 (folder / gone).unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def get(self, requests: Sequence[BlobRequest]) -> dict[BlobRequest, bytes]:
         """What is there and whole."""

@@ -1,0 +1,72 @@
+"""How two revisions of an adapter differ, module by module.
+
+Suffixes: E experts, R rank, D in, F out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from populace.population.client import Population
+from populace.population.trials import revision_ref
+from populace.storage.loading import load_wave
+from populace.workers.families import dims_of
+from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, layout_of
+from populace.workers.slab import unpack_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleNorms:
+    """Frobenius norms of what an adapter adds to one kind of module, s · B A, over all layers and experts."""
+
+    module: str
+    before: float
+    after: float
+    change: float
+    """Of the difference of the two."""
+
+
+def diff_revisions(population: Population, user: str, before: int, after: int) -> list[ModuleNorms]:
+    """Norms per module of two revisions and of their difference. `InvalidInput` for a revision that isn't kept."""
+    population.ledger.follow()
+    adapter = population.ledger.adapter(user)
+    refs = [revision_ref(adapter, number) for number in (before, after)]
+    spec = refs[0].spec
+    layout = layout_of(dims_of(Path(population.base().folder)), spec.rank, spec.expert_rank)
+    flats = []
+    for ref in refs:
+        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+        flats.append(unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts))
+    return norms_of(layout, spec, *flats)
+
+
+def norms_of(layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N: Tensor) -> list[ModuleNorms]:
+    """`diff_revisions` of two adapters in exact layout."""
+    found = []
+    for module, _, _ in layout.dims.shapes:
+        first = layout.dims.num_dense_layers if module in EXPERT_MODULES else 0
+        squares = torch.zeros(3, dtype=torch.float64)
+        for layer in range(first, layout.dims.num_layers):
+            (a, b), (c, d) = (
+                [layout.view(flat, module, layer, which).double() for which in "ab"] for flat in (before_N, after_N)
+            )
+            pairs = [(b, a), (d, c), (torch.cat([d, -b], -1), torch.cat([c, a], -2))]
+            squares += torch.stack([_square_of_product(left, right) for left, right in pairs])
+        before, after, change = (spec.scale_of(module) * squares.sqrt()).tolist()
+        found.append(ModuleNorms(module=module, before=before, after=after, change=change))
+    return found
+
+
+def _square_of_product(b_FR: Tensor, a_RD: Tensor) -> Tensor:
+    """‖B A‖² without B A: tr(BᵀB · AAᵀ). Rounding can take it below zero."""
+    return ((b_FR.mT @ b_FR) * (a_RD @ a_RD.mT)).sum().clamp(min=0)
+
+
+def largest(norms: Sequence[ModuleNorms]) -> float:
+    """What bars are drawn against."""
+    return max((max(item.before, item.after, item.change) for item in norms), default=0.0) or 1.0

@@ -1,0 +1,134 @@
+"""What a controller shows of its work with every sign of life: whoever sees the store sees the run.
+
+`populace top` and the population page read it; nothing rests on it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from populace.population.controller import Controller
+from populace.population.live import View
+from populace.population.partitions import controllers_folder
+from populace.population.wave_report import WaveReport
+from populace.storage.errors import ObjectNotFound, PopulaceError
+from populace.storage.objects import ObjectStore
+from populace.storage.records import Tombstone
+
+MAX_HOT = 256
+"""Hot adapters that are named."""
+NAME_DIGITS = 12
+"""Of their pseudonyms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerFigures:
+    """One controller now. Counts are since it started."""
+
+    state: str = "starting"
+    """starting, training, idle or paused."""
+    uptime_s: float = 0.0
+    num_partitions: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """waves, tokens, trained, settled, and the decisions: committed, promote, reject, rollback, …"""
+    num_pending: int = 0
+    oldest_wait_s: float = 0.0
+    residency: Mapping[str, int] = field(default_factory=dict)
+    """Tier -> adapters, as in `populace_adapters`."""
+    hot: tuple[str, ...] = ()
+    """The first digits of the pseudonyms of adapters in slots, `MAX_HOT` at most."""
+    last_wave: Mapping[str, Any] = field(default_factory=dict)
+    """adapters, revisions, reward, tokens, seconds (by phase)."""
+
+
+class Beacon(View):
+    """Follows a run, and hands figures to whatever shows them."""
+
+    def __init__(self, show: Callable[[Mapping[str, Any]], None]) -> None:
+        self._show, self._started, self._counts = show, time.monotonic(), Counter[str]()
+        self._last: Mapping[str, Any] = {}
+        self._residency: Mapping[str, int] = {}
+        self._hot: tuple[str, ...] = ()
+
+    def wave(self, report: WaveReport, controller: Controller) -> None:
+        self._counts.update(
+            waves=1, tokens=report.num_tokens, trained=report.num_trained, settled=sum(report.settled.values()),
+            committed=report.num_revisions,
+        )  # fmt: skip
+        self._counts.update(record.decision for record in report.verdicts)
+        for record in report.answered:
+            self._counts["forgotten" if isinstance(record, Tombstone) else record.decision] += 1
+        paging = report.paging
+        self._residency = {"hot": len(paging.hot), "warm": paging.num_warm, "near": paging.num_near}
+        self._hot = tuple(pseudonym[:NAME_DIGITS] for pseudonym in paging.hot[:MAX_HOT])
+        self._last = {
+            "adapters": report.num_adapters,
+            "revisions": report.num_revisions,
+            "reward": report.mean_reward,
+            "tokens": report.num_tokens,
+            "seconds": {phase: round(seconds, 3) for phase, seconds in report.seconds.items()},
+        }
+        self._publish("training", controller)
+
+    def idle(self, controller: Controller) -> None:
+        self._publish("idle", controller)
+
+    def paused(self, error: PopulaceError | None) -> None:
+        """Nobody sees this while the store is away, but a store that is full can still be read."""
+        self._show(asdict(ControllerFigures(state="starting" if error is None else "paused", counts=self._counts)))
+
+    def _publish(self, state: str, controller: Controller) -> None:
+        ledger = controller.ledger
+        figures = ControllerFigures(
+            state=state,
+            uptime_s=round(time.monotonic() - self._started, 1),
+            num_partitions=len(ledger.owned()),
+            counts=dict(self._counts),
+            num_pending=ledger.pending.num_pending(),
+            oldest_wait_s=round(ledger.pending.oldest_wait_s(), 1),
+            residency={**self._residency, "store": len(ledger.catalog)},
+            hot=self._hot,
+            last_wave=self._last,
+        )
+        self._show(asdict(figures))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenController:
+    """What stands in the store about one controller."""
+
+    name: str
+    owner: str
+    """Host, process and a word of its own."""
+    beat: str
+    """Changes with every sign of life."""
+    figures: ControllerFigures
+
+
+def controllers_of(store: ObjectStore, population: str) -> list[SeenController]:
+    """Every controller that shows life, or died without a word."""
+    seen = []
+    for key in store.list(controllers_folder(population)):
+        if not key.endswith(".json"):
+            continue
+        try:
+            body = json.loads(store.get(key))
+        except ObjectNotFound:  # it ended meanwhile
+            continue
+        known = {item.name for item in fields(ControllerFigures)}
+        figures = {name: value for name, value in body.get("figures", {}).items() if name in known}
+        figures["hot"] = tuple(figures.get("hot", ()))
+        seen.append(
+            SeenController(
+                name=key.rpartition("/")[2].removesuffix(".json"),
+                owner=body["owner"],
+                beat=body["nonce"],
+                figures=ControllerFigures(**figures),
+            )
+        )
+    return seen

@@ -1,0 +1,65 @@
+"""Stopping runs from anywhere that sees their store."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+from populace.population.figures import SeenController, controllers_of
+from populace.population.partitions import stop_key
+from populace.storage.errors import InvalidInput
+from populace.storage.objects import ObjectStore
+
+DEAD_S = 10.0
+"""A controller beats every second; one that is silent for this long isn't there any more, or its store isn't."""
+LOOK_S = 0.5
+
+
+def stop_run(
+    store: ObjectStore,
+    population: str,
+    *,
+    controller: str | None = None,
+    timeout_s: float = 600.0,
+    tick: Callable[[Mapping[str, str]], None] = lambda outcomes: None,
+) -> Mapping[str, str]:
+    """Ask the run of a population, or only that `controller` of it, to end after its wave, and wait until it has.
+
+    Returns controller -> `stopped`, `dead` (it had shown no life for `DEAD_S`; the next run of its name takes over) or
+    `busy` (not yet, after `timeout_s`; it still knows that it shall). `InvalidInput` if nothing runs."""
+    asked: dict[str, SeenController] = {}
+    silent_since: dict[str, tuple[str, float]] = {}
+    outcomes: dict[str, str] = {}
+    deadline = time.monotonic() + timeout_s
+    first = True
+    while True:
+        there = {seen.name: seen for seen in controllers_of(store, population) if controller in (None, seen.name)}
+        if first and not there:
+            who = f"population {population!r}" if controller is None else f"controller {controller!r}"
+            raise InvalidInput(f"nothing runs: no {who} shows life in {store.url}")
+        wanted = there if first else {name: seen for name, seen in there.items() if name in asked}
+        first = False
+        for name, seen in wanted.items():
+            if name not in asked or asked[name].owner != seen.owner:  # a run that lost its store comes back as another
+                by = f"{getpass.getuser()}@{socket.gethostname()}"
+                store.put(stop_key(population, name), json.dumps({"owner": seen.owner, "by": by}).encode())
+            asked[name] = seen
+        now = time.monotonic()
+        for name in asked:
+            if name not in there:
+                outcomes[name] = "stopped"
+                continue
+            beat, since = silent_since.get(name, ("", now))
+            if beat != there[name].beat:
+                silent_since[name] = (there[name].beat, now)
+                outcomes[name] = "busy"
+            elif now - since >= DEAD_S:
+                outcomes[name] = "dead"
+                store.delete(stop_key(population, name))
+        tick(outcomes)
+        if "busy" not in outcomes.values() or now > deadline:
+            return outcomes
+        time.sleep(LOOK_S)

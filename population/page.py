@@ -1,0 +1,291 @@
+"""The population page: a user's chain, provenance and parked events, live churn, rollbacks; served by Ray Serve.
+
+Looking needs no token. Actions need one, a session of this browser, and a form that this page itself has sent. Pages
+are rendered here and load nothing from anywhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import jinja2
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+
+from populace.configs.schema import BaseSettings
+from populace.population.client import Population
+from populace.population.diff import largest
+from populace.population.page_views import PopulationReader, live_rows, tree_of
+from populace.storage.errors import InvalidInput, PopulaceError
+from populace.storage.keys import Keyring
+
+PAGES = Path(__file__).parent / "pages"
+FILES = {"page.css": "text/css", "page.js": "text/javascript", "page.svg": "image/svg+xml"}
+COOKIE = "populace-session"
+SESSION_S = 8 * 3600.0
+MIN_TOKEN = 16
+MAX_FORM_BYTES = 10_000
+TOKEN_VARIABLE = "POPULACE_PAGE_TOKEN"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageSetup:
+    """What the page's replica is told; readable in Ray's dashboard, so there is no secret in it."""
+
+    store_url: str
+    population: str
+    base: str
+    keys_folder: str
+    hosts: tuple[str, ...]
+    """Names that browsers may call it by."""
+    token_sha256: str = ""
+    """Empty: no actions."""
+    report: str = ""
+    """Folder with a run's report, for the specialisation matrix."""
+
+
+class Denied(Exception):
+    """An action without what it needs."""
+
+
+class Page:
+    """Answers requests; free of Ray Serve."""
+
+    def __init__(self, setup: PageSetup) -> None:
+        self.setup = setup
+        self.reader = PopulationReader(self._open())
+        loader = jinja2.FileSystemLoader(PAGES)
+        self._templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+        self._sessions: dict[str, float] = {}
+
+    def answer(self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes) -> Response:
+        """One request. `headers` have lower-case names."""
+        try:
+            self._check_host(headers)
+            fields = {name: values[0] for name, values in parse_qs(query, keep_blank_values=True).items()}
+            if method == "GET":
+                response = self._get(path.strip("/"), fields, headers)
+            elif method == "POST":
+                self._check_origin(headers)
+                form = {name: values[0] for name, values in parse_qs(body.decode(), keep_blank_values=True).items()}
+                response = self._post(path.strip("/"), form, headers)
+            else:
+                response = PlainTextResponse("use GET or POST", 405)
+        except Denied as error:
+            response = self._message(str(error), headers, status=403)
+        except InvalidInput as error:
+            response = self._message(str(error), headers, status=404)
+        except PopulaceError as error:
+            response = self._message(str(error), headers, status=503 if error.is_temporary else 409)
+        response.headers.update(HEADERS)
+        return response
+
+    # Looking.
+
+    def _get(self, path: str, fields: Mapping[str, str], headers: Mapping[str, str]) -> Response:
+        reader = self.reader
+        match path:
+            case "":
+                totals, recent = reader.totals(), reader.recent()
+                return self._render("overview.html", headers, totals=totals, recent=recent)
+            case "live.json":
+                return JSONResponse(live_rows(reader.controllers()))
+            case "user":
+                user = reader.find(_field(fields, "id"))
+                return self._user(user, headers, _what_was_done(fields))
+            case "manifest":
+                found = reader.manifest(_field(fields, "id"), _number(fields, "revision"))
+                return PlainTextResponse(json.dumps(found, indent=1), media_type="application/json")
+            case "diff":
+                user, before, after = _field(fields, "id"), _number(fields, "before"), _number(fields, "after")
+                norms = reader.diff(user, before, after)
+                return self._render(
+                    "diff.html", headers, user=user, before=before, after=after, norms=norms, scale=largest(norms)
+                )
+            case "matrix" if (figures := self._report()) is not None:
+                return self._render("matrix.html", headers, names=list(figures["users"]), matrix=figures["matrix"])
+            case "sign-in":
+                return self._render("sign_in.html", headers)
+            case _ if path in FILES:
+                return Response((PAGES / path).read_bytes(), media_type=FILES[path])
+        return self._message(f"there is no page {path!r}", headers, status=404)
+
+    def _user(self, user: str, headers: Mapping[str, str], message: str) -> Response:
+        view = self.reader.user(user)
+        parked = self.reader.parked(user)
+        return self._render(
+            "user.html", headers, view=view, tree=tree_of(view.revisions), parked=parked, message=message, query=user
+        )
+
+    # Acting.
+
+    def _post(self, path: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Response:
+        if path == "sign-in":
+            return self._sign_in(form.get("token", ""))
+        if not self._is_signed_in(headers):
+            raise Denied("sign in first: this needs the page's token")
+        match path:
+            case "sign-out":
+                self._sessions.pop(_cookie(headers), None)
+                return RedirectResponse(".", 303)
+            case "confirm":
+                view, to = self.reader.user(_field(form, "id")), _number(form, "to")
+                return self._render("confirm.html", headers, user=view.user, to=to, tip=view.tip, serving=view.serving)
+            case "rollback":
+                user, to = _field(form, "id"), _number(form, "to")
+                # A population of its own: it waits for a controller's sign of life, and readers must not wait with it.
+                is_done = self._open().rollback(user, to)
+                return RedirectResponse(f"user?id={quote(user)}&{'done' if is_done else 'asked'}={to}", 303)
+        return self._message(f"there is no action {path!r}", headers, status=404)
+
+    def _sign_in(self, token: str) -> Response:
+        wanted = self.setup.token_sha256
+        if not wanted:
+            raise Denied(f"this page allows no actions; start it with {TOKEN_VARIABLE} set")
+        if not hmac.compare_digest(sha256(token.encode()).hexdigest(), wanted):
+            time.sleep(1.0)  # guessing is slow
+            raise Denied("that is not the page's token")
+        session, now = secrets.token_urlsafe(32), time.monotonic()
+        self._sessions = {known: ends for known, ends in self._sessions.items() if ends > now}
+        self._sessions[session] = now + SESSION_S
+        response = RedirectResponse(".", 303)
+        response.set_cookie(COOKIE, session, max_age=int(SESSION_S), httponly=True, samesite="strict", path="/")
+        return response
+
+    def _is_signed_in(self, headers: Mapping[str, str]) -> bool:
+        return self._sessions.get(_cookie(headers), 0.0) > time.monotonic()
+
+    def _check_host(self, headers: Mapping[str, str]) -> None:
+        """A name that isn't this page's may be another site's that was pointed here."""
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if host not in self.setup.hosts:
+            raise Denied(f"this page doesn't answer to the host {host!r}; add it to page.hosts")
+
+    def _check_origin(self, headers: Mapping[str, str]) -> None:
+        origin = headers.get("origin", "")
+        if urlsplit(origin).netloc != headers.get("host", "") or not origin:
+            raise Denied("actions must come from this page itself")
+
+    # Rendering.
+
+    def _render(self, name: str, headers: Mapping[str, str], status: int = 200, **values: Any) -> Response:
+        common = {
+            "population": self.setup.population,
+            "query": "",
+            "message": "",
+            "has_matrix": self._report() is not None,
+            "is_signed_in": self._is_signed_in(headers),
+            "can_sign_in": bool(self.setup.token_sha256),
+        }
+        return HTMLResponse(self._templates.get_template(name).render(common | values), status)
+
+    def _message(self, message: str, headers: Mapping[str, str], status: int) -> Response:
+        return self._render("message.html", headers, status, message=message, detail="")
+
+    def _report(self) -> dict[str, Any] | None:
+        path = Path(self.setup.report) / "report.json"
+        if not self.setup.report or not path.exists():
+            return None
+        figures: dict[str, Any] = json.loads(path.read_text())
+        return figures
+
+    def _open(self) -> Population:
+        setup = self.setup
+        os.environ.setdefault("POPULACE_KEYS", setup.keys_folder)
+        return Population.open(setup.store_url, name=setup.population, base=BaseSettings(model=setup.base))
+
+
+def _field(fields: Mapping[str, str], name: str) -> str:
+    value = fields.get(name, "").strip()
+    if not value:
+        raise InvalidInput(f"{name} is missing; add it")
+    return value
+
+
+def _number(fields: Mapping[str, str], name: str) -> int:
+    value = _field(fields, name)
+    if not value.isdigit():
+        raise InvalidInput(f"{name} is {value!r}; use a revision number")
+    return int(value)
+
+
+def _what_was_done(fields: Mapping[str, str]) -> str:
+    """After an action; never words out of the address."""
+    if "done" in fields:
+        return f"Rolled back: tip and serving are revision {_number(fields, 'done')}."
+    if "asked" in fields:
+        return f"Asked for revision {_number(fields, 'asked')}. The run obeys between two of this user's waves."
+    return ""
+
+
+def _cookie(headers: Mapping[str, str]) -> str:
+    pairs = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
+    return next((value for name, _, value in pairs if name == COOKIE), "")
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class PageServer:
+    """`Page` behind Ray Serve."""
+
+    def __init__(self, setup: PageSetup) -> None:
+        self._page = Page(setup)
+
+    async def __call__(self, request: Request) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_FORM_BYTES:
+                return PlainTextResponse("the form is too long", 413)
+        answer = functools.partial(
+            self._page.answer, request.method, request.url.path, request.url.query, request.headers, body
+        )
+        return await asyncio.get_running_loop().run_in_executor(None, answer)
+
+
+@contextmanager
+def serving_page(population: Population, host: str, port: int, hosts: tuple[str, ...], report: str) -> Iterator[str]:
+    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if token and len(token) < MIN_TOKEN:
+        raise InvalidInput(
+            f"{TOKEN_VARIABLE} has {len(token)} characters; use at least {MIN_TOKEN}: `openssl rand -hex 16`"
+        )
+    setup = PageSetup(
+        store_url=population.store.url,
+        population=population.meta.name,
+        base=population.meta.base,
+        keys_folder=str(Keyring().folder),
+        hosts=(host, "localhost", "127.0.0.1", *hosts),
+        token_sha256=sha256(token.encode()).hexdigest() if token else "",
+        report=str(Path(report).absolute()) if report else "",
+    )
+    name = f"populace-{population.meta.name}"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(PageServer.bind(setup), name=name, route_prefix="/")  # type: ignore[attr-defined]
+    try:
+        yield f"http://{host}:{port}/"
+    finally:
+        serve.delete(name)

@@ -1,0 +1,340 @@
+"""What the population page shows, as values; free of HTTP and of Ray."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from populace.population.client import ParkedEvent, Population
+from populace.population.diff import ModuleNorms, diff_revisions
+from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
+from populace.population.top import ControllerRates, Watch, last_wave, tiers
+from populace.storage.catalog import BARE
+from populace.storage.commit import RevisionLogReader
+from populace.storage.errors import Forgotten, InvalidInput
+from populace.storage.records import Record, RevisionEntry, Verdict, WaveManifest, parts_of
+from populace.storage.states import AdapterState, RevisionState
+
+MAX_REVISIONS = 100
+NUM_RECENT = 20
+FRESH_S = 2.0
+"""How old what is shown may be."""
+MIN_DIGITS = 6
+"""Of a pseudonym in a search."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevisionView:
+    """One row of a user's chain."""
+
+    revision: int
+    parent: int | None
+    num_events: int
+    reward: float | None
+    kl: float | None
+    size_bytes: int
+    """Of its weights, moments and evidence in the store."""
+    marks: tuple[str, ...]
+    """serving, tip, pinned, dropped."""
+    verdicts: tuple[Verdict, ...]
+    can_return: bool
+    """Whether a rollback to it would change something."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserView:
+    user: str
+    pseudonym: str
+    partition: int
+    rank: int
+    tip: int
+    serving: int
+    residency: str
+    revisions: tuple[RevisionView, ...]
+    """Newest first."""
+    num_older: int
+
+    @property
+    def before(self) -> int:
+        """What the tip is most usefully compared with."""
+        parents = [item.parent for item in self.revisions if item.revision == self.tip]
+        return self.serving if self.serving != self.tip else (parents[0] or 0 if parents else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecentAdapter:
+    user: str
+    tip: int
+    serving: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeNode:
+    revision: int
+    marks: str
+    x: int
+    y: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """Revisions and their parents, newest on top; a branch moves one lane to the right."""
+
+    nodes: tuple[TreeNode, ...]
+    edges: tuple[str, ...]
+    """SVG paths."""
+    text_x: int
+    width: int
+    height: int
+
+
+class PopulationReader:
+    """Reads a population for many requests at once: one look at the logs every `FRESH_S`, records kept."""
+
+    def __init__(self, population: Population) -> None:
+        self.population = population
+        self._lock, self._watch = threading.Lock(), Watch()
+        self._read_s = -FRESH_S
+        self._seen: tuple[float, list[ControllerRates]] = (-FRESH_S, [])
+        self._record = functools.lru_cache(maxsize=4096)(self._read_record)
+
+    def find(self, query: str) -> str:
+        """The user with this id, or whose pseudonym begins with it. `InvalidInput` if there is none."""
+        with self._reading():
+            ledger = self.population.ledger
+            try:
+                ledger.adapter(query)
+                return query
+            except InvalidInput:
+                if len(query) < MIN_DIGITS or set(query) - set("0123456789abcdef"):
+                    raise
+            table = ledger.catalog.adapters
+            low, high = int(query[:16].ljust(16, "0"), 16), int(query[:16].ljust(16, "f"), 16)
+            rows = np.flatnonzero((table["high"] >= low) & (table["high"] <= high) & (table["flags"] == 0))
+            names = [name for name in ledger.catalog.pseudonyms(rows[:1000]) if name.startswith(query)]
+            if len(names) != 1:
+                found = f"{len(names)} pseudonyms begin with it" if names else "no pseudonym begins with it either"
+                raise InvalidInput(f"no user {query!r} with an adapter, and {found}")
+            return ledger.keys.get(names[0]).user
+
+    def user(self, user: str) -> UserView:
+        """Everything about one user."""
+        controllers = self.controllers()
+        with self._reading():
+            ledger = self.population.ledger
+            adapter = ledger.adapter(user)
+            states = adapter.revisions()
+            shown = states[-MAX_REVISIONS:]
+            oldest = shown[0].revision if len(shown) < len(states) else 0
+            verdicts = self._verdicts(adapter, oldest)
+            views = [self._revision(adapter, state, verdicts.get(state.revision, ())) for state in reversed(shown)]
+            if not oldest:
+                views.append(_initial(adapter, verdicts.get(0, ())))
+            return UserView(
+                user=user,
+                pseudonym=adapter.pseudonym,
+                partition=adapter.partition,
+                rank=adapter.spec["rank"],
+                tip=adapter.tip,
+                serving=adapter.serving,
+                residency=_residency(adapter, [item.seen for item in controllers]),
+                revisions=tuple(views),
+                num_older=len(states) - len(shown),
+            )
+
+    def parked(self, user: str) -> list[ParkedEvent]:
+        with self._reading():
+            return self.population.parked(user)
+
+    def manifest(self, user: str, revision: int) -> Mapping[str, object]:
+        with self._reading():
+            return self.population.manifest(user, revision)
+
+    def diff(self, user: str, before: int, after: int) -> list[ModuleNorms]:
+        with self._reading():
+            return diff_revisions(self.population, user, before, after)
+
+    def totals(self) -> list[tuple[str, str]]:
+        """Counts over the population."""
+        with self._reading():
+            catalog, meta = self.population.ledger.catalog, self.population.meta
+            decisions = catalog.count_decisions()
+            figures = {
+                "adapters": len(catalog),
+                "revisions": catalog.revisions.size,
+                **{name: decisions[key] for name, key in (("promoted", "promote"), ("rejected", "reject"))},
+                "rolled back": decisions["rollback"],
+                "settled events": catalog.num_settled.total(),
+                "forgotten": len(catalog.forgotten()),
+            }
+            return [("base", meta.base), *((name, f"{count:,}") for name, count in figures.items())]
+
+    def recent(self) -> list[RecentAdapter]:
+        """The adapters whose partitions' logs named them last, newest first within each."""
+        with self._reading():
+            ledger = self.population.ledger
+            table = ledger.catalog.adapters
+            order = np.argsort(np.where(table["flags"] & BARE, 0, table["changed"]), kind="stable")[::-1]
+            found = []
+            for row in order[: 2 * NUM_RECENT].tolist():
+                adapter = ledger.catalog.state(row)
+                try:
+                    user = ledger.keys.get(adapter.pseudonym).user
+                except Forgotten:
+                    continue
+                rank = adapter.spec["rank"]
+                found.append(RecentAdapter(user=user, tip=adapter.tip, serving=adapter.serving, rank=rank))
+            return found[:NUM_RECENT]
+
+    def controllers(self) -> list[ControllerRates]:
+        """What runs, looked at once every `FRESH_S` at most."""
+        with self._lock:
+            seen_s, rates = self._seen
+            if time.monotonic() - seen_s >= FRESH_S:
+                rates = self._watch.look(controllers_of(self.population.store, self.population.meta.name))
+                self._seen = (time.monotonic(), rates)
+            return rates
+
+    def _reading(self) -> threading.Lock:
+        """The lock; what it guards is fresh."""
+        with self._lock:
+            if time.monotonic() - self._read_s >= FRESH_S:
+                self.population.ledger.follow()
+                self._read_s = time.monotonic()
+        return self._lock
+
+    def _read_record(self, partition: int, seq: int) -> Record:
+        reader: RevisionLogReader = self.population.ledger.readers[partition]
+        return reader.read_at(seq)[1]
+
+    def _verdicts(self, adapter: AdapterState, oldest: int) -> dict[int, tuple[Verdict, ...]]:
+        found: dict[int, tuple[Verdict, ...]] = {}
+        for note in adapter.notes():
+            if note.decision == "settled" or note.judged < oldest:
+                continue
+            for record in parts_of(self._record(adapter.partition, note.seq)):
+                if isinstance(record, Verdict) and record.pseudonym == adapter.pseudonym:
+                    found[record.judged] = (*found.get(record.judged, ()), record)
+        return found
+
+    def _entry(self, adapter: AdapterState, state: RevisionState) -> RevisionEntry:
+        record = self._record(adapter.partition, state.seq)
+        assert isinstance(record, WaveManifest)
+        return record.entry(adapter.pseudonym, state.revision)
+
+    def _revision(self, adapter: AdapterState, state: RevisionState, verdicts: tuple[Verdict, ...]) -> RevisionView:
+        metrics, is_kept = self._entry(adapter, state).metrics, "weights" in state.blobs
+        return RevisionView(
+            revision=state.revision,
+            parent=state.parent,
+            num_events=state.num_trained,
+            reward=metrics.get("reward"),
+            kl=metrics.get("kl_to_base"),
+            size_bytes=sum(place.size_bytes for place in state.blobs.values()),
+            marks=_marks(adapter, state.revision, is_kept, state.is_pinned),
+            verdicts=verdicts,
+            can_return=is_kept and (adapter.tip, adapter.serving) != (state.revision, state.revision),
+        )
+
+
+def live_rows(controllers: Sequence[ControllerRates]) -> list[dict[str, object]]:
+    """What the overview asks for again and again."""
+    rows: list[dict[str, object]] = []
+    for item in controllers:
+        figures, counts = item.seen.figures, item.seen.figures.counts
+        per_min = 60 * item.per_s.get("committed", 0.0)
+        cells = [
+            item.seen.name,
+            "silent" if item.is_silent else figures.state,
+            figures.num_partitions,
+            counts.get("waves", 0),
+            f"{per_min:.1f}",
+            *(counts.get(decision, 0) for decision in ("promote", "reject", "rollback")),
+            f"{item.per_s.get('tokens', 0.0):.0f}",
+            figures.num_pending,
+            f"{figures.oldest_wait_s:.0f} s",
+            tiers(figures.residency),
+            last_wave(figures.last_wave),
+        ]
+        rows.append({"cells": cells, "revisions_per_min": per_min})
+    return rows
+
+
+def tree_of(revisions: Sequence[RevisionView], row_height: int = 26, lane_width: int = 22) -> Tree:
+    """Places of revisions, given newest first. A revision stays in its parent's lane unless a sibling has it."""
+    lanes: dict[int, int] = {}
+    ends: list[int] = []  # the last revision of every lane
+    for item in reversed(revisions):
+        lane = lanes.get(item.parent, 0) if item.parent is not None else 0
+        if ends and (lane >= len(ends) or ends[lane] != item.parent):
+            lane = len(ends)
+            ends.append(item.revision)
+        elif ends:
+            ends[lane] = item.revision
+        else:
+            ends.append(item.revision)
+        lanes[item.revision] = lane
+    places = {
+        item.revision: (12 + lane_width * lanes[item.revision], 14 + row_height * row)
+        for row, item in enumerate(revisions)
+    }
+    edges = []
+    for item in revisions:
+        if item.parent is not None and item.parent in places:
+            (x, y), (parent_x, parent_y) = places[item.revision], places[item.parent]
+            bend = f"L{x} {parent_y - row_height // 2} " if x != parent_x else ""
+            edges.append(f"M{x} {y} {bend}L{parent_x} {parent_y}")
+    nodes = []
+    for item in revisions:
+        x, y = places[item.revision]
+        nodes.append(TreeNode(revision=item.revision, marks=" ".join(item.marks), x=x, y=y))
+    text_x = 12 + lane_width * len(ends)
+    return Tree(
+        nodes=tuple(nodes),
+        edges=tuple(edges),
+        text_x=text_x,
+        width=text_x + 140,
+        height=28 + row_height * max(0, len(revisions) - 1),
+    )
+
+
+def _initial(adapter: AdapterState, verdicts: tuple[Verdict, ...]) -> RevisionView:
+    """Revision 0, which has no record and no bytes."""
+    return RevisionView(
+        revision=0,
+        parent=None,
+        num_events=0,
+        reward=None,
+        kl=None,
+        size_bytes=0,
+        marks=_marks(adapter, 0, True, False),
+        verdicts=verdicts,
+        can_return=(adapter.tip, adapter.serving) != (0, 0),
+    )
+
+
+def _marks(adapter: AdapterState, revision: int, is_kept: bool, is_pinned: bool) -> tuple[str, ...]:
+    states = {
+        "serving": revision == adapter.serving,
+        "tip": revision == adapter.tip,
+        "pinned": is_pinned,
+        "dropped": not is_kept,
+    }
+    return tuple(name for name, holds in states.items() if holds)
+
+
+def _residency(adapter: AdapterState, controllers: Sequence[SeenController]) -> str:
+    """Where the tip's bytes are, as far as it shows: shards tell who is hot, not who is warm."""
+    for seen in controllers:
+        if adapter.pseudonym[:NAME_DIGITS] in seen.figures.hot:
+            return f"hot at controller {seen.name}"
+    if adapter.tip == 0:
+        return "nowhere: revision 0 is made from its seed"
+    size = sum(place.size_bytes for place in adapter.revision(adapter.tip).blobs.values())
+    return f"cold or warm: {size / 1e3:,.0f} kB of the tip in the store"
