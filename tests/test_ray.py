@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,73 +26,22 @@ from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
 from populace.storage.objects import FileStore
 from tests.accounting import account
+from tests.heads import on_head, ray_head, submit
 from tests.streams import experience, make_population, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
 POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
-HEAD = "127.0.0.2:26379"
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Ray head with the dashboard, on loopback; the environment in which others find it."""
-    temporary = Path("/tmp") / f"rp{os.getpid()}"  # Ray's socket paths must stay short
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path_factory.mktemp("ray") / "token"),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    Path(environment["RAY_AUTH_TOKEN_PATH"]).write_text("a" * 64)
-    ray_command = Path(sys.executable).parent / "ray"
-    process = subprocess.Popen(
-        [ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.2", "--port=26379",
-         "--dashboard-host=127.0.0.1", "--dashboard-port=28265", "--metrics-export-port=28080", "--num-cpus=4",
-         # The agents' default ports clash with any other Ray on this machine.
-         "--dashboard-agent-listen-port=28266", "--dashboard-agent-grpc-port=28267",
-         "--runtime-env-agent-port=28268",
-         "--object-store-memory=200000000", f"--temp-dir={temporary}", "--disable-usage-stats"],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        _wait_for_dashboard(process, environment)
+    with ray_head(tmp_path_factory.mktemp("ray")) as environment:
         yield environment
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _wait_for_dashboard(process: subprocess.Popen[bytes], environment: dict[str, str]) -> None:
-    import urllib.error
-    import urllib.request
-
-    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request("http://127.0.0.1:28265/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "ray start ended"
-        try:
-            urllib.request.urlopen(request, timeout=5).read()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError("the dashboard did not come up")
 
 
 @pytest.fixture
 def config(bases: dict[str, Path], tmp_path: Path) -> Path:
     return write_config(tmp_path / "config.yaml", bases["mixtral"], "ray")
-
-
-def on_head(environment: dict[str, str]) -> dict[str, str]:
-    return {**environment, "RAY_ADDRESS": HEAD}
 
 
 @pytest.mark.timeout(1200)
@@ -180,16 +128,7 @@ def test_ctrl_c_ends_after_the_current_wave_and_releases(head: dict[str, str], c
 
 
 def test_a_submitted_job_trains_the_population(head: dict[str, str], config: Path, tmp_path: Path) -> None:
-    ray_command = str(Path(sys.executable).parent / "ray")
-    environment = {**head, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:28265"}
-    populace = str(Path(sys.executable).parent / "populace")
-    command = [ray_command, "job", "submit", "--working-dir", "."]
-    command += ["--", populace, "run", str(config), "run.max_waves=2"]
-    for _ in range(20):  # the head's agent registers some seconds after the dashboard answers
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(3)
+    done = submit(head, "run", str(config), "run.max_waves=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert "wave   2" in done.stdout
