@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-crash soak bench-store bench-step bench-streams bench-shards aot lint types format clean
+.PHONY: demo test test-slow test-crash soak bench-store bench-step bench-streams bench-shards bench-metrics aot lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -39,6 +39,9 @@ soak: .venv/dev
 
 bench-shards: .venv/dev
 	$(BIN)/python -m tests.benchmarks.shards
+
+bench-metrics: .venv/dev
+	$(BIN)/python -m tests.benchmarks.metrics
 
 # Compiles the Triton kernels for GPUs that need not be here.
 aot: .venv/dev
