@@ -7,14 +7,15 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-crash soak bench-store bench-step bench-streams bench-shards bench-metrics aot lint types format clean
+.PHONY: demo test test-slow test-crash soak bench-store bench-step bench-streams bench-shards bench-metrics aot docs lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
 	$(BIN)/populace run examples/preferences/config.yaml
 
+# Two files at a time; what a file's tests share stays in one process.
 test: .venv/dev lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev
 	POPULACE_TEST_EXAMPLES=1000 $(BIN)/python -m pytest -s --timeout 3600 tests/test_faults.py -k no_fault
@@ -46,6 +47,11 @@ bench-metrics: .venv/dev
 # Compiles the Triton kernels for GPUs that need not be here.
 aot: .venv/dev
 	$(BIN)/python -m tests.aot docs/measurements/aot.md
+
+# The pages that are made from the code; tests/test_docs.py checks that they are fresh.
+docs: .venv/dev
+	$(BIN)/python docs/build.py
+	$(BIN)/python infra/grafana/build.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

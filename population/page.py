@@ -89,7 +89,8 @@ class Page:
                 response = self._get(path.strip("/"), fields, headers)
             elif method == "POST":
                 self._check_origin(headers)
-                form = {name: values[0] for name, values in parse_qs(body.decode(), keep_blank_values=True).items()}
+                text = body.decode(errors="replace")
+                form = {name: values[0] for name, values in parse_qs(text, keep_blank_values=True).items()}
                 response = self._post(path.strip("/"), form, headers)
             else:
                 response = PlainTextResponse("use GET or POST", 405)
@@ -226,7 +227,7 @@ def _field(fields: Mapping[str, str], name: str) -> str:
 
 def _number(fields: Mapping[str, str], name: str) -> int:
     value = _field(fields, name)
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise InvalidInput(f"{name} is {value!r}; use a revision number")
     return int(value)
 
@@ -251,6 +252,7 @@ class PageServer:
 
     def __init__(self, setup: PageSetup) -> None:
         self._page = Page(setup)
+        self._prefix = route_of(setup.population)
 
     async def __call__(self, request: Request) -> Response:
         body = b""
@@ -258,15 +260,25 @@ class PageServer:
             body += part
             if len(body) > MAX_FORM_BYTES:
                 return PlainTextResponse("the form is too long", 413)
-        answer = functools.partial(
-            self._page.answer, request.method, request.url.path, request.url.query, request.headers, body
-        )
+        path = request.url.path.removeprefix(self._prefix)
+        if not path:  # what pages link to is beside them, so the overview must end with a slash
+            return RedirectResponse(f"{self._prefix}/", 308)
+        answer = functools.partial(self._page.answer, request.method, path, request.url.query, request.headers, body)
         return await asyncio.get_running_loop().run_in_executor(None, answer)
 
 
+def route_of(population: str) -> str:
+    """Populations of one Ray cluster share its proxy."""
+    return f"/{quote(population)}"
+
+
 @contextmanager
-def serving_page(population: Population, host: str, port: int, hosts: tuple[str, ...], report: str) -> Iterator[str]:
-    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised."""
+def serving_page(
+    population: Population, host: str, port: int, hosts: tuple[str, ...], report: str, controller: str = ""
+) -> Iterator[str]:
+    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised.
+    `controller`: whose page it is; `InvalidInput` if another one serves it already. Host and port are those of the
+    cluster's Ray Serve: where it runs already, its own count."""
     token = os.environ.get(TOKEN_VARIABLE, "")
     if token and len(token) < MIN_TOKEN:
         raise InvalidInput(
@@ -281,11 +293,14 @@ def serving_page(population: Population, host: str, port: int, hosts: tuple[str,
         token_sha256=sha256(token.encode()).hexdigest() if token else "",
         report=str(Path(report).absolute()) if report else "",
     )
-    name = f"populace-{population.meta.name}"
+    name, route = f"populace:{population.meta.name}:{controller}", route_of(population.meta.name)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
-    serve.run(PageServer.bind(setup), name=name, route_prefix="/")  # type: ignore[attr-defined]
+    for other in serve.status().applications:
+        if other != name and other.startswith(f"populace:{population.meta.name}:"):
+            raise InvalidInput(f"page.enabled: {other} serves {route} in this Ray cluster already; one run is enough")
+    serve.run(PageServer.bind(setup), name=name, route_prefix=route)  # type: ignore[attr-defined]
     try:
-        yield f"http://{host}:{port}/"
+        yield f"http://{host}:{port}{route}/"
     finally:
         serve.delete(name)

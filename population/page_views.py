@@ -14,7 +14,6 @@ from populace.population.client import ParkedEvent, Population
 from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
 from populace.population.top import ControllerRates, Watch, last_wave, tiers
-from populace.storage.catalog import BARE
 from populace.storage.commit import RevisionLogReader
 from populace.storage.errors import Forgotten, InvalidInput
 from populace.storage.records import Record, RevisionEntry, Verdict, WaveManifest, parts_of
@@ -102,7 +101,7 @@ class PopulationReader:
         self._lock, self._watch = threading.Lock(), Watch()
         self._read_s = -FRESH_S
         self._seen: tuple[float, list[ControllerRates]] = (-FRESH_S, [])
-        self._record = functools.lru_cache(maxsize=4096)(self._read_record)
+        self._record = functools.lru_cache(maxsize=512)(self._read_record)
 
     def find(self, query: str) -> str:
         """The user with this id, or whose pseudonym begins with it. `InvalidInput` if there is none."""
@@ -180,7 +179,8 @@ class PopulationReader:
         with self._reading():
             ledger = self.population.ledger
             table = ledger.catalog.adapters
-            order = np.argsort(np.where(table["flags"] & BARE, 0, table["changed"]), kind="stable")[::-1]
+            living = np.flatnonzero(table["flags"] == 0)
+            order = living[np.argsort(table["changed"][living], kind="stable")[::-1]]
             found = []
             for row in order[: 2 * NUM_RECENT].tolist():
                 adapter = ledger.catalog.state(row)

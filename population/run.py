@@ -24,14 +24,13 @@ from populace.population.figures import Beacon
 from populace.population.gateway import Gateway
 from populace.population.live import View, Views
 from populace.population.metrics import RayMetrics
-from populace.population.page import serving_page
 from populace.population.report import write_report
 from populace.population.rewards import find_reward, score_on_ray
 from populace.storage.counted import CountedStore
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects import open_store
 from populace.workers.group import ShardGroup, ShardGroupLost
-from populace.workers.prepare import prepare_base
+from populace.workers.prepare import PreparedBase, prepare_base
 
 Result = TypeVar("Result")
 
@@ -42,7 +41,7 @@ REBALANCE_S = 1.0
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which all end after the
     current wave. Also returns whether a report was written."""
-    started, reported = time.monotonic(), False
+    started = time.monotonic()
     sys.path.insert(0, os.getcwd())  # rewards and experience are modules of the directory the run starts in
     for target in settings.rewards.functions.values():
         find_reward(target)
@@ -61,32 +60,47 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     view = Views(view, Beacon(ledger.show))
     if run.metrics:
         view = Views(view, RayMetrics(settings.name, run.controller, store.take_calls))
-    with StopSignal(view) as stop, _page(settings, population, view):
+    with StopSignal(view) as stop:
         view.stage("claiming the population")
-        # Before the shards: only one controller of a name may take over or remove those of a run that died.
+        # First: only one controller of a name may take over, or remove, what a run that died has left in the cluster.
         ledger.join(run.controller, run.takeover_s, stop.ask)
-        if settings.stream.gateway:
-            Gateway.start(population.store.url, settings.name, stream=settings.stream)
         try:
-            shards = ShardGroup(population.shard_settings(base, chat), settings.shard, run.controller)
-            group = _Group(shards, view)
-            try:
-                group.wait_until_ready()
-                controller = Controller(settings, ledger, group.shards, chat, score_on_ray)
-                try:
-                    _Run(controller, group, view, stop).until_done()
-                    if settings.report is not None and not stop.event.is_set():
-                        view.stage("measuring every adapter on every user's held-out tasks")
-                        folder = Path(settings.report)
-                        group.surviving(controller, lambda: write_report(controller, folder, started))
-                        reported = True
-                finally:
-                    controller.close()
-            finally:
-                group.shards.stop()
+            with _page(settings, population, view):
+                if settings.stream.gateway:
+                    Gateway.start(population.store.url, settings.name, stream=settings.stream)
+                reported = _train(settings, population, base, chat, view, stop, started)
         finally:
             ledger.release()
     return population, reported
+
+
+def _train(
+    settings: Settings,
+    population: Population,
+    base: PreparedBase,
+    chat: Chat,
+    view: View,
+    stop: StopSignal,
+    started: float,
+) -> bool:
+    """Place the shards, loop, report; returns whether a report was written."""
+    shards = ShardGroup(population.shard_settings(base, chat), settings.shard, settings.run.controller)
+    group = _Group(shards, view)
+    try:
+        group.wait_until_ready()
+        controller = Controller(settings, population.ledger, group.shards, chat, score_on_ray)
+        try:
+            _Run(controller, group, view, stop).until_done()
+            if settings.report is None or stop.event.is_set():
+                return False
+            view.stage("measuring every adapter on every user's held-out tasks")
+            folder = Path(settings.report)
+            group.surviving(controller, lambda: write_report(controller, folder, started))
+            return True
+        finally:
+            controller.close()
+    finally:
+        group.shards.stop()
 
 
 @contextlib.contextmanager
@@ -96,7 +110,11 @@ def _page(settings: Settings, population: Population, view: View) -> Iterator[No
     if not page.enabled:
         yield
         return
-    with serving_page(population, page.host, page.port, page.hosts, settings.report or "") as address:
+    from populace.population.page import serving_page  # Ray Serve takes a second to import
+
+    with serving_page(
+        population, page.host, page.port, page.hosts, settings.report or "", settings.run.controller
+    ) as address:
         view.stage(f"the population page is at {address}")
         yield
 
@@ -264,7 +282,8 @@ def start_ray() -> None:
     environment = {"env_vars": variables}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": environment}
     if "RAY_ADDRESS" not in os.environ:
-        options |= {"include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 1)}
+        # `local`: not whatever cluster happens to run on this machine.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 1)}
     ray.init(**options)
 
 

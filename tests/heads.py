@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,14 @@ def ray_head(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
     """`ray start --head` with token authentication; yields the environment in which others find it. `variables` are the
     head's, and so its jobs'."""
     temporary = Path("/tmp") / f"rp{os.getpid()}"  # Ray's socket paths must stay short
+    with open(Path(tempfile.gettempdir()) / "populace-tests-head.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the ports below, also of tests in another process
+        with _started_head(folder, temporary, variables) as environment:
+            yield environment
+
+
+@contextmanager
+def _started_head(folder: Path, temporary: Path, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",

@@ -30,7 +30,8 @@ from tests.browser import chromium
 from tests.heads import DASHBOARD, ROOT, TOKEN, ask, on_head, ray_head, submit
 from tests.streams import WORDS, open_population, write_config
 
-PAGE = "http://127.0.0.1:28270"
+ORIGIN = "http://127.0.0.1:28270"
+PAGE = f"{ORIGIN}/operated"
 PROMETHEUS = "http://127.0.0.1:28090"
 PAGE_TOKEN = "the-token-of-this-page"
 POPULACE = str(Path(sys.executable).parent / "populace")
@@ -263,17 +264,18 @@ def test_a_page_of_another_site_can_neither_act_nor_be_that_site(job: Job) -> No
     assert post() == 403, "no origin"
     assert post(Origin="http://evil.example") == 403
     assert post(Origin="http://evil.example", Host="evil.example") == 403, "a name that was pointed here"
-    assert post(Origin=PAGE) == 200
+    assert post(Origin=ORIGIN) == 200
 
 
 def test_a_second_run_of_the_name_is_refused_with_the_reason(job: Job) -> None:
-    done = submit(job.head, "run", str(job.config), "page.enabled=false", flags=("--submission-id", "second"))
+    done = submit(job.head, "run", str(job.config), flags=("--submission-id", "second"))
     assert done.returncode != 0
     assert "is being run by another process" in done.stdout
     assert "run.controller=NAME" in done.stdout
     assert job.status("second") == "FAILED"
     assert "exit code 2" in json.loads(ask("/api/jobs/second"))["message"]
     assert job.status("first") == "RUNNING"
+    assert urllib.request.urlopen(f"{PAGE}/live.json", timeout=10).status == 200, "its page stays"
 
 
 def test_rays_dashboard_shows_the_job_in_a_browser(job: Job) -> None:

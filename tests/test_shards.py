@@ -33,7 +33,7 @@ NUMBERS = list(range(7))
 def cluster() -> Iterator[None]:
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     ray.init(
-        num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error", namespace=NAMESPACE,
+        "local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error", namespace=NAMESPACE,
         runtime_env={"env_vars": variables}, _temp_dir=f"/tmp/rs{os.getpid()}",
     )  # fmt: skip
     yield
@@ -77,8 +77,9 @@ def standing() -> Iterator[Callable[[ShardSettings, int], ShardGroup]]:
     def start_over(settings: ShardSettings, count: int) -> ShardGroup:
         settings = dataclasses.replace(settings, population=f"standing-{count}", num_shards=count)
         if count not in groups:
-            groups[count] = ShardGroup(settings, GroupSettings(count=count, cpus=0.5, timeout_s=30.0))
-            groups[count].wait_until_ready()
+            group = ShardGroup(settings, GroupSettings(count=count, cpus=0.5, timeout_s=120.0))
+            group.wait_until_ready()
+            groups[count] = group
         everywhere(groups[count], load_again, settings)
         return groups[count]
 

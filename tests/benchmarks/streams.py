@@ -245,7 +245,7 @@ def gateway_figures(url: str) -> Iterator[Figure]:
 def local_ray() -> Iterator[str]:
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "POPULACE_KEYS": str(Keyring().folder)}
     context = ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error",
+        "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error",
         object_store_memory=300_000_000, runtime_env={"env_vars": variables},
     )  # fmt: skip
     try:
