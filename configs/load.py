@@ -68,7 +68,7 @@ def _layers(path: str | Path | None) -> list[Any]:
 
 def _unknown_key(key: str) -> str:
     close = difflib.get_close_matches(key, _known_keys(asdict(Settings())), n=1)
-    hint = f"did you mean {close[0]}?" if close else "see configs/schema.py for all settings"
+    hint = f"did you mean {close[0]}?" if close else "see docs/reference/configuration.md for all settings"
     return f"unknown setting {key!r}; {hint}"
 
 

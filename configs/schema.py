@@ -42,10 +42,13 @@ class AdapterSettings:
     """What a new adapter gets; fixed once it is created. `user_ranks` names users who get another rank."""
 
     rank: int = 8
+    """Of the LoRA on attention."""
     expert_rank: int = 1
+    """Of the LoRA on every expert."""
     alpha: float = 32.0
     """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of rank)."""
     learning_rate: float = 1e-3
+    """Of AdamW."""
     b_learning_rate_ratio: float = 1.0
     """Learning rate of B over that of A."""
 
@@ -65,6 +68,7 @@ class TrainSettings:
     over_long: str = "cut"
     """What becomes of a logged event that is longer: `cut` its completion, or `reject` it."""
     kl_coefficient: float = 0.05
+    """Weight of the term that keeps a user's model near the base; 0 switches it off."""
     kl_in: str = "loss"
     """`loss`: the k2 term per token; `reward`: subtracted from a rollout's reward before groups compare."""
     importance_cap: float = 2.0
@@ -80,9 +84,13 @@ class OptimizerSettings:
     """AdamW, each adapter by its own step and gradient norm."""
 
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.99
+    """Decay of the second moment."""
     epsilon: float = 1e-8
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.0
+    """Decoupled from the gradient."""
     max_grad_norm: float = 1.0
     """Of a whole adapter; longer gradients are scaled down to it."""
     offload: bool = False
@@ -92,8 +100,11 @@ class OptimizerSettings:
 @dataclass(frozen=True)
 class RolloutSettings:
     samples_per_task: int = 6
+    """Answers that are tried for each task; they are compared with one another."""
     max_new_tokens: int = 24
+    """An answer's length at most."""
     temperature: float = 1.0
+    """At which answers are sampled."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,9 @@ class SchedulerSettings:
     """Who is updated next, and what one wave may take; try values out with `populace simulate`."""
 
     max_adapters_per_wave: int = 16
+    """Users that one fused step updates at most."""
     events_per_update: int = 2
+    """Events of one user that one update learns from at most."""
     slots: int = 64
     """Adapters that a shard holds in device memory at most."""
     max_tokens_per_wave: int = 1 << 20
@@ -121,6 +134,7 @@ class SchedulerSettings:
     min_events: int = 1
     """Fewer events than this wait for more, until they have waited for `patience_s`."""
     patience_s: float = 60.0
+    """See `scheduler.min_events`."""
     cool_down_s: float = 0.0
     """Least time between two updates of a user."""
     residency_bonus_s: float = 2.0
@@ -138,6 +152,7 @@ class ResidencySettings:
     (cold)."""
 
     warm_mb: float = 512.0
+    """Memory of a shard for adapters that are not in a slot."""
     near_mb: float = 0.0
     """0: nothing is kept on the local disk."""
     near_folder: str = "/tmp/populace-near"
@@ -164,11 +179,15 @@ class StreamSettings:
 @dataclass(frozen=True)
 class EvaluationSettings:
     every_waves: int = 4
+    """How often tips that changed are judged."""
     heldout_share: float = 0.2
+    """Share of each user's tasks that is never trained on; fixed when the population is created."""
     samples_per_task: int = 1
+    """Answers per held-out task, of the tip and of serving."""
     max_tasks: int = 8
     """Held-out tasks of a user that one evaluation uses at most."""
     min_tasks: int = 2
+    """Held-out tasks without which there is no comparison."""
     too_few: str = "promote"
     """A user with fewer held-out tasks than `min_tasks`: `promote` provisionally or `keep`."""
     confidence: float = 0.9
@@ -180,6 +199,7 @@ class EvaluationSettings:
 @dataclass(frozen=True)
 class RewardSettings:
     timeout_s: float = 20.0
+    """What a reward may take for all answers to one task."""
     functions: dict[str, str] = field(default_factory=dict)
     """Reward name -> `module:function`."""
 
@@ -223,7 +243,9 @@ class PageSettings:
     enabled: bool = False
     """Whether a run serves it, through Ray Serve."""
     host: str = "127.0.0.1"
+    """Address that it listens on."""
     port: int = 8270
+    """Port that it listens on."""
     hosts: tuple[str, ...] = ()
     """Names besides `host` and localhost that browsers may call it by."""
 
@@ -233,10 +255,14 @@ class Settings:
     """One population and one run of it."""
 
     name: str = "population"
+    """Of the population: the folder in the store that everything of it lies in."""
     store: str = "build/store"
     """Where the population lives: `file://PATH`, a plain path, `s3://BUCKET[/PREFIX][?endpoint=URL]` or `memory://`."""
     seed: int = 0
+    """What initialisations, sampling noise and the choice of held-out tasks derive from; fixed when the population is
+    created."""
     partitions: int = 4
+    """Buckets of users, and so the most controllers that can ever share the population; fixed when it is created."""
     experience: str | None = None
     """`module:function` that returns (user, events) pairs; enqueued at the start, twice is once."""
     report: str | None = None

@@ -88,11 +88,10 @@ def page(
     from populace.population.page import serving_page
     from populace.population.run import start_ray
 
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    population = open_population(store, name)
+    population, stopped = open_population(store, name), threading.Event()
     start_ray()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
+        signal.signal(number, lambda *_: stopped.set())
     hosts = tuple(allow_host or ())
     with serving_page(population, host, port, hosts, "" if report is None else str(report)) as address:
         print(f"{address} shows {population.meta.name}; Ctrl-C ends it", flush=True)

@@ -449,7 +449,7 @@ def _parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
 def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     unknown = set(fields) - set(Settings.__dataclass_fields__)
     if unknown:
-        raise InvalidInput(f"unknown settings {sorted(unknown)}; see configs/schema.py for all of them")
+        raise InvalidInput(f"unknown settings {sorted(unknown)}; see docs/reference/configuration.md for all of them")
     settings = dataclasses.replace(settings or Settings(), **fields)
     if found := problems(settings):
         raise InvalidInput("; ".join(found))

@@ -7,7 +7,6 @@ counters.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from populace.storage.errors import PopulaceError
 from populace.storage.records import Tombstone
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-ALMOST_ZERO = sys.float_info.min
+ALMOST_ZERO = 1e-9
 """A rate needs a value to rise from, and Ray's counters refuse zero."""
 ADAPTERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 

@@ -283,7 +283,7 @@ def test_rays_dashboard_shows_the_job_in_a_browser(job: Job) -> None:
         tab.page.goto(f"{DASHBOARD}/#/jobs")
         tab.page.fill("input[type=password]", TOKEN)
         tab.page.click("text=Submit")
-        tab.page.click("a:has-text('first')")
+        tab.page.locator("tr:has-text('first') a").first.click()
         tab.page.wait_for_selector("text=RUNNING")
         tab.page.wait_for_selector("text=populace run")
 

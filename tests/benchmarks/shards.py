@@ -203,8 +203,8 @@ def main(names: Sequence[str]) -> None:
         if not names or "steps" in names:
             variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
             ray.init(
-                "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error", namespace=NAMESPACE,
-                runtime_env={"env_vars": variables},
+                "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error",
+                namespace=NAMESPACE, runtime_env={"env_vars": variables},
             )  # fmt: skip
         for part, take in parts.items():
             if names and part not in names:
