@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -20,7 +20,13 @@ from populace.storage.errors import PopulaceError
 
 
 class View:
-    """Whoever follows a run; what a subclass doesn't care about does nothing."""
+    """Whoever follows a run, as a context manager around it; what a subclass doesn't care about does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def stage(self, text: str) -> None:
         """Something is being done, or has happened, beside waves."""
@@ -97,7 +103,7 @@ class LogView(View):
 
 
 class ConsoleView(View):
-    """For people. Use as a context manager around a run."""
+    """For people."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -105,7 +111,7 @@ class ConsoleView(View):
         self._totals: Counter[str] = Counter()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
-    def __enter__(self) -> ConsoleView:
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         return self

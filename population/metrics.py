@@ -7,10 +7,11 @@ counters.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import ray.util.metrics as ray_metrics
 
@@ -22,6 +23,7 @@ from populace.storage.errors import PopulaceError
 from populace.storage.records import Tombstone
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+KEEP_S = 1.0
 ALMOST_ZERO = 1e-9
 """A rate needs a value to rise from, and Ray's counters refuse zero."""
 ADAPTERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
@@ -225,7 +227,11 @@ def call_figures(calls: Calls) -> Iterator[Figure]:
 
 
 class RayMetrics(View):
-    """Exports what a run tells. `take_calls`: the controller's own calls to the store since the last time."""
+    """Exports what a run tells, as a context manager around it. `take_calls`: the controller's own calls to the store
+    since the last time.
+
+    Ray forgets a gauge that isn't set again within two of its report intervals, and a wave or a pause takes longer: a
+    thread repeats what was said last."""
 
     def __init__(self, population: str, controller: str, take_calls: Callable[[], Calls]) -> None:
         self._take_calls = take_calls
@@ -233,10 +239,22 @@ class RayMetrics(View):
         self._exported = {metric.name: _export(metric) for metric in METRICS}
         for exported in self._exported.values():
             exported.set_default_tags({"population": population, "controller": controller})
+        self._gauges: dict[Figure, Figure] = {}
+        """By the figure without its value."""
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._keeper = threading.Thread(target=self._keep_gauges, daemon=True, name="populace-metrics")
         for metric in METRICS:
             if metric.kind == "counter":
                 for value in metric.values or ("",):
                     self._record(Figure(metric.name, ALMOST_ZERO, value))
+
+    def __enter__(self) -> Self:
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._keeper.join()
 
     def wave(self, report: WaveReport, controller: Controller) -> None:
         for figure in wave_figures(report):
@@ -272,9 +290,18 @@ class RayMetrics(View):
             case "counter":
                 pass
             case "gauge":
+                with self._lock:
+                    self._gauges[figure._replace(value=0)] = figure
                 exported.set(figure.value, tags)
             case _:
                 exported.observe(figure.value, tags)
+
+    def _keep_gauges(self) -> None:
+        while not self._ended.wait(KEEP_S):
+            with self._lock:
+                gauges = list(self._gauges.values())
+            for figure in gauges:
+                self._record(figure)
 
 
 def _export(metric: Metric) -> Any:

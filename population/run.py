@@ -57,10 +57,9 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     view.stage("starting Ray")
     start_ray()
     ledger, run = population.ledger, settings.run
-    view = Views(view, Beacon(ledger.show))
-    if run.metrics:
-        view = Views(view, RayMetrics(settings.name, run.controller, store.take_calls))
-    with StopSignal(view) as stop:
+    metrics = RayMetrics(settings.name, run.controller, store.take_calls) if run.metrics else View()
+    view = Views(view, Beacon(ledger.show), metrics)
+    with metrics, StopSignal(view) as stop:
         view.stage("claiming the population")
         # First: only one controller of a name may take over, or remove, what a run that died has left in the cluster.
         ledger.join(run.controller, run.takeover_s, stop.ask)

@@ -20,13 +20,13 @@ from populace.population.controller import Controller
 from populace.population.experience import Task
 from populace.population.figures import Beacon, ControllerFigures, SeenController, controllers_of
 from populace.population.live import LogView
-from populace.population.metrics import METRICS, call_figures, state_figures, wave_figures
+from populace.population.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
 from populace.population.operate import stop_run
 from populace.population.partitions import controller_key, stop_key
 from populace.population.top import Watch
 from populace.population.wave_report import WaveReport
 from populace.storage.counted import CountedStore, add_calls
-from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound
+from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, StoreUnavailable
 from populace.storage.objects import MemoryStore
 from tests.streams import experience, make_population, run_to_the_end
 
@@ -109,6 +109,34 @@ def test_every_figure_is_of_a_metric_in_the_table_and_of_a_tag_that_it_names(
         assert figure.tag in metric.values if metric.tag else not figure.tag, figure
     assert all(len(metric.values) <= 50 for metric in METRICS), "tags are bounded"
     assert len(known) == len(METRICS)
+
+
+def test_gauges_are_said_again_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, float]] = []
+
+    class Exported:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            assert tags == {"population": "people", "controller": "main"}
+
+        def inc(self, value: float, tags: dict[str, str] | None) -> None:
+            said.append((self.name, value))
+
+        set = observe = inc
+
+    monkeypatch.setattr("populace.population.metrics._export", lambda metric: Exported(metric.name))
+    monkeypatch.setattr("populace.population.metrics.KEEP_S", 0.05)
+    with RayMetrics("people", "main", dict) as metrics:
+        metrics.paused(StoreUnavailable("it is away"))
+        wait_for(lambda: said.count(("populace_paused", True)) > 3)
+        assert said.count(("populace_pauses", True)) == 1, "a counter is not counted again"
+        metrics.paused(None)
+        wait_for(lambda: said.count(("populace_paused", False)) > 3)
+    num_said = len(said)
+    time.sleep(0.2)
+    assert len(said) == num_said
 
 
 def test_log_lines_are_json_and_one_per_wave(

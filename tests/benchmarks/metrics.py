@@ -20,7 +20,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.figures import Beacon
 from populace.population.live import Views
-from populace.population.metrics import RayMetrics
+from populace.population.metrics import KEEP_S, RayMetrics
 from populace.population.rewards import score_on_ray
 from populace.storage.counted import CountedStore
 from populace.storage.objects import MemoryStore, open_store
@@ -50,7 +50,8 @@ def overhead_figures(folder: Path) -> list[Figure]:
     population.enqueue_many(overlap_events(num_users=32 * 24, per_user=8))
     population.ledger.join("main", settings.run.takeover_s)
     controller, group = start(settings, population)
-    views = Views(Beacon(population.ledger.show), RayMetrics(settings.name, "main", store.take_calls))
+    metrics = RayMetrics(settings.name, "main", store.take_calls)
+    views = Views(Beacon(population.ledger.show), metrics)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     told: list[float] = []
     num_calls: list[int] = []
@@ -68,6 +69,10 @@ def overhead_figures(folder: Path) -> list[Figure]:
             seconds[is_on].append(ended - began)
             if is_on:
                 told.append((ended - waved) / (ended - began))
+    began = time.perf_counter()
+    for known in list(metrics._gauges.values()):
+        metrics._record(known)
+    repeating = (time.perf_counter() - began) / KEEP_S
     population.ledger.release()
     group.stop()
     controller.close()
@@ -79,6 +84,7 @@ def overhead_figures(folder: Path) -> list[Figure]:
         figure("share of a wave that goes into telling", told, "share", at_most=0.01),
         figure("share of a wave that goes into counting store calls",
                [count * per_call_s / wave_s for count in num_calls[2:]], "share", at_most=0.01),
+        figure("share of a processor that repeats gauges", [repeating], "share", at_most=0.01),
     ]  # fmt: skip
 
 
