@@ -20,7 +20,7 @@ from rich.table import Table
 
 from populace.population.cli_operate import commands as operate_commands
 from populace.population.cli_streams import commands as stream_commands
-from populace.population.console import Name, Store, console, find_population, open_population
+from populace.population.console import TEMPORARY, Name, Store, console, find_population, open_population
 from populace.storage.errors import InvalidInput, PopulaceError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ catalog_app = typer.Typer(no_args_is_help=True, help="The index of all adapters.
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(stream_commands)
 app.add_typer(operate_commands)
-TEMPORARY = 75
-"""EX_TEMPFAIL of sysexits.h."""
 
 
 def main() -> None:

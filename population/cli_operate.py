@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from populace.population.console import Name, Store, console, find_population, open_population
+from populace.population.console import TEMPORARY, Name, Store, console, find_population, open_population
 
 commands = typer.Typer()
 
@@ -44,7 +44,7 @@ def stop(
     for each, outcome in outcomes.items():
         console.print(f"{each}: {texts[outcome]}", markup=False, highlight=False)
     if "busy" in outcomes.values():
-        raise typer.Exit(1)
+        raise typer.Exit(TEMPORARY)
 
 
 @commands.command()

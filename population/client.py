@@ -295,7 +295,7 @@ class Population:
         seqs = {note.seq for note in adapter.notes() if note.decision == "settled"}
         seqs |= {state.seq for state in adapter.revisions()}
         records = (self.ledger.readers[adapter.partition].read_at(seq)[1] for seq in sorted(seqs))
-        return [pair for record in records for pair in _parked_in(record) if pair[0] == adapter.pseudonym]
+        return [pair for record in records for pair in parked_in(record) if pair[0] == adapter.pseudonym]
 
     @contextlib.contextmanager
     def _claimed(self, user: str | None = None) -> Iterator[Ledger]:
@@ -433,10 +433,11 @@ def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> I
     """(pseudonym, event) of everything that was parked in a partition, oldest first."""
     reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
     for _, record in reader.read_new():
-        yield from _parked_in(record)
+        yield from parked_in(record)
 
 
-def _parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
+def parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
+    """(pseudonym, event) of everything that one record parks."""
     for record in parts_of(whole):
         settled: list[tuple[str, SettledEvent]] = []
         if isinstance(record, WaveManifest):

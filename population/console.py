@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neithe
     from populace.storage.objects import ObjectStore
 
 console = Console()
+TEMPORARY = 75
+"""Exit code where the same may work later; EX_TEMPFAIL of sysexits.h."""
 
 Store = Annotated[str, typer.Option(help="Where the population lives.", envvar="POPULACE_STORE")]
 Name = Annotated[str | None, typer.Option(help="The population; needed when the store has several.")]

@@ -142,6 +142,12 @@ class Controller:
         between, self._between = self._between, []
         return report_of(current.planned.wave, current.paging[0], outcomes, result, verdicts, between, clock.seconds)
 
+    def take_answered(self) -> list[Verdict | Tombstone]:
+        """Commands obeyed since somebody asked last; what a wave's report has is not among them."""
+        answered = [record for record in self._between if not isinstance(record, Settled)]
+        self._between = [record for record in self._between if isinstance(record, Settled)]
+        return answered
+
     def settle(self) -> None:
         """Wait until the last wave is in the store, and let the catalog and the slots follow."""
         publication, self._publication = self._publication, None

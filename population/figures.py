@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from populace.population.controller import Controller
 from populace.population.live import View
 from populace.population.partitions import controllers_folder
-from populace.population.wave_report import WaveReport
+from populace.population.wave_report import WaveReport, change_of
 from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.objects import ObjectStore
-from populace.storage.records import Tombstone
+from populace.storage.records import Tombstone, Verdict
 
+logger = logging.getLogger(__name__)
 MAX_HOT = 256
 """Hot adapters that are named."""
 NAME_DIGITS = 12
@@ -60,9 +62,7 @@ class Beacon(View):
             waves=1, tokens=report.num_tokens, trained=report.num_trained, settled=sum(report.settled.values()),
             committed=report.num_revisions,
         )  # fmt: skip
-        self._counts.update(record.decision for record in report.verdicts)
-        for record in report.answered:
-            self._counts["forgotten" if isinstance(record, Tombstone) else record.decision] += 1
+        self._count([*report.verdicts, *report.answered])
         paging = report.paging
         self._residency = {"hot": len(paging.hot), "warm": paging.num_warm, "near": paging.num_near}
         self._hot = tuple(pseudonym[:NAME_DIGITS] for pseudonym in paging.hot[:MAX_HOT])
@@ -78,9 +78,17 @@ class Beacon(View):
     def idle(self, controller: Controller) -> None:
         self._publish("idle", controller)
 
+    def decided(self, records: Sequence[Verdict | Tombstone]) -> None:
+        self._count(records)
+
     def paused(self, error: PopulaceError | None) -> None:
         """Nobody sees this while the store is away, but a store that is full can still be read."""
-        self._show(asdict(ControllerFigures(state="starting" if error is None else "paused", counts=self._counts)))
+        self._show(
+            asdict(ControllerFigures(state="starting" if error is None else "paused", counts=dict(self._counts)))
+        )
+
+    def _count(self, records: Sequence[Verdict | Tombstone]) -> None:
+        self._counts.update(change_of(record) for record in records)
 
     def _publish(self, state: str, controller: Controller) -> None:
         ledger = controller.ledger
@@ -107,6 +115,8 @@ class SeenController:
     """Host, process and a word of its own."""
     beat: str
     """Changes with every sign of life."""
+    at_s: float
+    """When that was, by the controller's own clock: seconds since 1970."""
     figures: ControllerFigures
 
 
@@ -118,17 +128,18 @@ def controllers_of(store: ObjectStore, population: str) -> list[SeenController]:
             continue
         try:
             body = json.loads(store.get(key))
+            seen.append(_seen(key.rpartition("/")[2].removesuffix(".json"), body))
         except ObjectNotFound:  # it ended meanwhile
             continue
-        known = {item.name for item in fields(ControllerFigures)}
-        figures = {name: value for name, value in body.get("figures", {}).items() if name in known}
-        figures["hot"] = tuple(figures.get("hot", ()))
-        seen.append(
-            SeenController(
-                name=key.rpartition("/")[2].removesuffix(".json"),
-                owner=body["owner"],
-                beat=body["nonce"],
-                figures=ControllerFigures(**figures),
-            )
-        )
+        except (ValueError, KeyError, TypeError) as error:  # of one controller; the others are shown
+            logger.warning("%s is no sign of life: %r", key, error)
     return seen
+
+
+def _seen(name: str, body: Mapping[str, Any]) -> SeenController:
+    known = {item.name for item in fields(ControllerFigures)}
+    figures = {name: value for name, value in body.get("figures", {}).items() if name in known}
+    figures["hot"] = tuple(figures.get("hot", ()))
+    return SeenController(
+        name=name, owner=body["owner"], beat=body["nonce"], at_s=body["at"], figures=ControllerFigures(**figures)
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import json
 import logging
 import os
 import secrets
@@ -195,7 +196,7 @@ class Ledger:
     def show(self, figures: Mapping[str, Any]) -> None:
         """Let others see these with this controller's signs of life."""
         if self._heartbeat is not None:
-            self._heartbeat.figures = figures
+            self._heartbeat.figures = json.loads(json.dumps(figures))  # what can't be written fails here
 
     def rebalance(
         self, takeover_s: float, before_release: Callable[[], None]

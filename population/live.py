@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -17,6 +19,9 @@ from rich.table import Table
 from populace.population.controller import Controller
 from populace.population.wave_report import WaveReport
 from populace.storage.errors import PopulaceError
+from populace.storage.records import Tombstone, Verdict
+
+logger = logging.getLogger(__name__)
 
 
 class View:
@@ -40,35 +45,46 @@ class View:
     def paused(self, error: PopulaceError | None) -> None:
         """The store is away or full, and why; None: it is back."""
 
+    def decided(self, records: Sequence[Verdict | Tombstone]) -> None:
+        """Verdicts and commands beside waves."""
+
     def restarted(self) -> None:
         """The shard group died and is started again."""
 
 
 class Views(View):
-    """Several at once."""
+    """Several at once. Watching must not end what is watched: what a view raises is logged, once."""
 
     def __init__(self, *views: View) -> None:
         self._views = views
+        self._failed: set[View] = set()
 
     def stage(self, text: str) -> None:
-        for view in self._views:
-            view.stage(text)
+        self._tell(lambda view: view.stage(text))
 
     def wave(self, report: WaveReport, controller: Controller) -> None:
-        for view in self._views:
-            view.wave(report, controller)
+        self._tell(lambda view: view.wave(report, controller))
 
     def idle(self, controller: Controller) -> None:
-        for view in self._views:
-            view.idle(controller)
+        self._tell(lambda view: view.idle(controller))
 
     def paused(self, error: PopulaceError | None) -> None:
-        for view in self._views:
-            view.paused(error)
+        self._tell(lambda view: view.paused(error))
+
+    def decided(self, records: Sequence[Verdict | Tombstone]) -> None:
+        self._tell(lambda view: view.decided(records))
 
     def restarted(self) -> None:
+        self._tell(lambda view: view.restarted())
+
+    def _tell(self, say: Callable[[View], None]) -> None:
         for view in self._views:
-            view.restarted()
+            try:
+                say(view)
+            except Exception:
+                if view not in self._failed:
+                    self._failed.add(view)
+                    logger.exception("%s failed; it may miss something from here on", type(view).__name__)
 
 
 class LogView(View):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -17,10 +17,10 @@ import ray.util.metrics as ray_metrics
 
 from populace.population.controller import Controller
 from populace.population.live import View
-from populace.population.wave_report import WaveReport
+from populace.population.wave_report import WaveReport, change_of
 from populace.storage.counted import Calls, add_calls
 from populace.storage.errors import PopulaceError
-from populace.storage.records import Tombstone
+from populace.storage.records import Tombstone, Verdict
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 KEEP_S = 1.0
@@ -126,7 +126,7 @@ METRICS = (
         name="populace_adapters",
         kind="gauge",
         unit="adapters",
-        meaning="Residency: adapters in slots (hot), in a shard's memory (warm), blobs on its disk (near), all.",
+        meaning="Residency: adapters in slots (hot), in a shard's memory (warm), blobs on its disk (near); store: all.",
         tag="tier",
         values=("hot", "warm", "near", "store"),
     ),
@@ -185,11 +185,8 @@ class Figure(NamedTuple):
 def wave_figures(report: WaveReport) -> Iterator[Figure]:
     """What a wave adds."""
     yield Figure("populace_waves", 1)
-    changes = Counter(record.decision for record in report.verdicts)
-    changes["committed"] = report.num_revisions
-    for record in report.answered:
-        changes["forgotten" if isinstance(record, Tombstone) else record.decision] += 1
-    yield from (Figure("populace_adapter_changes", count, change) for change, count in changes.items())
+    yield Figure("populace_adapter_changes", report.num_revisions, "committed")
+    yield from decision_figures([*report.verdicts, *report.answered])
     yield Figure("populace_trained_events", report.num_trained)
     yield from (Figure("populace_settled_events", count, reason) for reason, count in report.settled.items())
     yield Figure("populace_tokens", report.num_tokens)
@@ -199,7 +196,7 @@ def wave_figures(report: WaveReport) -> Iterator[Figure]:
     yield from (Figure("populace_phase_seconds", seconds, phase) for phase, seconds in phases.items())
     last = {
         "populace_reward": report.mean_reward,
-        "populace_step_efficiency": report.num_tokens / report.num_rows if report.num_rows else None,
+        "populace_step_efficiency": report.num_targets / report.num_rows if report.num_rows else None,
         "populace_rollout_kl": report.rollout_kl,
         "populace_masked_share": report.masked_share,
         "populace_out_of_route": report.out_of_route,
@@ -208,6 +205,11 @@ def wave_figures(report: WaveReport) -> Iterator[Figure]:
     tiers = {"hot": len(report.paging.hot), "warm": report.paging.num_warm, "near": report.paging.num_near}
     yield from (Figure("populace_adapters", count, tier) for tier, count in tiers.items())
     yield from (Figure("populace_paged_adapters", count, tier) for tier, count in report.paging.found.items())
+
+
+def decision_figures(records: Sequence[Verdict | Tombstone]) -> Iterator[Figure]:
+    changes = Counter(change_of(record) for record in records)
+    yield from (Figure("populace_adapter_changes", count, change) for change, count in changes.items())
 
 
 def state_figures(controller: Controller) -> Iterator[Figure]:
@@ -239,8 +241,8 @@ class RayMetrics(View):
         self._exported = {metric.name: _export(metric) for metric in METRICS}
         for exported in self._exported.values():
             exported.set_default_tags({"population": population, "controller": controller})
-        self._gauges: dict[Figure, Figure] = {}
-        """By the figure without its value."""
+        self._gauges: dict[tuple[str, str], float] = {}
+        """(name, tag) -> what was said last."""
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._keeper = threading.Thread(target=self._keep_gauges, daemon=True, name="populace-metrics")
         for metric in METRICS:
@@ -263,6 +265,10 @@ class RayMetrics(View):
 
     def idle(self, controller: Controller) -> None:
         self._show(controller, {})
+
+    def decided(self, records: Sequence[Verdict | Tombstone]) -> None:
+        for figure in decision_figures(records):
+            self._record(figure)
 
     def paused(self, error: PopulaceError | None) -> None:
         self._record(Figure("populace_paused", error is not None))
@@ -291,17 +297,17 @@ class RayMetrics(View):
                 pass
             case "gauge":
                 with self._lock:
-                    self._gauges[figure._replace(value=0)] = figure
-                exported.set(figure.value, tags)
+                    self._gauges[figure.name, figure.tag] = figure.value
+                    exported.set(figure.value, tags)
             case _:
                 exported.observe(figure.value, tags)
 
     def _keep_gauges(self) -> None:
         while not self._ended.wait(KEEP_S):
-            with self._lock:
-                gauges = list(self._gauges.values())
-            for figure in gauges:
-                self._record(figure)
+            with self._lock:  # also while they are set: an old value must not overtake a new one
+                for (name, tag), value in self._gauges.items():
+                    tags = {self._metrics[name].tag: tag} if tag else None
+                    self._exported[name].set(value, tags)
 
 
 def _export(metric: Metric) -> Any:

@@ -13,8 +13,9 @@ from populace.population.partitions import stop_key
 from populace.storage.errors import InvalidInput
 from populace.storage.objects import ObjectStore
 
-DEAD_S = 10.0
-"""A controller beats every second; one that is silent for this long isn't there any more, or its store isn't."""
+DEAD_S = 30.0
+"""A controller beats every second, and comes back some seconds after its store does; one that is silent for this long
+isn't there any more."""
 LOOK_S = 0.5
 
 
@@ -57,8 +58,7 @@ def stop_run(
                 silent_since[name] = (there[name].beat, now)
                 outcomes[name] = "busy"
             elif now - since >= DEAD_S:
-                outcomes[name] = "dead"
-                store.delete(stop_key(population, name))
+                outcomes[name] = "dead"  # the request stays: it names its owner, nobody else obeys it
         tick(outcomes)
         if "busy" not in outcomes.values() or now > deadline:
             return outcomes

@@ -13,16 +13,19 @@ import json
 import logging
 import os
 import secrets
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import pbkdf2_hmac, sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import jinja2
+import ray
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -30,16 +33,18 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from populace.configs.schema import BaseSettings
 from populace.population.client import Population
 from populace.population.diff import largest
-from populace.population.page_views import PopulationReader, live_rows, tree_of
+from populace.population.page_views import PopulationReader, UserView, live_rows, tree_of
 from populace.storage.errors import InvalidInput, PopulaceError
 from populace.storage.keys import Keyring
 
+logger = logging.getLogger(__name__)
 PAGES = Path(__file__).parent / "pages"
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "page.svg": "image/svg+xml"}
 COOKIE = "populace-session"
 SESSION_S = 8 * 3600.0
 MIN_TOKEN = 16
 MAX_FORM_BYTES = 10_000
+FORM_S = 5.0
 TOKEN_VARIABLE = "POPULACE_PAGE_TOKEN"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
@@ -60,8 +65,9 @@ class PageSetup:
     keys_folder: str
     hosts: tuple[str, ...]
     """Names that browsers may call it by."""
-    token_sha256: str = ""
-    """Empty: no actions."""
+    token_salt: bytes = b""
+    token_digest: bytes = b""
+    """PBKDF2 of the token; empty: no actions."""
     report: str = ""
     """Folder with a run's report, for the specialisation matrix."""
 
@@ -79,6 +85,9 @@ class Page:
         loader = jinja2.FileSystemLoader(PAGES)
         self._templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
         self._sessions: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._figures: tuple[float, dict[str, Any] | None] = (0.0, None)
+        """Of the run's report: when the file was written, and what it says."""
 
     def answer(self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes) -> Response:
         """One request. `headers` have lower-case names."""
@@ -100,6 +109,8 @@ class Page:
             response = self._message(str(error), headers, status=404)
         except PopulaceError as error:
             response = self._message(str(error), headers, status=503 if error.is_temporary else 409)
+        except ValueError as error:  # a header or a number that nobody's browser sends
+            response = PlainTextResponse(f"that can't be read: {error}", 400)
         response.headers.update(HEADERS)
         return response
 
@@ -115,7 +126,7 @@ class Page:
                 return JSONResponse(live_rows(reader.controllers()))
             case "user":
                 user = reader.find(_field(fields, "id"))
-                return self._user(user, headers, _what_was_done(fields))
+                return self._user(user, headers, fields)
             case "manifest":
                 found = reader.manifest(_field(fields, "id"), _number(fields, "revision"))
                 return PlainTextResponse(json.dumps(found, indent=1), media_type="application/json")
@@ -133,8 +144,9 @@ class Page:
                 return Response((PAGES / path).read_bytes(), media_type=FILES[path])
         return self._message(f"there is no page {path!r}", headers, status=404)
 
-    def _user(self, user: str, headers: Mapping[str, str], message: str) -> Response:
+    def _user(self, user: str, headers: Mapping[str, str], fields: Mapping[str, str]) -> Response:
         view = self.reader.user(user)
+        message = _what_was_done(fields, view)
         parked = self.reader.parked(user)
         return self._render(
             "user.html", headers, view=view, tree=tree_of(view.revisions), parked=parked, message=message, query=user
@@ -149,31 +161,41 @@ class Page:
             raise Denied("sign in first: this needs the page's token")
         match path:
             case "sign-out":
-                self._sessions.pop(_cookie(headers), None)
+                with self._lock:
+                    self._sessions.pop(_cookie(headers), None)
                 return RedirectResponse(".", 303)
             case "confirm":
                 view, to = self.reader.user(_field(form, "id")), _number(form, "to")
                 return self._render("confirm.html", headers, user=view.user, to=to, tip=view.tip, serving=view.serving)
             case "rollback":
                 user, to = _field(form, "id"), _number(form, "to")
-                # A population of its own: it waits for a controller's sign of life, and readers must not wait with it.
-                is_done = self._open().rollback(user, to)
+                is_done = self._roll_back(user, to)
                 return RedirectResponse(f"user?id={quote(user)}&{'done' if is_done else 'asked'}={to}", 303)
         return self._message(f"there is no action {path!r}", headers, status=404)
 
     def _sign_in(self, token: str) -> Response:
-        wanted = self.setup.token_sha256
-        if not wanted:
+        if not self.setup.token_digest:
             raise Denied(f"this page allows no actions; start it with {TOKEN_VARIABLE} set")
-        if not hmac.compare_digest(sha256(token.encode()).hexdigest(), wanted):
-            time.sleep(1.0)  # guessing is slow
+        if not hmac.compare_digest(digest_token(token, self.setup.token_salt), self.setup.token_digest):
             raise Denied("that is not the page's token")
         session, now = secrets.token_urlsafe(32), time.monotonic()
-        self._sessions = {known: ends for known, ends in self._sessions.items() if ends > now}
-        self._sessions[session] = now + SESSION_S
+        with self._lock:
+            for known in [known for known, ends in self._sessions.items() if ends < now]:
+                del self._sessions[known]
+            self._sessions[session] = now + SESSION_S
         response = RedirectResponse(".", 303)
-        response.set_cookie(COOKIE, session, max_age=int(SESSION_S), httponly=True, samesite="strict", path="/")
+        path = f"{route_of(self.setup.population)}/"
+        response.set_cookie(COOKIE, session, max_age=int(SESSION_S), httponly=True, samesite="strict", path=path)
         return response
+
+    def _roll_back(self, user: str, to: int) -> bool:
+        """With a population of its own: this waits for a controller's sign of life, and readers must not wait too."""
+        population = self._open()
+        try:
+            return population.rollback(user, to)
+        finally:
+            population.producer.close()
+            self.reader.look_again()
 
     def _is_signed_in(self, headers: Mapping[str, str]) -> bool:
         return self._sessions.get(_cookie(headers), 0.0) > time.monotonic()
@@ -181,7 +203,7 @@ class Page:
     def _check_host(self, headers: Mapping[str, str]) -> None:
         """A name that isn't this page's may be another site's that was pointed here."""
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if host not in self.setup.hosts:
+        if host not in [name.lower() for name in self.setup.hosts]:  # urlsplit's is in small letters
             raise Denied(f"this page doesn't answer to the host {host!r}; add it to page.hosts")
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
@@ -198,7 +220,7 @@ class Page:
             "message": "",
             "has_matrix": self._report() is not None,
             "is_signed_in": self._is_signed_in(headers),
-            "can_sign_in": bool(self.setup.token_sha256),
+            "can_sign_in": bool(self.setup.token_digest),
         }
         return HTMLResponse(self._templates.get_template(name).render(common | values), status)
 
@@ -206,11 +228,15 @@ class Page:
         return self._render("message.html", headers, status, message=message, detail="")
 
     def _report(self) -> dict[str, Any] | None:
-        path = Path(self.setup.report) / "report.json"
-        if not self.setup.report or not path.exists():
-            return None
-        figures: dict[str, Any] = json.loads(path.read_text())
-        return figures
+        """What the report says; None when there is none, or none that can be read."""
+        try:
+            path = Path(self.setup.report) / "report.json"
+            written_s = path.stat().st_mtime if self.setup.report else 0.0
+            if written_s != self._figures[0]:
+                self._figures = (written_s, json.loads(path.read_text()))
+        except (OSError, ValueError):
+            self._figures = (0.0, None)
+        return self._figures[1]
 
     def _open(self) -> Population:
         setup = self.setup
@@ -219,22 +245,27 @@ class Page:
 
 
 def _field(fields: Mapping[str, str], name: str) -> str:
-    value = fields.get(name, "").strip()
-    if not value:
+    value = fields.get(name, "")
+    if not value.strip():
         raise InvalidInput(f"{name} is missing; add it")
     return value
 
 
 def _number(fields: Mapping[str, str], name: str) -> int:
-    value = _field(fields, name)
-    if not (value.isascii() and value.isdigit()):
+    value = _field(fields, name).strip()
+    if not (value.isascii() and value.isdigit() and len(value) < 20):
         raise InvalidInput(f"{name} is {value!r}; use a revision number")
     return int(value)
 
 
-def _what_was_done(fields: Mapping[str, str]) -> str:
-    """After an action; never words out of the address."""
-    if "done" in fields:
+def digest_token(token: str, salt: bytes) -> bytes:
+    """Slow, so that whoever sees the digest can't try many tokens."""
+    return pbkdf2_hmac("sha256", token.encode(), salt, 200_000)
+
+
+def _what_was_done(fields: Mapping[str, str], view: UserView) -> str:
+    """After an action; never words out of the address, and nothing that isn't so."""
+    if "done" in fields and _number(fields, "done") == view.tip:
         return f"Rolled back: tip and serving are revision {_number(fields, 'done')}."
     if "asked" in fields:
         return f"Asked for revision {_number(fields, 'asked')}. The run obeys between two of this user's waves."
@@ -246,7 +277,7 @@ def _cookie(headers: Mapping[str, str]) -> str:
     return next((value for name, _, value in pairs if name == COOKIE), "")
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.deployment(max_ongoing_requests=100)
 class PageServer:
     """`Page` behind Ray Serve."""
 
@@ -256,51 +287,78 @@ class PageServer:
 
     async def __call__(self, request: Request) -> Response:
         body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_FORM_BYTES:
-                return PlainTextResponse("the form is too long", 413)
+        if request.method == "POST":
+            try:
+                async with asyncio.timeout(FORM_S):  # who sends slowly must not keep others out
+                    async for part in request.stream():
+                        body += part
+                        if len(body) > MAX_FORM_BYTES:
+                            return PlainTextResponse("the form is too long", 413)
+            except TimeoutError:
+                return PlainTextResponse("the form came too slowly", 408)
         path = request.url.path.removeprefix(self._prefix)
         if not path:  # what pages link to is beside them, so the overview must end with a slash
             return RedirectResponse(f"{self._prefix}/", 308)
         answer = functools.partial(self._page.answer, request.method, path, request.url.query, request.headers, body)
-        return await asyncio.get_running_loop().run_in_executor(None, answer)
+        response = await asyncio.get_running_loop().run_in_executor(None, answer)
+        if response.status_code == 403:
+            await asyncio.sleep(1.0)  # guessing is slow
+        return response
 
 
 def route_of(population: str) -> str:
-    """Populations of one Ray cluster share its proxy."""
-    return f"/{quote(population)}"
+    """Populations of one Ray cluster share its proxy, which takes plain names only."""
+    return f"/{population if population.isascii() else sha256(population.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
-def serving_page(
-    population: Population, host: str, port: int, hosts: tuple[str, ...], report: str, controller: str = ""
-) -> Iterator[str]:
-    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised.
-    `controller`: whose page it is; `InvalidInput` if another one serves it already. Host and port are those of the
-    cluster's Ray Serve: where it runs already, its own count."""
+def serving_page(population: Population, host: str, port: int, hosts: tuple[str, ...], report: str) -> Iterator[str]:
+    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised, and host and
+    port are those of its Serve: where that runs already, its own count. `InvalidInput` if the port is taken, or the
+    page is served already."""
     token = os.environ.get(TOKEN_VARIABLE, "")
     if token and len(token) < MIN_TOKEN:
         raise InvalidInput(
             f"{TOKEN_VARIABLE} has {len(token)} characters; use at least {MIN_TOKEN}: `openssl rand -hex 16`"
         )
+    salt = secrets.token_bytes(16)
     setup = PageSetup(
         store_url=population.store.url,
         population=population.meta.name,
         base=population.meta.base,
         keys_folder=str(Keyring().folder),
         hosts=(host, "localhost", "127.0.0.1", *hosts),
-        token_sha256=sha256(token.encode()).hexdigest() if token else "",
+        token_salt=salt,
+        token_digest=digest_token(token, salt) if token else b"",
         report=str(Path(report).absolute()) if report else "",
     )
-    name, route = f"populace:{population.meta.name}:{controller}", route_of(population.meta.name)
+    route = route_of(population.meta.name)
+    name = f"populace:{route[1:]}"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    running = serve.status()
+    if name in running.applications:
+        raise InvalidInput(
+            f"this Ray cluster serves {route} already, by a run that lives or was killed; look there, or end it "
+            f"with `python -c 'import ray, ray.serve as s; ray.init(); s.delete(\"{name}\")'`"
+        )
+    if not running.proxies:  # Serve's own would share the port with whatever has it
+        _require_free(host, port)
     serve.start(http_options={"host": host, "port": port})
-    for other in serve.status().applications:
-        if other != name and other.startswith(f"populace:{population.meta.name}:"):
-            raise InvalidInput(f"page.enabled: {other} serves {route} in this Ray cluster already; one run is enough")
-    serve.run(PageServer.bind(setup), name=name, route_prefix=route)  # type: ignore[attr-defined]
+    # Here: the keys, the base and maybe the store are this machine's.
+    options = {"num_cpus": 0, "resources": {f"node:{ray.util.get_node_ip_address()}": 0.001}}
     try:
+        served = PageServer.options(ray_actor_options=options).bind(setup)  # type: ignore[attr-defined]
+        serve.run(served, name=name, route_prefix=route)
         yield f"http://{host}:{port}{route}/"
     finally:
-        serve.delete(name)
+        try:
+            serve.delete(name)
+        except Exception as error:  # somebody shut Serve down meanwhile
+            logger.warning("the population page could not be removed: %s", error)
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise InvalidInput(f"page.port is {port} and can't be had at {host} ({error}); choose another one") from None

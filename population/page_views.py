@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from populace.population.client import ParkedEvent, Population
+from populace.population.client import ParkedEvent, Population, parked_in
 from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
 from populace.population.top import ControllerRates, Watch, last_wave, tiers
-from populace.storage.commit import RevisionLogReader
-from populace.storage.errors import Forgotten, InvalidInput
-from populace.storage.records import Record, RevisionEntry, Verdict, WaveManifest, parts_of
+from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
+from populace.storage.records import Record, SettledEvent, Verdict, WaveManifest, parts_of
 from populace.storage.states import AdapterState, RevisionState
 
 MAX_REVISIONS = 100
 NUM_RECENT = 20
 FRESH_S = 2.0
 """How old what is shown may be."""
+MAX_CACHED = 20_000
 MIN_DIGITS = 6
 """Of a pseudonym in a search."""
 
@@ -74,6 +74,16 @@ class RecentAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What one record of the revision log says of one adapter."""
+
+    metrics: Mapping[int, Mapping[str, float]]
+    """By revision."""
+    parked: tuple[SettledEvent, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeNode:
     revision: int
     marks: str
@@ -101,7 +111,7 @@ class PopulationReader:
         self._lock, self._watch = threading.Lock(), Watch()
         self._read_s = -FRESH_S
         self._seen: tuple[float, list[ControllerRates]] = (-FRESH_S, [])
-        self._record = functools.lru_cache(maxsize=512)(self._read_record)
+        self._cache: OrderedDict[tuple[str, int], About] = OrderedDict()
 
     def find(self, query: str) -> str:
         """The user with this id, or whose pseudonym begins with it. `InvalidInput` if there is none."""
@@ -142,14 +152,28 @@ class PopulationReader:
                 rank=adapter.spec["rank"],
                 tip=adapter.tip,
                 serving=adapter.serving,
-                residency=_residency(adapter, [item.seen for item in controllers]),
+                residency=_residency(adapter, [item.seen for item in controllers if not item.is_silent]),
                 revisions=tuple(views),
                 num_older=len(states) - len(shown),
             )
 
     def parked(self, user: str) -> list[ParkedEvent]:
+        """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest first."""
         with self._reading():
-            return self.population.parked(user)
+            ledger, found = self.population.ledger, []
+            adapter = ledger.adapter(user)
+            seqs = {note.seq for note in adapter.notes() if note.decision == "settled"}
+            seqs |= {state.seq for state in adapter.revisions()}
+            for seq in sorted(seqs)[-MAX_REVISIONS:]:
+                for item in self._about(adapter, seq).parked:
+                    detail = ledger.seals.detail(adapter.pseudonym, item)
+                    event = ParkedEvent(user=user, position=item.event.position, reason=item.reason, detail=detail)
+                    found.append(event)
+            return found
+
+    def look_again(self) -> None:
+        """Something was changed: what is shown next must know."""
+        self._read_s = -FRESH_S
 
     def manifest(self, user: str, revision: int) -> Mapping[str, object]:
         with self._reading():
@@ -186,7 +210,7 @@ class PopulationReader:
                 adapter = ledger.catalog.state(row)
                 try:
                     user = ledger.keys.get(adapter.pseudonym).user
-                except Forgotten:
+                except (Forgotten, ObjectNotFound, Damaged):  # of one user; the others are shown
                     continue
                 rank = adapter.spec["rank"]
                 found.append(RecentAdapter(user=user, tip=adapter.tip, serving=adapter.serving, rank=rank))
@@ -209,27 +233,28 @@ class PopulationReader:
                 self._read_s = time.monotonic()
         return self._lock
 
-    def _read_record(self, partition: int, seq: int) -> Record:
-        reader: RevisionLogReader = self.population.ledger.readers[partition]
-        return reader.read_at(seq)[1]
+    def _about(self, adapter: AdapterState, seq: int) -> About:
+        """What a record says of one adapter; of a wave of many, only that is kept."""
+        key = (adapter.pseudonym, seq)
+        if key not in self._cache:
+            record = self.population.ledger.readers[adapter.partition].read_at(seq)[1]
+            self._cache[key] = about(record, adapter.pseudonym)
+            if len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        return self._cache[key]
 
     def _verdicts(self, adapter: AdapterState, oldest: int) -> dict[int, tuple[Verdict, ...]]:
         found: dict[int, tuple[Verdict, ...]] = {}
         for note in adapter.notes():
             if note.decision == "settled" or note.judged < oldest:
                 continue
-            for record in parts_of(self._record(adapter.partition, note.seq)):
-                if isinstance(record, Verdict) and record.pseudonym == adapter.pseudonym:
+            for record in self._about(adapter, note.seq).verdicts:
+                if record not in found.get(record.judged, ()):
                     found[record.judged] = (*found.get(record.judged, ()), record)
         return found
 
-    def _entry(self, adapter: AdapterState, state: RevisionState) -> RevisionEntry:
-        record = self._record(adapter.partition, state.seq)
-        assert isinstance(record, WaveManifest)
-        return record.entry(adapter.pseudonym, state.revision)
-
     def _revision(self, adapter: AdapterState, state: RevisionState, verdicts: tuple[Verdict, ...]) -> RevisionView:
-        metrics, is_kept = self._entry(adapter, state).metrics, "weights" in state.blobs
+        metrics, is_kept = self._about(adapter, state.seq).metrics.get(state.revision, {}), "weights" in state.blobs
         return RevisionView(
             revision=state.revision,
             parent=state.parent,
@@ -241,6 +266,19 @@ class PopulationReader:
             verdicts=verdicts,
             can_return=is_kept and (adapter.tip, adapter.serving) != (state.revision, state.revision),
         )
+
+
+def about(whole: Record, pseudonym: str) -> About:
+    """What there is in a record about one adapter."""
+    metrics: dict[int, Mapping[str, float]] = {}
+    verdicts: list[Verdict] = []
+    for record in parts_of(whole):
+        if isinstance(record, WaveManifest):
+            metrics |= {entry.revision: entry.metrics for entry in record.revisions if entry.pseudonym == pseudonym}
+        elif isinstance(record, Verdict) and record.pseudonym == pseudonym:
+            verdicts.append(record)
+    parked = tuple(item for name, item in parked_in(whole) if name == pseudonym)
+    return About(metrics=metrics, parked=parked, verdicts=tuple(verdicts))
 
 
 def live_rows(controllers: Sequence[ControllerRates]) -> list[dict[str, object]]:
@@ -337,4 +375,4 @@ def _residency(adapter: AdapterState, controllers: Sequence[SeenController]) -> 
     if adapter.tip == 0:
         return "nowhere: revision 0 is made from its seed"
     size = sum(place.size_bytes for place in adapter.revision(adapter.tip).blobs.values())
-    return f"cold or warm: {size / 1e3:,.0f} kB of the tip in the store"
+    return f"not among the hot ones; {size / 1e3:,.0f} kB of the tip in the store"

@@ -147,19 +147,17 @@ class Heartbeat(threading.Thread):
         with self._writing:
             with self._lock:
                 keys = [owner_key(self._population, partition) for partition in sorted(self._owned)]
-            if self._controller is not None:
-                figures = {"figures": self.figures} if self.figures else {}
-                self._put(controller_key(self._population, self._controller), {"owner": self.owner, **figures})
             for key in keys:
                 self._put(key, {"owner": self.owner, "counter": counter})
+            if self._controller is not None:
+                body = {"owner": self.owner, "at": time.time(), "figures": self.figures}
+                self._put(controller_key(self._population, self._controller), body)
 
     def _look(self) -> None:
         """Read what others show; a listing is good enough, nothing rests on it."""
         assert self._controller is not None
         own, request = controller_key(self._population, self._controller), stop_key(self._population, self._controller)
         there = list(self._store.list(controllers_folder(self._population)))
-        if request in there and self._is_meant(request):
-            self._on_stop()
         keys = [key for key in there if key.endswith(".json") and key != own]
         with self._lock:
             keys += [owner_key(self._population, p) for p in range(self._num_partitions) if p not in self._owned]
@@ -169,6 +167,8 @@ class Heartbeat(threading.Thread):
                 known = self.seen.get(key)
                 if known is None or known.body != body:
                     self.seen[key] = Life(body=body, changed_s=time.monotonic())
+        if request in there and self._is_meant(request):
+            self._on_stop()
 
     def _is_meant(self, request: str) -> bool:
         """A request that an earlier run of this name got isn't for this one."""

@@ -49,7 +49,9 @@ def write_report(controller: Controller, folder: Path, started: float) -> dict[s
         controller.examiner.measure([(adapter, 0), (adapter, adapter.serving)])
     figures = {**_figures(controller, adapters), "wall_s": time.monotonic() - started}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False))
+    whole = folder / ".report.json"
+    whole.write_text(json.dumps(figures, indent=1, ensure_ascii=False))
+    whole.replace(folder / "report.json")  # whoever reads it meanwhile sees all of it or the one before
     (folder / "report.html").write_text(_html(figures))
     return figures
 

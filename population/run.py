@@ -111,10 +111,14 @@ def _page(settings: Settings, population: Population, view: View) -> Iterator[No
         return
     from populace.population.page import serving_page  # Ray Serve takes a second to import
 
-    with serving_page(
-        population, page.host, page.port, page.hosts, settings.report or "", settings.run.controller
-    ) as address:
-        view.stage(f"the population page is at {address}")
+    with contextlib.ExitStack() as stack:
+        try:
+            address = stack.enter_context(
+                serving_page(population, page.host, page.port, page.hosts, settings.report or "")
+            )
+            view.stage(f"the population page is at {address}")
+        except Exception as error:  # Ray Serve's own, too: a run goes on without its page
+            view.stage(f"no population page: {error}")
         yield
 
 
@@ -173,6 +177,7 @@ class _Run:
         while True:
             try:
                 self._wait_for_partitions()
+                self._view.idle(self._controller)
                 while not self._stop.is_set() and self._has_waves_left() and self._turn():
                     pass
                 self._controller.withdraw()
@@ -187,6 +192,7 @@ class _Run:
 
     def _judge(self) -> None:
         verdicts = self._group.surviving(self._controller, self._controller.evaluate)
+        self._view.decided([*verdicts, *self._controller.take_answered()])
         if verdicts:
             self._view.stage(f"judged {len(verdicts)} tips")
 
@@ -199,6 +205,8 @@ class _Run:
         elif self._run.until_drained and not self._ledger.pending.num_pending():
             return False
         else:
+            if answered := self._controller.take_answered():
+                self._view.decided(answered)
             self._view.idle(self._controller)
             self._stop.wait(IDLE_S)
         return True

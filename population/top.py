@@ -16,6 +16,7 @@ from populace.population.figures import SeenController
 WINDOW_S = 60.0
 """Rates are over this much time, as soon as somebody has looked for as long."""
 SILENT_S = 5.0
+LONG_AGO_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +53,16 @@ class Watch:
         self._beats[key] = (seen.beat, since)
         history = self._history.setdefault(key, deque())
         history.append((now, figures.counts))
-        while len(history) > 2 and now - history[1][0] >= WINDOW_S:
+        while len(history) > 1 and now - history[1][0] >= WINDOW_S:
             history.popleft()
         then, before = history[0]
         span = now - then
         if len(history) == 1 or span < 5.0:
             before, span = {}, figures.uptime_s
         per_s = {name: (count - before.get(name, 0)) / span for name, count in figures.counts.items()} if span else {}
-        return ControllerRates(seen=seen, is_silent=now - since > SILENT_S, per_s=per_s)
+        # Its own clock tells a first look about one that died long ago; clocks may differ a little.
+        is_silent = now - since > SILENT_S or time.time() - seen.at_s > LONG_AGO_S
+        return ControllerRates(seen=seen, is_silent=is_silent, per_s=per_s)
 
 
 def top_table(population: str, controllers: Sequence[ControllerRates]) -> RenderableType:

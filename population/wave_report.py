@@ -27,6 +27,8 @@ class WaveReport:
     """Kind of reason -> events that ended without being trained on, also those between the last wave and this one."""
     num_tokens: int
     """Of completions."""
+    num_targets: int
+    """Tokens that the step learned from: those of completions with signal."""
     num_rows: int
     """That went through the base in the fused step, prompts and padding included."""
     mean_reward: float | None
@@ -43,6 +45,11 @@ class WaveReport:
     """Stage -> wall time that this turn spent in it; what other waves' stages took beside it isn't in here."""
     paging: Paging
     """Where the wave's adapters were found."""
+
+
+def change_of(record: Verdict | Tombstone) -> str:
+    """What a decision or command did to an adapter, in one word."""
+    return "forgotten" if isinstance(record, Tombstone) else record.decision
 
 
 class Clock:
@@ -97,6 +104,7 @@ def report_of(
         num_trained=num_trained,
         settled=Counter(map(kind_of, reasons)),
         num_tokens=int(sum(update.metrics.get("tokens", 0) for update in result.updates)),
+        num_targets=int(sum(update.metrics.get("targets", 0) for update in result.updates)),
         num_rows=result.num_rows,
         mean_reward=fmean(rewards) if rewards else None,
         rollout_kl=_mean_over_tokens(result, "rollout_kl"),

@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, PopulaceError, StoreUnavailable
+from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, StoreUnavailable
 from populace.storage.objects import ObjectStore
 
 Calls = Mapping[tuple[str, str], tuple[int, float]]
 """(operation, outcome) -> number of calls, seconds spent in them."""
-OUTCOMES = {
+OUTCOMES: dict[type[Exception], str] = {
     AlreadyExists: "exists",
     ObjectNotFound: "absent",
     OutcomeUnknown: "unknown",
@@ -76,7 +76,7 @@ class CountedStore:
         started, outcome = time.monotonic(), "ok"
         try:
             yield
-        except PopulaceError as error:
+        except Exception as error:
             outcome = OUTCOMES.get(type(error), "refused")
             raise
         finally:

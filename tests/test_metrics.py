@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Task
 from populace.population.figures import Beacon, ControllerFigures, SeenController, controllers_of
-from populace.population.live import LogView
+from populace.population.live import LogView, View, Views
 from populace.population.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
 from populace.population.operate import stop_run
 from populace.population.partitions import controller_key, stop_key
@@ -182,7 +183,7 @@ def wait_for(is_there: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 def seen_at(waves: int, beat: str, uptime_s: float = 0.0) -> SeenController:
     figures = ControllerFigures(counts={"waves": waves}, uptime_s=uptime_s)
-    return SeenController(name="main", owner="host/1/a", beat=beat, figures=figures)
+    return SeenController(name="main", owner="host/1/a", beat=beat, at_s=time.time(), figures=figures)
 
 
 def test_rates_are_those_of_the_last_minute_and_silence_is_told() -> None:
@@ -197,6 +198,51 @@ def test_rates_are_those_of_the_last_minute_and_silence_is_told() -> None:
     (silent,) = watch.look([seen_at(129, "79")], now_s=90.0)
     assert silent.is_silent
     assert watch.look([], now_s=91.0) == []
+    long_ago = dataclasses.replace(seen_at(129, "79"), at_s=time.time() - 3600)
+    assert watch.look([long_ago], now_s=92.0)[0].is_silent, "a first look tells, too"
+
+
+def test_what_a_view_raises_ends_nothing(watched: tuple[Controller, list[WaveReport]]) -> None:
+    class Broken(View):
+        def wave(self, report: WaveReport, controller: Controller) -> None:
+            raise RuntimeError("a metric that can't be")
+
+    class Counting(View):
+        num_waves = 0
+
+        def wave(self, report: WaveReport, controller: Controller) -> None:
+            self.num_waves += 1
+
+    controller, reports = watched
+    counting = Counting()
+    views = Views(Broken(), counting)
+    for report in reports:
+        views.wave(report, controller)
+    assert counting.num_waves == len(reports)
+
+
+def test_a_pause_after_a_wave_leaves_the_signs_of_life_readable(
+    watched: tuple[Controller, list[WaveReport]],
+) -> None:
+    controller, reports = watched
+    shown: list[str] = []
+    beacon = Beacon(lambda figures: shown.append(json.dumps(figures)))
+    beacon.wave(reports[0], controller)
+    beacon.paused(StoreUnavailable("it is away"))
+    beacon.paused(None)
+    beacon.decided([record for report in reports for record in report.answered])
+    beacon.idle(controller)
+    states = [json.loads(figures)["state"] for figures in shown]
+    assert states == ["training", "paused", "starting", "idle"]
+    assert json.loads(shown[-1])["counts"]["forgotten"] == 1
+
+
+def test_a_damaged_sign_of_life_hides_nobody_else() -> None:
+    store = MemoryStore()
+    show(store, "good", "a")
+    store.put(controller_key("pop", "bad"), b'{"owner": "x"}')
+    store.put(controller_key("pop", "worse"), b"{")
+    assert [seen.name for seen in controllers_of(store, "pop")] == ["good"]
 
 
 def test_a_run_is_asked_to_stop_through_the_store(settings: Settings) -> None:
@@ -229,7 +275,7 @@ def test_stopping_a_run_that_is_dead_or_too_busy_says_so(monkeypatch: pytest.Mon
     with pytest.raises(InvalidInput, match="no controller 'other'"):
         stop_run(store, "pop", controller="other")
     assert stop_run(store, "pop") == {"main": "dead"}
-    assert not any(key.endswith(".stop") for key in store.list("pop/controllers")), "nobody is left to read it"
+    assert json.loads(store.get(stop_key("pop", "main")))["owner"] == "me", "should it only have slept"
 
     beats = threading.Event()
 
@@ -250,13 +296,15 @@ def test_stopping_a_run_that_is_dead_or_too_busy_says_so(monkeypatch: pytest.Mon
 
 
 def show(store: MemoryStore, controller: str, nonce: str) -> None:
-    store.put(controller_key("pop", controller), json.dumps({"owner": "me", "nonce": nonce}).encode())
+    body = {"owner": "me", "nonce": nonce, "at": time.time()}
+    store.put(controller_key("pop", controller), json.dumps(body).encode())
 
 
 def test_every_alert_fires_on_what_it_is_about_and_not_before(tmp_path: Path) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed")
     rules = yaml.safe_load((ROOT / "infra/prometheus/rules.yaml").read_text())["groups"][0]["rules"]
+    waves = ("waves_total", "", "0+1x60")
     cases = {
         "PopulaceBacklogOld": [("oldest_wait_seconds", "", "0x20 1000x40")],
         "PopulaceNotTraining": [("pending_events", "", "0x20 5x40"), ("waves_total", "", "0+1x20 21x40")],
@@ -270,8 +318,9 @@ def test_every_alert_fires_on_what_it_is_about_and_not_before(tmp_path: Path) ->
             ("adapter_changes_total", 'change="promote"', "0+1x60"),
             ("adapter_changes_total", 'change="reject"', "0x20 2+2x40"),
         ],
-        "PopulaceMismatch": [("rollout_kl", "", "0.001x20 0.2x40")],
-        "PopulaceMaskedTokens": [("masked_share", "", "0x20 0.5x40")],
+        "PopulaceRunGone": [("pending_events", "", "5x30 stale")],
+        "PopulaceMismatch": [("rollout_kl", "", "0.001x20 0.2x40"), waves],
+        "PopulaceMaskedTokens": [("masked_share", "", "0x20 0.5x40"), waves],
         "PopulaceParkedEvents": [("settled_events_total", 'reason="parked"', "0x20 1x40")],
         "PopulaceGroupRestarts": [("group_restarts_total", "", "0x20 5x40")],
     }
@@ -285,6 +334,12 @@ def test_every_alert_fires_on_what_it_is_about_and_not_before(tmp_path: Path) ->
         ]
         tests.append({"interval": "1m", "input_series": inputs, "promql_expr_test": counted(alert, 15, 0)})
         tests.append({"interval": "1m", "input_series": inputs, "promql_expr_test": counted(alert, 58, 1)})
+    for idle in ("PopulaceMismatch", "PopulaceMaskedTokens"):  # what the last wave left is no news for ever
+        inputs = [
+            {"series": f'ray_populace_{name}{{population="p",controller="main"}}', "values": values}
+            for name, values in (("rollout_kl", "0.2x60"), ("masked_share", "0.5x60"), ("waves_total", "0+1x5 5x55"))
+        ]
+        tests.append({"interval": "1m", "input_series": inputs, "promql_expr_test": counted(idle, 58, 0)})
     (tmp_path / "test.yaml").write_text(
         yaml.safe_dump({"rule_files": [str(ROOT / "infra/prometheus/rules.yaml")], "tests": tests})
     )

@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.diff import norms_of
 from populace.population.experience import Task
-from populace.population.page import Page, PageSetup
+from populace.population.page import Page, PageSetup, digest_token
 from populace.population.page_views import RevisionView, tree_of
 from populace.population.stream import partition_of
 from populace.storage.keys import Keyring
@@ -61,7 +60,8 @@ def page_of(population: Population, **changes: Any) -> Page:
         base=population.meta.base,
         keys_folder=str(Keyring().folder),
         hosts=("127.0.0.1",),
-        token_sha256=sha256(TOKEN.encode()).hexdigest(),
+        token_salt=b"salt",
+        token_digest=digest_token(TOKEN, b"salt"),
     )
     return Page(dataclasses.replace(setup, **changes))
 
@@ -115,7 +115,7 @@ def test_without_a_token_nothing_can_be_done(trained: Population) -> None:
         guessed = {**FORM, "cookie": "populace-session=guessed"}
         assert page.answer("POST", action, "", guessed, form).status_code == 403
     assert page.answer("POST", "/sign-in", "", FORM, b"token=wrong").status_code == 403
-    closed = page_of(trained, token_sha256="")
+    closed = page_of(trained, token_digest=b"")
     assert closed.answer("POST", "/sign-in", "", FORM, b"token=").status_code == 403
     assert "read-only" in get(closed, "/")[1]
     assert trained.revisions("user-0")[-1].is_tip
@@ -130,6 +130,10 @@ def test_with_a_session_a_rollback_is_confirmed_and_done(trained: Population) ->
     done = page.answer("POST", "/rollback", "", signed_in, b"id=user-0&to=1")
     assert done.status_code == 303 and "done=1" in done.headers["location"]
     assert trained.revisions("user-0")[1].is_tip
+    location = done.headers["location"].partition("?")[2]
+    assert "tip and serving are revision 1" in get(page, "/user", location)[1]
+    assert page.reader.user("user-0").tip == 1, "at once"
+    assert "Rolled back" not in get(page, "/user", "id=user-0&done=0")[1], "only what is so"
     refused = page.answer("POST", "/rollback", "", signed_in, b"id=user-0&to=99")
     assert refused.status_code == 404 and b"revision 99 does not exist" in refused.body
     assert page.answer("POST", "/sign-out", "", signed_in, b"").status_code == 303
@@ -166,12 +170,26 @@ def test_a_forgotten_user_is_gone_from_the_page(trained: Population) -> None:
     assert "user-2" not in get(page, "/")[1]
 
 
+def test_what_nobodys_browser_sends_is_refused_and_ids_are_taken_as_they_are(trained: Population) -> None:
+    page = page_of(trained)
+    for headers in ({"host": "["}, {**HOST, "origin": "http://["}):
+        assert page.answer("POST", "/sign-in", "", headers, b"token=x").status_code in (400, 403)
+    for number in ("9" * 5000, "²", "-1", "x"):
+        assert page.answer("GET", "/manifest", f"id=user-0&revision={number}", HOST, b"").status_code == 404
+    assert page.answer("POST", "/sign-in", "", FORM, bytes([0xFF, 0xFE])).status_code == 403
+    assert get(page, "/user", "id=user-0%20")[0] == 404, "another user"
+    capital = page_of(trained, hosts=("People.Example",))
+    assert capital.answer("GET", "/", "", {"host": "people.example"}, b"").status_code == 200
+
+
 def test_the_specialisation_matrix_is_that_of_the_report(trained: Population, tmp_path: Path) -> None:
     figures = {"users": {"user-0": {}, "user-1": {}}, "matrix": [[1.0, 0.25], [0.5, 0.0]]}
     (tmp_path / "report.json").write_text(json.dumps(figures))
     status, body = get(page_of(trained, report=str(tmp_path)), "/matrix")
     assert status == 200 and [cell in body for cell in ("1.00", "0.25", "0.50", "0.00")] == [True] * 4
     assert get(page_of(trained), "/matrix")[0] == 404
+    (tmp_path / "report.json").write_text("{")
+    assert get(page_of(trained, report=str(tmp_path)), "/")[0] == 200, "half a report is none"
 
 
 @pytest.fixture

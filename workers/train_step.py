@@ -322,6 +322,7 @@ def _metrics(batch: AdapterBatch, tally: _Tally | None, norm: float | None) -> d
             "grad_norm": norm,
             "logprob_gap_max": tally.largest_gap,
             "masked_share": tally.num_masked / tally.num_tokens,
+            "targets": float(tally.num_tokens),
         }
         if tally.num_compared:
             metrics["rollout_kl"] = tally.kl / tally.num_compared

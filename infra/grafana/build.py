@@ -59,7 +59,9 @@ ROWS: list[tuple[str, list[Panel]]] = [
     ]),
     ("Residency", [
         ("Adapters by tier", "short", "Hot in slots, warm in memory, near on disk, all in the store.",
-         [("{{tier}}", gauge("adapters", "sum", "tier"))]),
+         [("{{tier}}", 'sum by (tier) (ray_populace_adapters{population=~"$population",tier!="store"})'),
+          # Every controller says the same of the store.
+          ("store", 'sum (max by (population) (ray_populace_adapters{population=~"$population",tier="store"}))')]),
         ("Paging", "ops", "Where the adapters of waves were found, per second.",
          [("{{tier}}", rate("paged_adapters_total", "tier"))]),
         ("Waiting for adapters", "s", "Mean seconds per wave that rollouts waited for adapters' bytes.",

@@ -19,6 +19,7 @@ if (live) {
   };
   const look = async () => {
     const answer = await fetch(live.dataset.url);
+    live.classList.toggle("old", !answer.ok);
     if (!answer.ok) return;
     const seen = await answer.json();
     const body = document.getElementById("controllers");
@@ -32,6 +33,6 @@ if (live) {
     if (rates.length > 175) rates.shift();
     draw();
   };
-  const again = () => look().catch(() => {}).finally(() => setTimeout(again, 2000));
+  const again = () => look().catch(() => live.classList.add("old")).finally(() => setTimeout(again, 2000));
   again();
 }
