@@ -414,6 +414,8 @@ def problems(settings: Settings) -> list[str]:
             f"scheduler.slots is {settings.scheduler.slots}; use at least twice max_adapters_per_wave "
             f"({settings.scheduler.max_adapters_per_wave}), so that a tip and its serving revision fit together"
         )
+    if settings.page.port > 65535:
+        found.append(f"page.port is {settings.page.port}; use a port up to 65535")
     found += _scheduler_problems(settings)
     for user, rank in settings.user_ranks.items():
         if rank < 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from populace.population.client import Population
 from populace.population.trials import revision_ref
+from populace.storage.errors import ObjectNotFound
 from populace.storage.loading import load_wave
 from populace.workers.families import dims_of
 from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, layout_of
@@ -34,15 +35,21 @@ class ModuleNorms:
 def diff_revisions(population: Population, user: str, before: int, after: int) -> list[ModuleNorms]:
     """Norms per module of two revisions and of their difference. `InvalidInput` for a revision that isn't kept."""
     population.ledger.follow()
-    adapter = population.ledger.adapter(user)
-    refs = [revision_ref(adapter, number) for number in (before, after)]
-    spec = refs[0].spec
+    spec = AdapterSpec.from_dict(population.ledger.adapter(user).spec)
     layout = layout_of(dims_of(Path(population.base().folder)), spec.rank, spec.expert_rank)
-    flats = []
-    for ref in refs:
-        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
-        flats.append(unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts))
+    try:
+        flats = [_weights(population, layout, user, number) for number in (before, after)]
+    except ObjectNotFound:  # a pack was just rewritten
+        population.ledger.follow()
+        flats = [_weights(population, layout, user, number) for number in (before, after)]
     return norms_of(layout, spec, *flats)
+
+
+def _weights(population: Population, layout: AdapterLayout, user: str, revision: int) -> Tensor:
+    """[N], in exact layout."""
+    ref = revision_ref(population.ledger.adapter(user), revision)
+    blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+    return unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
 
 
 def norms_of(layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N: Tensor) -> list[ModuleNorms]:
