@@ -121,7 +121,7 @@ def test_what_was_just_claimed_is_not_nobodys(settings: Settings) -> None:
     wait_until(lambda: bool(second._heartbeat and second._heartbeat.seen.get("test/owners/0.json")), "a look")
     claims, _ = first.rebalance(4.0, lambda: None)
     assert 0 in claims
-    second._follow()
+    second.follow()
     assert second._heartbeat is not None and first._heartbeat is not None
     assert second._heartbeat.seen["test/owners/0.json"].owner != first._heartbeat.owner, "its look is older"
     assert second._heartbeat.holder(0, second._claims.get(0), 4.0) == first._heartbeat.owner
