@@ -21,6 +21,7 @@ from populace.population.controller import Controller
 from populace.population.figures import Beacon
 from populace.population.live import Views
 from populace.population.metrics import KEEP_S, RayMetrics
+from populace.population.metrics import Figure as MetricFigure
 from populace.population.rewards import score_on_ray
 from populace.storage.counted import CountedStore
 from populace.storage.objects import MemoryStore, open_store
@@ -70,8 +71,8 @@ def overhead_figures(folder: Path) -> list[Figure]:
             if is_on:
                 told.append((ended - waved) / (ended - began))
     began = time.perf_counter()
-    for known in list(metrics._gauges.values()):
-        metrics._record(known)
+    for (name, tag), value in list(metrics._gauges.items()):
+        metrics._record(MetricFigure(name, value, tag))
     repeating = (time.perf_counter() - began) / KEEP_S
     population.ledger.release()
     group.stop()
