@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,10 @@ def run_to_the_end(controller: Controller) -> list[WaveReport]:
         waves.append(report)
         assert len(waves) < 200
     return waves
+
+
+def wait_until(is_there: Callable[[], bool], what: str, timeout_s: float = 15.0, pause_s: float = 0.05) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_there():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
+        time.sleep(pause_s)

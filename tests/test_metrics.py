@@ -29,7 +29,7 @@ from populace.population.wave_report import WaveReport
 from populace.storage.counted import CountedStore, add_calls
 from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, StoreUnavailable
 from populace.storage.objects import MemoryStore
-from tests.streams import experience, make_population, run_to_the_end
+from tests.streams import experience, make_population, run_to_the_end, wait_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,10 +131,10 @@ def test_gauges_are_said_again_while_nothing_happens(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("populace.population.metrics.KEEP_S", 0.05)
     with RayMetrics("people", "main", dict) as metrics:
         metrics.paused(StoreUnavailable("it is away"))
-        wait_for(lambda: said.count(("populace_paused", True)) > 3)
+        wait_until(lambda: said.count(("populace_paused", True)) > 3, "a repetition")
         assert said.count(("populace_pauses", True)) == 1, "a counter is not counted again"
         metrics.paused(None)
-        wait_for(lambda: said.count(("populace_paused", False)) > 3)
+        wait_until(lambda: said.count(("populace_paused", False)) > 3, "a repetition")
     num_said = len(said)
     time.sleep(0.2)
     assert len(said) == num_said
@@ -162,23 +162,20 @@ def test_live_figures_lie_beside_the_signs_of_life(settings: Settings, start: Ca
     for report in run_to_the_end(controller):
         beacon.wave(report, controller)
     try:
-        wait_for(lambda: [seen.figures.state for seen in controllers_of(population.store, "test")] == ["training"])
+
+        def states() -> list[str]:
+            return [seen.figures.state for seen in controllers_of(population.store, "test")]
+
+        wait_until(lambda: states() == ["training"], "a sign of life with figures")
         (seen,) = controllers_of(population.store, "test")
         assert seen.name == "main"
         assert seen.figures.counts["committed"] == ledger.catalog.revisions.size > 0
         assert seen.figures.residency["store"] == 3 and len(seen.figures.hot) == seen.figures.residency["hot"]
         beacon.idle(controller)
-        wait_for(lambda: controllers_of(population.store, "test")[0].figures.state == "idle")
+        wait_until(lambda: states() == ["idle"], "a newer one")
     finally:
         ledger.release()
     assert controllers_of(population.store, "test") == []
-
-
-def wait_for(is_there: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_there():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def seen_at(waves: int, beat: str, uptime_s: float = 0.0) -> SeenController:

@@ -3,6 +3,7 @@ dashboards on a real run; the population page in a real browser."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from populace.storage.objects import open_store
 from tests.accounting import account
 from tests.browser import chromium
 from tests.heads import DASHBOARD, ROOT, TOKEN, ask, on_head, ray_head, submit
-from tests.streams import WORDS, open_population, write_config
+from tests.streams import WORDS, open_population, wait_until, write_config
 
 ORIGIN = "http://127.0.0.1:28270"
 PAGE = f"{ORIGIN}/operated"
@@ -102,11 +103,7 @@ def waves(job: Job) -> int:
     return sum(seen.figures.counts.get("waves", 0) for seen in controllers_of(store, "operated"))
 
 
-def wait_for(is_there: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_there():
-        assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
-        time.sleep(0.5)
+wait_for = functools.partial(wait_until, timeout_s=120.0, pause_s=0.5)
 
 
 @pytest.fixture(scope="module")

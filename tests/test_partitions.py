@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -22,7 +20,7 @@ from populace.storage.objects import MemoryStore
 from populace.workers.engine import ShardEngine
 from tests.accounting import account
 from tests.conftest import score_here
-from tests.streams import experience
+from tests.streams import experience, wait_until
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -55,13 +53,6 @@ def controller_of(population: Population, name: str) -> Controller:
     engine = ShardEngine(population.shard_settings(population.base(), chat), population.store)
     population.ledger.join(name, settings.run.takeover_s)
     return Controller(settings, population.ledger, engine, chat, score_here)
-
-
-def wait_until(condition: Callable[[], bool], message: str, timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, message
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -119,10 +110,11 @@ def test_what_was_just_claimed_is_not_nobodys(settings: Settings) -> None:
     for name, ledger in zip("ab", ledgers, strict=True):
         ledger.join(name, 4.0)
     wait_until(lambda: bool(second._heartbeat and second._heartbeat.seen.get("test/owners/0.json")), "a look")
+    assert second._heartbeat is not None and first._heartbeat is not None
+    second._heartbeat.stop()  # no later look, however slow this machine is
     claims, _ = first.rebalance(4.0, lambda: None)
     assert 0 in claims
     second.follow()
-    assert second._heartbeat is not None and first._heartbeat is not None
     assert second._heartbeat.seen["test/owners/0.json"].owner != first._heartbeat.owner, "its look is older"
     assert second._heartbeat.holder(0, second._claims.get(0), 4.0) == first._heartbeat.owner
     assert second._heartbeat.holder(0, second._claims.get(0), 0.0) is None, "who claimed and died gives no sign"
