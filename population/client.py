@@ -285,16 +285,16 @@ class Population:
         found = []
         for pseudonym, item in pairs:
             with contextlib.suppress(Forgotten):
-                detail = self.ledger.seals.detail(pseudonym, item)
-                name = self.ledger.keys.get(pseudonym).user
-                found.append(ParkedEvent(user=name, position=item.event.position, reason=item.reason, detail=detail))
+                found.append(self.parked_event(pseudonym, item))
         return found
 
+    def parked_event(self, pseudonym: str, item: SettledEvent) -> ParkedEvent:
+        """What a record says of an event that was parked, with what only the user's key opens."""
+        detail, user = self.ledger.seals.detail(pseudonym, item), self.ledger.keys.get(pseudonym).user
+        return ParkedEvent(user=user, position=item.event.position, reason=item.reason, detail=detail)
+
     def _parked_of(self, adapter: AdapterState) -> list[tuple[str, SettledEvent]]:
-        """From the records that settled something of this adapter."""
-        seqs = {note.seq for note in adapter.notes() if note.decision == "settled"}
-        seqs |= {state.seq for state in adapter.revisions()}
-        records = (self.ledger.readers[adapter.partition].read_at(seq)[1] for seq in sorted(seqs))
+        records = (self.ledger.readers[adapter.partition].read_at(seq)[1] for seq in settling_records(adapter))
         return [pair for record in records for pair in parked_in(record) if pair[0] == adapter.pseudonym]
 
     @contextlib.contextmanager
@@ -434,6 +434,12 @@ def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> I
     reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
     for _, record in reader.read_new():
         yield from parked_in(record)
+
+
+def settling_records(adapter: AdapterState) -> list[int]:
+    """Numbers of the records that may have settled something of this adapter, oldest first."""
+    settled = {note.seq for note in adapter.notes() if note.decision == "settled"}
+    return sorted(settled | {state.seq for state in adapter.revisions()})
 
 
 def parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:

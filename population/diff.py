@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from populace.population.client import Population
-from populace.population.trials import revision_ref
-from populace.storage.errors import ObjectNotFound
-from populace.storage.loading import load_wave
+from populace.population.export import load_weights
 from populace.workers.families import dims_of
 from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, layout_of
-from populace.workers.slab import unpack_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +34,7 @@ def diff_revisions(population: Population, user: str, before: int, after: int) -
     population.ledger.follow()
     spec = AdapterSpec.from_dict(population.ledger.adapter(user).spec)
     layout = layout_of(dims_of(Path(population.base().folder)), spec.rank, spec.expert_rank)
-    try:
-        flats = [_weights(population, layout, user, number) for number in (before, after)]
-    except ObjectNotFound:  # a pack was just rewritten
-        population.ledger.follow()
-        flats = [_weights(population, layout, user, number) for number in (before, after)]
-    return norms_of(layout, spec, *flats)
-
-
-def _weights(population: Population, layout: AdapterLayout, user: str, revision: int) -> Tensor:
-    """[N], in exact layout."""
-    ref = revision_ref(population.ledger.adapter(user), revision)
-    blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
-    return unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
+    return norms_of(layout, spec, *(load_weights(population, layout, user, number) for number in (before, after)))
 
 
 def norms_of(layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N: Tensor) -> list[ModuleNorms]:

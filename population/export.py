@@ -37,20 +37,29 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
     number = revision_number(adapter, revision)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
-    ref, base = revision_ref(adapter, number), population.base()
-    layout = layout_of(dims_of(Path(base.folder)), ref.spec.rank, ref.spec.expert_rank)
-    try:
-        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
-    except ObjectNotFound:  # its pack was just rewritten
-        population.ledger.follow()
-        ref = revision_ref(population.ledger.adapter(user), number)
-        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
-    flat = unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
+    spec, base = AdapterSpec.from_dict(adapter.spec), population.base()
+    layout = layout_of(dims_of(Path(base.folder)), spec.rank, spec.expert_rank)
+    flat = load_weights(population, layout, user, number)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(layout, flat), folder / "adapter_model.safetensors", {"format": "pt"})
-    config = peft_config(ref.spec, base.folder, layout.dims.dense_modules)
+    config = peft_config(spec, base.folder, layout.dims.dense_modules)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     return number
+
+
+def load_weights(population: Population, layout: AdapterLayout, user: str, revision: int) -> Tensor:
+    """A revision's weights [N] in exact layout. `InvalidInput` if it isn't kept."""
+
+    def load() -> Tensor:
+        ref = revision_ref(population.ledger.adapter(user), revision)
+        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+        return unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
+
+    try:
+        return load()
+    except ObjectNotFound:  # its pack was just rewritten
+        population.ledger.follow()
+        return load()
 
 
 def share_export(population: Population, user: str, number: int, folder: Path, valid_for: timedelta) -> str:

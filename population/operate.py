@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from populace.population.figures import SeenController, controllers_of
+from populace.population.figures import controllers_of
 from populace.population.partitions import stop_key
 from populace.storage.errors import InvalidInput
 from populace.storage.objects import ObjectStore
@@ -31,23 +31,20 @@ def stop_run(
 
     Returns controller -> `stopped`, `dead` (it had shown no life for `DEAD_S`; the next run of its name takes over) or
     `busy` (not yet, after `timeout_s`; it still knows that it shall). `InvalidInput` if nothing runs."""
-    asked: dict[str, SeenController] = {}
+    by, deadline = f"{getpass.getuser()}@{socket.gethostname()}", time.monotonic() + timeout_s
+    there = {seen.name: seen for seen in controllers_of(store, population) if controller in (None, seen.name)}
+    if not there:
+        who = f"population {population!r}" if controller is None else f"controller {controller!r}"
+        raise InvalidInput(f"nothing runs: no {who} shows life in {store.url}")
+    asked: dict[str, str] = dict.fromkeys(there, "")
+    """Controller -> the owner that a request names."""
     silent_since: dict[str, tuple[str, float]] = {}
     outcomes: dict[str, str] = {}
-    deadline = time.monotonic() + timeout_s
-    first = True
     while True:
-        there = {seen.name: seen for seen in controllers_of(store, population) if controller in (None, seen.name)}
-        if first and not there:
-            who = f"population {population!r}" if controller is None else f"controller {controller!r}"
-            raise InvalidInput(f"nothing runs: no {who} shows life in {store.url}")
-        wanted = there if first else {name: seen for name, seen in there.items() if name in asked}
-        first = False
-        for name, seen in wanted.items():
-            if name not in asked or asked[name].owner != seen.owner:  # a run that lost its store comes back as another
-                by = f"{getpass.getuser()}@{socket.gethostname()}"
+        for name, seen in there.items():
+            if name in asked and asked[name] != seen.owner:  # a run that lost its store comes back as another
+                asked[name] = seen.owner
                 store.put(stop_key(population, name), json.dumps({"owner": seen.owner, "by": by}).encode())
-            asked[name] = seen
         now = time.monotonic()
         for name in asked:
             if name not in there:
@@ -63,3 +60,4 @@ def stop_run(
         if "busy" not in outcomes.values() or now > deadline:
             return outcomes
         time.sleep(LOOK_S)
+        there = {seen.name: seen for seen in controllers_of(store, population)}

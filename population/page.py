@@ -225,7 +225,7 @@ class Page:
         return HTMLResponse(self._templates.get_template(name).render(common | values), status)
 
     def _message(self, message: str, headers: Mapping[str, str], status: int) -> Response:
-        return self._render("message.html", headers, status, message=message, detail="")
+        return self._render("message.html", headers, status, message=message)
 
     def _report(self) -> dict[str, Any] | None:
         """What the report says; None when there is none, or none that can be read."""

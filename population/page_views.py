@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from populace.population.client import ParkedEvent, Population, parked_in
+from populace.population.client import ParkedEvent, Population, parked_in, settling_records
 from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
 from populace.population.top import ControllerRates, Watch, last_wave, tiers
@@ -160,16 +161,9 @@ class PopulationReader:
     def parked(self, user: str) -> list[ParkedEvent]:
         """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest first."""
         with self._reading():
-            ledger, found = self.population.ledger, []
-            adapter = ledger.adapter(user)
-            seqs = {note.seq for note in adapter.notes() if note.decision == "settled"}
-            seqs |= {state.seq for state in adapter.revisions()}
-            for seq in sorted(seqs)[-MAX_REVISIONS:]:
-                for item in self._about(adapter, seq).parked:
-                    detail = ledger.seals.detail(adapter.pseudonym, item)
-                    event = ParkedEvent(user=user, position=item.event.position, reason=item.reason, detail=detail)
-                    found.append(event)
-            return found
+            adapter = self.population.ledger.adapter(user)
+            parked = (self._about(adapter, seq).parked for seq in settling_records(adapter)[-MAX_REVISIONS:])
+            return [self.population.parked_event(adapter.pseudonym, item) for items in parked for item in items]
 
     def look_again(self) -> None:
         """Something was changed: what is shown next must know."""
@@ -225,13 +219,14 @@ class PopulationReader:
                 self._seen = (time.monotonic(), rates)
             return rates
 
-    def _reading(self) -> threading.Lock:
-        """The lock; what it guards is fresh."""
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """One request at a time, of what is fresh."""
         with self._lock:
             if time.monotonic() - self._read_s >= FRESH_S:
                 self.population.ledger.follow()
                 self._read_s = time.monotonic()
-        return self._lock
+            yield
 
     def _about(self, adapter: AdapterState, seq: int) -> About:
         """What a record says of one adapter; of a wave of many, only that is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -77,10 +77,10 @@ def top_table(population: str, controllers: Sequence[ControllerRates]) -> Render
 
 
 def _rows(controllers: Sequence[ControllerRates]) -> list[tuple[str, list[str]]]:
-    def row(label: str, cell: object) -> tuple[str, list[str]]:
-        return label, [str(cell(item)) for item in controllers]  # type: ignore[operator]
+    def row(label: str, cell: Callable[[ControllerRates], object]) -> tuple[str, list[str]]:
+        return label, [str(cell(item)) for item in controllers]
 
-    def minute(name: str) -> object:
+    def minute(name: str) -> Callable[[ControllerRates], str]:
         return lambda item: f"{60 * item.per_s.get(name, 0.0):.1f}"
 
     return [
@@ -113,6 +113,5 @@ def last_wave(wave: Mapping[str, object]) -> str:
     reward = wave.get("reward")
     rewarded = f", reward {reward:.2f}" if isinstance(reward, float) else ""
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if value >= 0.05)
-    return f"{wave.get('adapters')} adapters{rewarded}, {sum(seconds.values()):.1f} s" + (
-        f": {phases}" if phases else ""
-    )
+    total = f"{sum(seconds.values()):.1f} s"
+    return f"{wave.get('adapters')} adapters{rewarded}, {': '.join(filter(None, (total, phases)))}"
