@@ -1,4 +1,4 @@
-"""A Ray head with its dashboard on loopback, and jobs on it."""
+"""Ray for tests: a head with its dashboard on loopback and jobs on it, or Ray in this process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,35 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "127.0.0.2:26379"
 DASHBOARD = "http://127.0.0.1:28265"
 TOKEN = "a" * 64
+
+
+@contextmanager
+def without_tokens() -> Iterator[None]:
+    """No token authentication for Ray in this process. Left alone, `ray.init("local")` switches it on for as long as
+    the process lives, and a cluster that another test starts without it can't talk to this driver any more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield
+
+
+@contextmanager
+def ray_here(**options: Any) -> Iterator[None]:
+    """A Ray of its own in this process; `options` are those of `ray.init`."""
+    with without_tokens():
+        ray.init("local", include_dashboard=False, log_to_driver=False, **options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.storage.errors import Fenced
 from tests.accounting import account
+from tests.heads import without_tokens
 from tests.streams import experience, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +33,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A head, where drivers and rewards run, and one more node. Parameter: how often a worker looks whether its raylet
     lives, in milliseconds."""
     variables = {
-        "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
         "TRITON_INTERPRET": "0",
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with without_tokens(), pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
         quick = {

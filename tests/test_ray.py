@@ -26,7 +26,7 @@ from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
 from populace.storage.objects import FileStore
 from tests.accounting import account
-from tests.heads import on_head, ray_head, submit
+from tests.heads import on_head, ray_head, ray_here, submit
 from tests.streams import experience, make_population, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
@@ -136,10 +136,8 @@ def test_a_submitted_job_trains_the_population(head: dict[str, str], config: Pat
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000,
-             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})  # fmt: skip
-    yield
-    ray.shutdown()
+    with ray_here(num_cpus=2, object_store_memory=100_000_000, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}):
+        yield
 
 
 def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(

@@ -23,6 +23,7 @@ from populace.workers.group import NAMESPACE, ShardGroup, ShardGroupLost
 from populace.workers.shard import NotTheOwner
 from populace.workers.train_step import TrainerSettings
 from tests import tiny
+from tests.heads import ray_here
 from tests.test_fused_step import batch_of, spec_of
 from tests.test_rollout import request
 
@@ -32,12 +33,11 @@ NUMBERS = list(range(7))
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ray.init(
-        "local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error", namespace=NAMESPACE,
-        runtime_env={"env_vars": variables}, _temp_dir=f"/tmp/rs{os.getpid()}",
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    with ray_here(
+        num_cpus=8, logging_level="error", namespace=NAMESPACE, runtime_env={"env_vars": variables},
+        _temp_dir=f"/tmp/rs{os.getpid()}",
+    ):  # fmt: skip
+        yield
 
 
 @pytest.fixture
