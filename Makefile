@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-crash soak bench-store bench-step bench-streams bench-shards bench-metrics aot docs lint types format clean
+.PHONY: demo test test-slow test-crash soak test-gpu bench-kernels bench-store bench-step bench-streams bench-shards bench-metrics aot docs lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -20,6 +20,17 @@ test: .venv/dev lint types
 test-slow: .venv/dev
 	POPULACE_TEST_EXAMPLES=1000 $(BIN)/python -m pytest -s --timeout 3600 tests/test_faults.py -k no_fault
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a CUDA GPU, whose own Python has torch for it, Triton and pytest. Nothing is installed.
+GPU_PYTHON ?= python3
+test-gpu: build/gpu/populace/kernels
+	PYTHONPATH=build/gpu:. $(GPU_PYTHON) -m pytest --noconftest -m gpu tests/test_gpu.py
+
+bench-kernels: build/gpu/populace/kernels
+	PYTHONPATH=build/gpu:. $(GPU_PYTHON) -m tests.benchmarks.kernels
+
+build/gpu/populace/kernels:
+	mkdir -p $(@D) && ln -sfn ../../../kernels $@
 
 bench-store: .venv/dev
 	$(BIN)/python -m tests.benchmarks.store

@@ -33,14 +33,13 @@ class Segments:
     expert_G: Ints | None
     """None for dense modules."""
 
-    def index(self, segment_G: Ints) -> slice | tuple[Tensor, ...]:
+    def index(self, segment_G: Ints, device: torch.device) -> slice | tuple[Tensor, ...]:
         """Which tensors of an arena these segments use; a slice where dense ones use neighbouring slots in order."""
         slot_G = self.slot_G[segment_G]
-        if self.expert_G is not None:
-            return torch.from_numpy(slot_G), torch.from_numpy(self.expert_G[segment_G])
-        if (np.diff(slot_G) == 1).all():
+        if self.expert_G is None and (np.diff(slot_G) == 1).all():
             return slice(int(slot_G[0]), int(slot_G[-1]) + 1)
-        return (torch.from_numpy(slot_G),)
+        columns = (slot_G,) if self.expert_G is None else (slot_G, self.expert_G[segment_G])
+        return tuple(torch.from_numpy(column_G).to(device) for column_G in columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,8 @@ class SegmentPlan:
 
     num_rows: int
     segments: Segments
+    device: torch.device
+    """Where the rows are."""
     accumulates: bool = False
     """Backward adds to the gradients that are there instead of replacing them."""
 
@@ -59,6 +60,10 @@ class SegmentPlan:
     @functools.cached_property
     def batches(self) -> Batches:
         return Batches.of(self)
+
+    @functools.cached_property
+    def tiles(self) -> tuple[ArenaTiles, ...]:
+        return tuple(_arena_tiles(self.segments, self.device))
 
 
 def plan_segments(
@@ -81,7 +86,7 @@ def plan_segments(
         slot_G=key_3T[1, start_G],
         expert_G=None if expert_T is None else key_3T[2, start_G],
     )
-    return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, accumulates=accumulates)
+    return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, device=arena_T.device, accumulates=accumulates)
 
 
 def tiles_by_height(count_G: Ints, heights: Sequence[int]) -> Iterator[tuple[int, Ints, Ints]]:
@@ -93,6 +98,52 @@ def tiles_by_height(count_G: Ints, heights: Sequence[int]) -> Iterator[tuple[int
         segment_I = np.repeat(np.arange(len(per_G)), per_G)
         if len(segment_I):
             yield height, segment_I, (np.arange(len(segment_I)) - np.repeat(np.cumsum(per_G) - per_G, per_G)) * height
+
+
+SHORT, TALL = 16, 64
+"""Heights of Triton's tiles: segments of at most 16 rows, as decoding has them, don't pay for 64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaTiles:
+    """One arena's segments as Triton's kernels read them. Rows of a table, int64 [I, 5]: its first row, the same with
+    the arena's rows side by side, how many rows, slot, expert (0 for dense modules)."""
+
+    arena: int
+    num_rows: int
+    whole_G5: Tensor
+    """The segments themselves."""
+    by_height: tuple[tuple[int, Tensor], ...]
+    """(height, their tiles of that height)."""
+
+
+def _arena_tiles(segments: Segments, device: torch.device) -> Iterator[ArenaTiles]:
+    expert_G = np.zeros_like(segments.slot_G) if segments.expert_G is None else segments.expert_G
+    tables: list[tuple[int, int, Ints]] = []
+    for arena in np.unique(segments.arena_G).tolist():
+        mine = segments.arena_G == arena
+        count_G = segments.count_G[mine]
+        own_G = np.cumsum(count_G) - count_G
+        whole_G5 = np.stack([segments.start_G[mine], own_G, count_G, segments.slot_G[mine], expert_G[mine]], 1)
+        tables.append((arena, 0, whole_G5))
+        for height, segment_I, offset_I in tiles_by_height(count_G, (SHORT, TALL)):
+            tile_I5 = whole_G5[segment_I]
+            tile_I5[:, :2] += offset_I[:, None]
+            tile_I5[:, 2] = np.minimum(tile_I5[:, 2] - offset_I, height)
+            tables.append((arena, height, tile_I5))
+    moved = _move([table for *_, table in tables], device)
+    for arena, group in itertools.groupby(zip(tables, moved, strict=True), lambda pair: pair[0][0]):
+        ((_, _, table), whole), *tiles = group
+        by_height = tuple((height, tile_I5) for (_, height, _), tile_I5 in tiles)
+        yield ArenaTiles(arena=arena, num_rows=int(table[:, 2].sum()), whole_G5=whole, by_height=by_height)
+
+
+def _move(tables: Sequence[Ints], device: torch.device) -> list[Tensor]:
+    """All in one copy. Each begins at a multiple of 16 bytes: Triton would compile its kernels anew for one that
+    doesn't."""
+    even = [np.concatenate([table, table[-1:]]) if len(table) % 2 else table for table in tables]
+    parts = torch.split(torch.from_numpy(np.concatenate(even)).to(device), [len(table) for table in even])
+    return [part[: len(table)] for table, part in zip(tables, parts, strict=True)]
 
 
 HEIGHTS = np.array([1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64])
@@ -177,7 +228,9 @@ class Batches:
             rows = slice(int(start_G[begin]), batches[-1].rows.stop)
             own_G = order_G[begin:end]
             arenas.append(
-                ArenaBatches(arena=arena, segment_G=own_G, index=segments.index(own_G), batches=batches, rows=rows)
+                ArenaBatches(
+                    arena=arena, segment_G=own_G, index=segments.index(own_G, plan.device), batches=batches, rows=rows
+                )
             )
         offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)
         is_filling_U = offset_U >= np.repeat(count_G, height_G)
@@ -191,10 +244,10 @@ class Batches:
         source_U = np.append(source_U, without_N)
         return Batches(
             arenas=tuple(arenas),
-            source_U=None if in_place else torch.from_numpy(source_U),
-            place_T=None if in_place else torch.from_numpy(place_T),
-            slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)),
-            is_filling_U=torch.from_numpy(is_filling_U),
+            source_U=None if in_place else torch.from_numpy(source_U).to(plan.device),
+            place_T=None if in_place else torch.from_numpy(place_T).to(plan.device),
+            slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)).to(plan.device),
+            is_filling_U=torch.from_numpy(is_filling_U).to(plan.device),
         )
 
 

@@ -6,30 +6,27 @@
 
 No atomics, no split of a reduction over programs, no autotuning: configurations are fixed by operation, rank and dtype,
 and a tile's height follows from its own segment's length, so a segment's bits are its own. Weights stay fp32 in the
-slab and are rounded to the rows' dtype on the way in; sums are fp32.
+slab and are rounded to the rows' dtype on the way in; sums are fp32. docs/measurements/kernels.md has them on a GPU.
 
-Suffixes: T rows, I tiles, G segments, U an arena's rows side by side, D in, F out, R rank.
+Suffixes: T rows, I tiles (of 5 columns: see `ArenaTiles`), U an arena's rows side by side, D in, F out, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from populace.kernels.tiles import Ints, SegmentPlan, tiles_by_height
+from populace.kernels.tiles import SHORT, TALL, ArenaTiles, SegmentPlan
 
 if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights
 
-SHORT, TALL = 16, 64
-"""Heights of tiles: segments of at most 16 rows, as decoding has them, don't pay for 64."""
 CHUNK = 32
 """Rows that an outer product adds at a time."""
 
@@ -51,16 +48,20 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
     # fp32 has no tensor cores to feed; more warps and short steps along the rank keep its operands in registers.
     num_warps = 8 if not is_half and (height == TALL or block_r > 32) else 4
     match kernel:
+        case "reduce" if is_half:
+            block = 128 if block_r <= 32 else 64 if block_r == 64 else 32
+            num_warps = 2 if height == SHORT and block_r <= 32 else 4
+            stages = 3 if block_r <= 64 else 2
+            return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=stages)
         case "reduce":
-            block = (64 if is_half else 32) // (2 if block_r > 64 else 1)
-            return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=3 if is_half else 2)
+            return Config(block=16 if block_r > 64 else 32, block_r=block_r, num_warps=num_warps, num_stages=2)
         case "spread":
-            wide, along = (64, min(block_r, 64)) if is_half else (32, 16)
-            return Config(block=wide, block_r=along, num_warps=num_warps, num_stages=1)
+            if not is_half:
+                return Config(block=32, block_r=16, num_warps=num_warps, num_stages=1)
+            block = 128 if height == SHORT or block_r == 16 else 64
+            return Config(block=block, block_r=min(block_r, 64), num_warps=num_warps, num_stages=1)
         case _:
-            return Config(
-                block=64 if is_half else 32, block_r=block_r, num_warps=num_warps, num_stages=2 if is_half else 1
-            )
+            return Config(block=128 if is_half else 32, block_r=block_r, num_warps=num_warps, num_stages=1)
 
 
 def block_of_rank(rank: int) -> int:
@@ -68,19 +69,28 @@ def block_of_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+@triton.jit
+def _tile(tiles, w_stride_s, w_stride_e):  # type: ignore[no-untyped-def]
+    """(row, own, count, slot, weight) of this program's tile: its first row, the same with the arena's rows side by
+    side, how many, whose, and where the slot's (and the expert's) tensor lies."""
+    place = tiles + tl.program_id(0) * 5
+    slot = tl.load(place + 3)
+    weight = slot * w_stride_s + tl.load(place + 4) * w_stride_e
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), slot, weight
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def reduce_kernel(  # type: ignore[no-untyped-def]
-    x, w, out, row_I, own_I, count_I, weight_I, scale_I,
-    x_stride, w_stride_r, w_stride_k, num_k, rank,
+    x, w, out, tiles, scale_S,
+    x_stride, w_stride_s, w_stride_e, w_stride_r, w_stride_k, num_k, rank,
     HEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[own + i, r] = scale · Σ_k x[row + i, k] · w[weight + r, k]."""
-    tile = tl.program_id(0)
-    count = tl.load(count_I + tile)
+    """out[own + i, r] = scale[slot] · Σ_k x[row + i, k] · w[weight + r, k]."""
+    row, own, count, slot, weight = _tile(tiles, w_stride_s, w_stride_e)
     i = tl.arange(0, HEIGHT)
     r = tl.arange(0, BLOCK_R)
-    x_rows = x + (tl.load(row_I + tile) + i)[:, None] * x_stride
-    w_rows = w + tl.load(weight_I + tile) + r[None, :] * w_stride_r
+    x_rows = x + (row + i)[:, None] * x_stride
+    w_rows = w + weight + r[None, :] * w_stride_r
     in_rows, in_rank = (i < count)[:, None], (r < rank)[None, :]
     total = tl.zeros((HEIGHT, BLOCK_R), tl.float32)
     for start in range(0, num_k, BLOCK):
@@ -88,26 +98,25 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
         x_ik = tl.load(x_rows + k[None, :], mask=in_rows & (k < num_k)[None, :], other=0.0)
         w_kr = tl.load(w_rows + k[:, None] * w_stride_k, mask=in_rank & (k < num_k)[:, None], other=0.0)
         total = tl.dot(x_ik, w_kr.to(x_ik.dtype), total, input_precision="ieee")
-    total = total * tl.load(scale_I + tile)
-    places = out + (tl.load(own_I + tile) + i)[:, None] * rank + r[None, :]
+    total = total * tl.load(scale_S + slot)
+    places = out + (own + i)[:, None] * rank + r[None, :]
     tl.store(places, total.to(out.dtype.element_ty), mask=in_rows & in_rank)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def spread_kernel(  # type: ignore[no-untyped-def]
-    s, w, y, row_I, own_I, count_I, weight_I,
-    y_stride, w_stride_r, w_stride_k, num_k, rank,
+    s, w, y, tiles,
+    y_stride, w_stride_s, w_stride_e, w_stride_r, w_stride_k, num_k, rank,
     HEIGHT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y[row + i, k] += Σ_r s[own + i, r] · w[weight + r, k]."""
-    tile = tl.program_id(0)
-    count = tl.load(count_I + tile)
+    row, own, count, _, weight = _tile(tiles, w_stride_s, w_stride_e)
     i = tl.arange(0, HEIGHT)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_rows, in_k = (i < count)[:, None], (k < num_k)[None, :]
-    s_rows = s + (tl.load(own_I + tile) + i)[:, None] * rank
-    w_columns = w + tl.load(weight_I + tile) + k[None, :] * w_stride_k
-    places = y + (tl.load(row_I + tile) + i)[:, None] * y_stride + k[None, :]
+    s_rows = s + (own + i)[:, None] * rank
+    w_columns = w + weight + k[None, :] * w_stride_k
+    places = y + (row + i)[:, None] * y_stride + k[None, :]
     total = tl.load(places, mask=in_rows & in_k, other=0.0).to(tl.float32)
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
@@ -119,14 +128,13 @@ def spread_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def outer_kernel(  # type: ignore[no-untyped-def]
-    p, s, out, row_G, own_G, count_G, weight_G,
-    p_stride, out_stride_r, out_stride_k, num_k, rank,
+    p, s, out, tiles,
+    p_stride, out_stride_s, out_stride_e, out_stride_r, out_stride_k, num_k, rank,
     ACCUMULATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[weight + (k, r)] = Σ_t p[row + t, k] · s[own + t, r], chunk after chunk of rows, or that much more."""
-    segment = tl.program_id(0)
-    count = tl.load(count_G + segment)
-    row, own = tl.load(row_G + segment), tl.load(own_G + segment)
+    """out[weight + (k, r)] = Σ_t p[row + t, k] · s[own + t, r], chunk after chunk of rows, or that much more. A tile is
+    a whole segment."""
+    row, own, count, _, weight = _tile(tiles, out_stride_s, out_stride_e)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
@@ -137,7 +145,7 @@ def outer_kernel(  # type: ignore[no-untyped-def]
         s_places = s + (own + t)[:, None] * rank + r[None, :]
         s_tr = tl.load(s_places, mask=(t < count)[:, None] & (r < rank)[None, :], other=0.0)
         total = tl.dot(tl.trans(p_tk), s_tr, total, input_precision="ieee")
-    places = out + tl.load(weight_G + segment) + k[:, None] * out_stride_k + r[None, :] * out_stride_r
+    places = out + weight + k[:, None] * out_stride_k + r[None, :] * out_stride_r
     inside = (k < num_k)[:, None] & (r < rank)[None, :]
     if ACCUMULATES:
         total += tl.load(places, mask=inside, other=0.0)
@@ -148,10 +156,10 @@ def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeight
     """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
     shrunk = []
     for own_TF, weights in zip(y_TF.chunk(len(modules), 1), modules, strict=True):
-        for part in _parts(plan):
-            w = weights[part.arena]
-            s_UR = _reduce(x_TD, w.a, w.scale_S, part)
-            _spread(s_UR, w.b.mT, own_TF, part)
+        for tiles in plan.tiles:
+            w = weights[tiles.arena]
+            s_UR = _reduce(x_TD, w.a, w.scale_S, tiles)
+            _spread(s_UR, w.b.mT, own_TF, tiles)
             shrunk.append(s_UR)
     return shrunk
 
@@ -167,98 +175,49 @@ def add_gradients(
     """See `reference.add_gradients`; `shrunk` comes scaled."""
     saved = iter(shrunk)
     for own_TF, weights in zip(dy_TF.chunk(len(modules), 1), modules, strict=True):
-        for part in _parts(plan):
-            w = weights[part.arena]
-            ds_UR = _reduce(own_TF, w.b.mT, w.scale_S, part)
-            _outer(own_TF, next(saved), w.grad_b.mT, plan.accumulates, part)
-            _outer(x_TD, ds_UR, w.grad_a, plan.accumulates, part)
-            _spread(ds_UR, w.a, dx_TD, part)
+        for tiles in plan.tiles:
+            w = weights[tiles.arena]
+            ds_UR = _reduce(own_TF, w.b.mT, w.scale_S, tiles)
+            _outer(own_TF, next(saved), w.grad_b.mT, plan.accumulates, tiles)
+            _outer(x_TD, ds_UR, w.grad_a, plan.accumulates, tiles)
+            _spread(ds_UR, w.a, dx_TD, tiles)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """One arena's segments."""
-
-    arena: int
-    start_G: Ints
-    own_G: Ints
-    """Where each segment's rows begin when the arena's rows are put side by side."""
-    count_G: Ints
-    slot_G: Ints
-    expert_G: Ints | None
-
-    def places(self, w: Tensor) -> Ints:
-        """Offset of each segment's tensor in a slab's view."""
-        offset_G = self.slot_G * w.stride(0)
-        return offset_G if self.expert_G is None else offset_G + self.expert_G * w.stride(1)
-
-
-def _parts(plan: SegmentPlan) -> Iterator[_Part]:
-    segments = plan.segments
-    for arena in np.unique(segments.arena_G).tolist():
-        mine = segments.arena_G == arena
-        count_G = segments.count_G[mine]
-        yield _Part(
-            arena=arena,
-            start_G=segments.start_G[mine],
-            own_G=np.cumsum(count_G) - count_G,
-            count_G=count_G,
-            slot_G=segments.slot_G[mine],
-            expert_G=None if segments.expert_G is None else segments.expert_G[mine],
-        )
-
-
-def _reduce(x: Tensor, w: Tensor, scale_S: Tensor, part: _Part) -> Tensor:
+def _reduce(x: Tensor, w: Tensor, scale_S: Tensor, tiles: ArenaTiles) -> Tensor:
     """`w` and its like below: [slots, (experts,) R, K]."""
     rank, num_k = w.shape[-2:]
-    out_UR = torch.empty(int(part.count_G.sum()), rank, dtype=x.dtype, device=x.device)
-    for height, segment_I, offset_I in tiles_by_height(part.count_G, (SHORT, TALL)):
+    out_UR = torch.empty(tiles.num_rows, rank, dtype=x.dtype, device=x.device)
+    for height, tile_I5 in tiles.by_height:
         config = config_of("reduce", height, block_of_rank(rank), x.dtype)
-        scale_I = scale_S[_tensor(part.slot_G[segment_I], x.device)].float()
-        reduce_kernel[(len(segment_I),)](
-            x, w, out_UR, *_tile_columns(part, segment_I, offset_I, height, w, x.device), scale_I,
-            x.stride(0), w.stride(-2), w.stride(-1), num_k, rank,
+        reduce_kernel[(len(tile_I5),)](
+            x, w, out_UR, tile_I5, scale_S, x.stride(0), *_strides(w), num_k, rank,
             HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out_UR
 
 
-def _spread(s_UR: Tensor, w: Tensor, y: Tensor, part: _Part) -> None:
+def _spread(s_UR: Tensor, w: Tensor, y: Tensor, tiles: ArenaTiles) -> None:
     rank, num_k = w.shape[-2:]
-    for height, segment_I, offset_I in tiles_by_height(part.count_G, (SHORT, TALL)):
+    for height, tile_I5 in tiles.by_height:
         config = config_of("spread", height, block_of_rank(rank), y.dtype)
-        spread_kernel[(len(segment_I), triton.cdiv(num_k, config.block))](
-            s_UR, w, y, *_tile_columns(part, segment_I, offset_I, height, w, y.device),
-            y.stride(0), w.stride(-2), w.stride(-1), num_k, rank,
+        spread_kernel[(len(tile_I5), triton.cdiv(num_k, config.block))](
+            s_UR, w, y, tile_I5, y.stride(0), *_strides(w), num_k, rank,
             HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
-def _outer(p: Tensor, s_UR: Tensor, out: Tensor, accumulates: bool, part: _Part) -> None:
+def _outer(p: Tensor, s_UR: Tensor, out: Tensor, accumulates: bool, tiles: ArenaTiles) -> None:
     rank, num_k = out.shape[-2:]
     config = config_of("outer", SHORT, block_of_rank(rank), p.dtype)
-    columns = (part.start_G, part.own_G, part.count_G, part.places(out))
-    outer_kernel[(len(part.count_G), triton.cdiv(num_k, config.block))](
-        p, s_UR, out, *(_tensor(column, p.device) for column in columns),
-        p.stride(0), out.stride(-2), out.stride(-1), num_k, rank,
+    outer_kernel[(len(tiles.whole_G5), triton.cdiv(num_k, config.block))](
+        p, s_UR, out, tiles.whole_G5, p.stride(0), *_strides(out), num_k, rank,
         ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _tile_columns(
-    part: _Part, segment_I: Ints, offset_I: Ints, height: int, w: Tensor, device: torch.device
-) -> list[Any]:
-    columns = (
-        part.start_G[segment_I] + offset_I,
-        part.own_G[segment_I] + offset_I,
-        np.minimum(part.count_G[segment_I] - offset_I, height),
-        part.places(w)[segment_I],
-    )
-    return [_tensor(column, device) for column in columns]
-
-
-def _tensor(column: Ints, device: torch.device) -> Tensor:
-    return torch.from_numpy(column).to(device)
+def _strides(w: Tensor) -> tuple[int, int, int, int]:
+    """Of slot, expert (0 where there is none), rank and the wide side."""
+    return w.stride(0), w.stride(1) if w.ndim == 4 else 0, w.stride(-2), w.stride(-1)

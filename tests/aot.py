@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from populace.kernels import triton_lora
-from populace.kernels.triton_lora import CHUNK, SHORT, TALL, config_of
+from populace.kernels.tiles import SHORT, TALL
+from populace.kernels.triton_lora import CHUNK, config_of
 
 ARCHITECTURES = (80, 90, 100)
 BLOCKS_OF_RANK = (16, 32, 64, 128)
@@ -111,9 +112,9 @@ def _type_of(name: str, build: Build) -> str:
         return f"*{build.dtype}"
     if name == "out":
         return "*fp32" if build.kernel == "outer" else f"*{build.dtype}"
-    if name in ("w", "scale_I"):
+    if name in ("w", "scale_S"):
         return "*fp32"
-    return "*i64" if name.endswith(("_I", "_G")) else "i32"
+    return "*i64" if name == "tiles" else "i32"
 
 
 def expected_mma(build: Build) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,16 @@ class Case:
     @property
     def has_experts(self) -> bool:
         return self.base.ends_E is not None
+
+    def to(self, device: str) -> Case:
+        def moved(record):
+            values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+            return dataclasses.replace(
+                record, **{name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+            )
+
+        modules = [[moved(w) for w in module] for module in self.modules]
+        return dataclasses.replace(moved(self), base=moved(self.base), modules=modules)
 
     def run(self, backend: str, *, accumulates: bool = False) -> list[torch.Tensor]:
         """Y, dX, and dA, dB of every module and arena."""
@@ -85,42 +96,34 @@ def make_case(
 def exact(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     """What `Case.run` gives, by torch's own autograd, one segment at a time, in `dtype`. NaN where no segment is."""
     x = case.x.to(dtype).requires_grad_()
-    leaves = [[(w.a.to(dtype).requires_grad_(), w.b.to(dtype).requires_grad_()) for w in m] for m in case.modules]
     rows = list(zip(case.expert.tolist(), case.arena.tolist(), case.slot.tolist(), strict=True))
-    pieces, start = [], 0
+    pieces, leaves, start = [], [], 0
     while start < len(rows):
         end = start
         while end < len(rows) and rows[end] == rows[start]:
             end += 1
         expert, arena, slot = rows[start]
         part = x[start:end]
-        base = case.base.w.to(dtype)[expert] if case.has_experts else case.base.w.to(dtype)
+        base = (case.base.w[expert] if case.has_experts else case.base.w).to(dtype)
         y = part @ base.T
         if case.base.bias_F is not None:
             y = y + case.base.bias_F.to(dtype)
         if arena >= 0:
             where = (slot, expert) if case.has_experts else (slot,)
-            deltas = [
-                (w.scale_S[slot].to(dtype) * (part @ a[arena][0][where].T)) @ a[arena][1][where].T
-                for a, w in ((leaf, m[arena]) for leaf, m in zip(leaves, case.modules, strict=True))
-            ]
-            y = y + torch.cat(deltas, 1)
+            own = [tuple(t[where].to(dtype).requires_grad_() for t in (m[arena].a, m[arena].b)) for m in case.modules]
+            scale = [m[arena].scale_S[slot].to(dtype) for m in case.modules]
+            y = y + torch.cat([(s * (part @ a.T)) @ b.T for s, (a, b) in zip(scale, own, strict=True)], 1)
+            leaves.append((arena, where, own))
         pieces.append(y)
         start = end
     y = torch.cat(pieces)
     y.backward(case.dy.to(dtype))
-    touched = torch.zeros(*case.modules[0][0].a.shape[: 2 if case.has_experts else 1], dtype=torch.bool)
-    found = [y.detach(), x.grad]
-    for leaf, module in zip(leaves, case.modules, strict=True):
-        for arena, ((a, b), _) in enumerate(zip(leaf, module, strict=True)):
-            touched.zero_()
-            mine = case.arena == arena
-            where = (case.slot[mine], case.expert[mine]) if case.has_experts else (case.slot[mine],)
-            touched[where] = True
-            for tensor in (a, b):
-                grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                found.append(torch.where(touched[(..., *[None] * 2)], grad, torch.nan))
-    return found
+    grads = [[tuple(torch.full_like(t, torch.nan, dtype=dtype) for t in (w.a, w.b)) for w in m] for m in case.modules]
+    for arena, where, own in leaves:
+        for module, leaf in zip(grads, own, strict=True):
+            for grad, tensor in zip(module[arena], leaf, strict=True):
+                grad[where] = tensor.grad
+    return [y.detach(), x.grad, *(grad for module in grads for pair in module for grad in pair)]
 
 
 def assert_accurate(got: list[torch.Tensor], case: Case, dtype: torch.dtype) -> None:

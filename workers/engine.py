@@ -87,7 +87,7 @@ class ShardEngine:
         self, settings: ShardSettings, store: ObjectStore | None = None, rank: int = 0, exchange: Exchange = ALONE
     ) -> None:
         """One of `settings.num_shards`; the others are reached through `exchange`."""
-        if settings.trainer.kernels.backend == "triton" and not os.environ.get("TRITON_INTERPRET"):
+        if settings.trainer.kernels.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InvalidInput(
                 "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on processors for now, "
                 "use grouped"
