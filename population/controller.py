@@ -28,49 +28,15 @@ from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.exams import Examiner
 from populace.population.ledger import Ledger
-from populace.population.outcomes import MAX_TRIES, MemberOutcome, account_for
-from populace.population.pending import PENDING, REASONS
-from populace.population.prepare import Prepared, prepare_member
+from populace.population.outcomes import MemberOutcome, account_for
+from populace.population.planner import PlannedWave, Planner
 from populace.population.publish import Publication, Publisher
-from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
-from populace.population.trials import Rollout, Score, Trials, Workers, tip_ref
+from populace.population.trials import Rollout, Score, Trials, Workers
 from populace.population.wave_report import Clock, WaveReport, report_of
 from populace.storage.errors import PopulaceError
-from populace.storage.records import (
-    AdapterCreated,
-    Attempt,
-    EventRef,
-    Record,
-    Settled,
-    SettledEvent,
-    Tombstone,
-    Verdict,
-)
+from populace.storage.records import Settled, Tombstone, Verdict
 from populace.storage.repack import RetentionRule
-from populace.storage.states import AdapterState
-from populace.workers.batch import (
-    AdapterBatch,
-    AdapterKey,
-    AdapterRef,
-    Paging,
-    ScoredSample,
-    TrainGroup,
-    WaveBatch,
-)
-from populace.workers.layout import AdapterSpec, layout_of
-
-SUSPECTS_SHARE = 8
-"""What died in a full wave is tried again in waves of this part of one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedWave:
-    """A wave whose attempt is logged and whose adapters are on their way into memory."""
-
-    wave: Wave
-    adapters: dict[str, AdapterState]
-    prepared: tuple[Prepared, ...]
-    refs: tuple[AdapterRef, ...]
+from populace.workers.batch import AdapterBatch, AdapterKey, Paging, ScoredSample, TrainGroup, WaveBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +58,9 @@ class Controller:
         self.examiner = Examiner(self.trials, ledger)
         self.publisher = Publisher(ledger, settings_as_dict(settings), chat.template_digest())
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="populace-workers")
-        self.meet_workers()
+        dims, self.numerics = workers.describe()
+        self.planner = Planner(settings, ledger, chat, self.trials, dims)
         self.num_waves = 0
-        self._served = Served.nothing(1 + len(settings.scheduler.tenants))
         self._planned: PlannedWave | None = None
         self._rolling: RollingWave | None = None
         self._publication: Publication | None = None
@@ -103,8 +69,6 @@ class Controller:
         """Written since the last report, beside waves."""
         self._busy: set[str] = set()
         """Users in an uncommitted wave."""
-        self._suspects: dict[str, tuple[int, int]] = {}
-        self.suspect_unfinished()
 
     def run_once(self) -> WaveReport | None:
         """One wave from pending experience to revisions; None when nobody has any. When the run is pipelined the
@@ -198,9 +162,7 @@ class Controller:
             waves.append(self._rolling.planned)
         self._planned = self._rolling = None
         for planned in waves:
-            by_partition = _by_partition(planned.wave)
-            self.ledger.append_all([(partition, _attempt(planned.wave, members, is_withdrawn=True))
-                                    for partition, members in by_partition.items()])  # fmt: skip
+            self.planner.take_back(planned)
             self._set_free(list(planned.adapters))
 
     def close(self) -> None:
@@ -210,24 +172,7 @@ class Controller:
 
     def meet_workers(self) -> None:
         """Learn what computes: also after a group was started again, maybe on other machines."""
-        self.dims, self.numerics = self.workers.describe()
-
-    def suspect_unfinished(self, partitions: Sequence[int] | None = None) -> None:
-        """Try events whose attempt died with its controller, or with the shards, in small waves, and those of which two
-        attempts died all alone: what kills is soon found, and what was only beside it isn't blamed. `partitions`: those
-        that were just taken over; None: all."""
-        for partition in self.ledger.owned() if partitions is None else partitions:
-            for pseudonym, refs in self.ledger.catalog.unfinished.get(partition, {}).items():
-                self._suspects[pseudonym] = max(ref.position for ref in refs)
-
-    def forgive(self, partitions: Sequence[int]) -> None:
-        """Take back the attempts that this run gave up because the store went away: it wasn't the events' fault."""
-        for partition in partitions:
-            gone: dict[str, list[EventRef]] = {
-                pseudonym: [] for pseudonym in self.ledger.catalog.unfinished.get(partition, {})
-            }
-            if gone:
-                self.ledger.append(partition, Attempt(wave="given up", num_adapters=len(gone), adapters=gone))
+        self.planner.dims, self.numerics = self.workers.describe()
 
     # Planning.
 
@@ -249,84 +194,13 @@ class Controller:
         it would not be full."""
         self.ledger.read_experience()
         self._obey_commands()
-        self._park_killers()
-        members = self._choose(ahead)
-        if not members:
-            return None
-        wave = wave_of(members)
-        adapters = self._admit(wave)
-        refs = tuple(tip_ref(adapters[member.pseudonym]) for member in wave.members)
-        self._busy |= adapters.keys()
-        self.ledger.pending.mark_busy(list(adapters), True)
-        self._lane.submit(self.workers.prefetch, refs)
-        prepared = tuple(self._prepare(member, adapters[member.pseudonym]) for member in wave.members)
-        return PlannedWave(wave=wave, adapters=adapters, prepared=prepared, refs=refs)
-
-    def _choose(self, ahead: bool) -> list[WaveMember]:
-        """The users of the next wave with their events."""
-        suspects = self._suspected_users()
-        if suspects:
-            return [] if ahead or self._busy else self._suspicious(suspects)
-        pending, scheduler = self.ledger.pending, self.settings.scheduler
-        candidates = pending.candidates(self._load_bytes_per_rank)
-        choice = form_wave(candidates, self._budget(), policy_of(self.settings.scheduler), self._served, pending.now())
-        if ahead and not choice.was_cut and len(choice.chosen) < scheduler.max_adapters_per_wave:
-            return []
-        self._served = choice.served
-        names = [pending.pseudonym(row) for row in choice.chosen.tolist()]
-        members = [self._member(name, scheduler.events_per_update) for name in names]
-        return [member for member in members if member is not None]
-
-    def _suspicious(self, suspects: frozenset[str]) -> list[WaveMember]:
-        """A small wave of suspects, or one event of one user of whom two attempts died; nothing is beside it."""
-        scheduler, tries = self.settings.scheduler, self.ledger.catalog.tries
-        twice = [name for name in sorted(suspects) if name in tries and tries[name].count > 1]
-        if twice:
-            members = [self._member(twice[0], 1)]
-        else:
-            names = sorted(suspects)[: max(1, scheduler.max_adapters_per_wave // SUSPECTS_SHARE)]
-            members = [self._member(name, scheduler.events_per_update) for name in names]
-        return [member for member in members if member is not None]
-
-    def _budget(self) -> Budget:
-        scheduler = self.settings.scheduler
-        megabytes = scheduler.max_load_mb_per_wave
-        largest = self._load_bytes_per_rank * max([self.settings.adapter.rank, *self.settings.user_ranks.values()])
-        return Budget(
-            max_adapters=scheduler.max_adapters_per_wave,
-            max_tokens=scheduler.max_tokens_per_wave,
-            max_rank=scheduler.max_rank_per_wave,
-            max_load_bytes=None if megabytes is None else max(megabytes * 1e6, largest),
-        )
-
-    @property
-    def _load_bytes_per_rank(self) -> float:
-        """Weights and two moments in fp32."""
-        adapter = self.settings.adapter
-        return 12.0 * layout_of(self.dims, adapter.rank, adapter.expert_rank).size / adapter.rank
-
-    def _member(self, pseudonym: str, num_events: int) -> WaveMember | None:
-        """A user's share of a wave: its next events, and what settles with them."""
-        pending = self.ledger.pending
-        row = pending.row_of(pseudonym)
-        assert row is not None
-        partition = int(pending.users["partition"][row])
-        waiting = pending.waiting(pseudonym, num_events)
-        states = {item.position: item.state for item in waiting}
-        events = self.ledger.events(partition, list(states))
-        if not events:
-            return None
-        return WaveMember(
-            user=events[0].user,
-            pseudonym=pseudonym,
-            partition=partition,
-            events=tuple(item for item in events if states[item.ref.position] == PENDING),
-            rejected=tuple(
-                SettledEvent(event=item.ref, reason=REASONS[states[item.ref.position]])
-                for item in events
-                if states[item.ref.position] != PENDING
-            ),
-        )
+        self._between += self.planner.park_killers(self._busy)
+        planned = self.planner.plan(self._busy, ahead)
+        if planned is not None:
+            self._busy |= planned.adapters.keys()
+            self.ledger.pending.mark_busy(list(planned.adapters), True)
+            self._lane.submit(self.workers.prefetch, planned.refs)
+        return planned
 
     def _obey_commands(self) -> None:
         """Commands come between two waves of a user; neither the workers nor the exams may keep what is forgotten."""
@@ -336,78 +210,6 @@ class Controller:
         if forgotten:
             self.examiner.forget(forgotten)
             self._lane.submit(self.workers.forget, forgotten).result()
-
-    def _suspected_users(self) -> frozenset[str]:
-        """Users whose next event is one that was being tried when a controller died."""
-        suspected = set()
-        for pseudonym, last in list(self._suspects.items()):
-            waiting = self.ledger.pending.waiting(pseudonym, 1)
-            if any(item.position <= last for item in waiting if item.state == PENDING):
-                suspected.add(pseudonym)
-            else:
-                del self._suspects[pseudonym]
-        return frozenset(suspected)
-
-    def _park_killers(self) -> None:
-        """Settle an event whose attempts died too often, the last one alone: it is what kills the controller."""
-        killers = [
-            (pseudonym, tries)
-            for pseudonym, tries in self.ledger.catalog.tries.items()
-            if tries.count >= MAX_TRIES and tries.is_alone and pseudonym not in self._busy
-        ]
-        for pseudonym, tries in killers:
-            adapter, ref = self.ledger.catalog.get(pseudonym), tries.event
-            if adapter is None or adapter.partition not in self.ledger.owned():
-                continue
-            reason = f"parked: {tries.count} attempts did not survive, the last one with this event alone"
-            before = [item for item in self.ledger.pending.waiting(pseudonym) if item.position < ref.position]
-            refs = {
-                logged.ref.position: logged.ref
-                for logged in self.ledger.events(adapter.partition, [item.position for item in before])
-            }
-            settled = [
-                SettledEvent(event=refs[item.position], reason=REASONS[item.state])
-                for item in before
-                if item.state != PENDING
-            ]
-            settled.append(SettledEvent(event=ref, reason=reason))
-            record = Settled(pseudonym=pseudonym, events=settled, consumed=ref.position)
-            self.ledger.append(adapter.partition, record)
-            self._between.append(record)
-
-    def _admit(self, wave: Wave) -> dict[str, AdapterState]:
-        """Create the adapters that don't exist yet, and log which events are about to be tried."""
-        settings, catalog = self.settings.adapter, self.ledger.catalog
-        records: list[tuple[int, Record]] = []
-        new = [member for member in wave.members if member.pseudonym not in catalog]
-        for member in new:
-            spec = AdapterSpec(
-                rank=self.settings.user_ranks.get(member.user, settings.rank),
-                expert_rank=settings.expert_rank,
-                alpha=settings.alpha,
-                learning_rate=settings.learning_rate,
-                b_learning_rate_ratio=settings.b_learning_rate_ratio,
-            )
-            seed = self.ledger.mask_seed(member.pseudonym, self.ledger.meta.adapter_seed(member.user))
-            created = AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed)
-            records.append((member.partition, created))
-        records += [(partition, _attempt(wave, members)) for partition, members in _by_partition(wave).items()]
-        self.ledger.append_all(records)
-        for member in new:
-            self.ledger.pending.mark_rank(member.pseudonym, catalog.require(member.pseudonym).spec["rank"])
-        return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
-
-    def _prepare(self, member: WaveMember, adapter: AdapterState) -> Prepared:
-        return prepare_member(
-            member,
-            adapter,
-            settle=self.ledger.seals.settled,
-            chat=self.chat,
-            dims=self.dims,
-            train=self.settings.train,
-            request=self.trials.requester(AdapterKey(adapter.pseudonym, adapter.tip)),
-            reward_names=self.settings.rewards.functions,
-        )
 
     # Rolling out and scoring.
 
@@ -505,16 +307,3 @@ class Controller:
         """The slots of users under way: they are named after the tips that they start from."""
         states = [self.ledger.catalog.get(pseudonym) for pseudonym in sorted(pseudonyms)]
         return [AdapterKey(state.pseudonym, state.tip) for state in states if state is not None]
-
-
-def _by_partition(wave: Wave) -> dict[int, list[WaveMember]]:
-    members: dict[int, list[WaveMember]] = {}
-    for member in wave.members:
-        members.setdefault(member.partition, []).append(member)
-    return members
-
-
-def _attempt(wave: Wave, members: Sequence[WaveMember], is_withdrawn: bool = False) -> Attempt:
-    """What is about to be tried of one partition; nothing, when it is taken back."""
-    tried = {member.pseudonym: [] if is_withdrawn else [event.ref for event in member.events] for member in members}
-    return Attempt(wave=wave.wave_id, num_adapters=len(wave.members), adapters=tried)

@@ -147,7 +147,7 @@ class _Group:
             except ShardGroupLost as error:
                 is_new, started = True, time.monotonic()
                 self._start_again(error)
-                controller.suspect_unfinished()
+                controller.planner.suspect_unfinished()
                 self._view.stage(f"the group is back after {time.monotonic() - started:.1f} s")
 
     def _start_again(self, error: ShardGroupLost) -> None:
@@ -226,8 +226,8 @@ class _Run:
             return
         self._looked_s = now
         claims, releases = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
-        self._controller.forgive([partition for partition in claims if partition in self._given_up])
-        self._controller.suspect_unfinished(claims)
+        self._controller.planner.forgive([partition for partition in claims if partition in self._given_up])
+        self._controller.planner.suspect_unfinished(claims)
         if releases or (claims and len(self._ledger.owned()) < len(self._ledger.readers)):
             self._view.stage(f"this controller owns partitions {self._ledger.owned()}")
 

@@ -92,7 +92,7 @@ def test_a_run_pauses_while_the_store_is_away_and_continues_by_itself(
     assert len(view.pauses) == 4 and all("connection refused" in text for text in view.pauses[::2])
     assert view.pauses[1::2] == ["", ""]
     assert account(population).is_exact()
-    assert not controller._suspected_users(), "an outage is nobody's fault"
+    assert not controller.planner.suspected_users(), "an outage is nobody's fault"
     population.ledger.release()
     assert Population.open(store, settings).status().pending_events == 0
 

@@ -74,7 +74,7 @@ def test_two_controllers_share_the_partitions_and_one_takes_over_when_the_other_
 
     def settled() -> bool:
         for controller in (first, second):
-            controller.suspect_unfinished(controller.ledger.rebalance(takeover_s, controller.withdraw)[0])
+            controller.planner.suspect_unfinished(controller.ledger.rebalance(takeover_s, controller.withdraw)[0])
         return len(first.ledger.owned()) == len(second.ledger.owned()) == 2
 
     wait_until(settled, "they share")
@@ -85,7 +85,7 @@ def test_two_controllers_share_the_partitions_and_one_takes_over_when_the_other_
     second.ledger._heartbeat.stop()  # type: ignore[union-attr]  # as dead as a killed process
     wait_until(
         lambda: (
-            bool(first.suspect_unfinished(first.ledger.rebalance(takeover_s, first.withdraw)[0]))
+            bool(first.planner.suspect_unfinished(first.ledger.rebalance(takeover_s, first.withdraw)[0]))
             or len(first.ledger.owned()) == 4
         ),
         "the living one takes over",
