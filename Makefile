@@ -21,13 +21,16 @@ test-slow: .venv/dev
 	POPULACE_TEST_EXAMPLES=1000 $(BIN)/python -m pytest -s --timeout 3600 tests/test_faults.py -k no_fault
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with a CUDA GPU, whose own Python has torch for it, Triton and pytest. Nothing is installed.
+# With the Python of a machine with a CUDA GPU that has torch for it, Triton, NumPy and pytest (bench-kernels: rich); this
+# virtual environment's torch knows no GPU. Nothing is installed.
 GPU_PYTHON ?= python3
+ON_GPU = PATH="$${PATH\#$(CURDIR)/$(BIN):}" TRITON_INTERPRET=0 PYTHONPATH=build/gpu:. $(GPU_PYTHON)
+
 test-gpu: build/gpu/populace/kernels
-	PYTHONPATH=build/gpu:. $(GPU_PYTHON) -m pytest --noconftest -m gpu tests/test_gpu.py
+	$(ON_GPU) -m pytest --noconftest -m gpu tests/test_gpu.py
 
 bench-kernels: build/gpu/populace/kernels
-	PYTHONPATH=build/gpu:. $(GPU_PYTHON) -m tests.benchmarks.kernels
+	$(ON_GPU) -m tests.benchmarks.kernels
 
 build/gpu/populace/kernels:
 	mkdir -p $(@D) && ln -sfn ../../../kernels $@

@@ -34,7 +34,7 @@ class LoraWeights:
     grad_a: Tensor
     grad_b: Tensor
     scale_S: Tensor
-    """alpha / rank of each slot, fp32."""
+    """alpha / rank of each slot, fp32, contiguous."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

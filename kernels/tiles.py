@@ -1,7 +1,8 @@
-"""Rows → (slot, expert) segments → tiles, planned once per layer and used by every product of it, backward included.
+"""Rows → (slot, expert) segments → tiles, planned once: per step for attention, per layer for experts, and used by
+every product, backward included.
 
 Slots live in arenas, one per rank bucket, so nothing is padded to the largest rank of a batch. A row without an
-adapter has slot -1 and is in no segment. The plan is made on the host: it is a few thousand integers.
+adapter has arena -1 and is in no segment. The plan is made on the host: it is a few thousand integers.
 
 Suffixes: T rows, G segments, I tiles, U tile rows, E experts.
 """
@@ -106,8 +107,8 @@ SHORT, TALL = 16, 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaTiles:
-    """One arena's segments as Triton's kernels read them. Rows of a table, int64 [I, 5]: its first row, the same with
-    the arena's rows side by side, how many rows, slot, expert (0 for dense modules)."""
+    """One arena's segments as Triton's kernels read them. Each row of a table, int64 [I, 5], is a tile: its first row
+    among all rows, its first row among the arena's, how many rows, slot, expert (0 for dense modules)."""
 
     arena: int
     num_rows: int

@@ -4,11 +4,13 @@
     spread    Y += S Bᵀ      and   dX += dS A           narrow input, added into what is there
     outer     dB = dYᵀ S     and   dA = dSᵀ X           one program per segment and block, rows in their order
 
-No atomics, no split of a reduction over programs, no autotuning: configurations are fixed by operation, rank and dtype,
-and a tile's height follows from its own segment's length, so a segment's bits are its own. Weights stay fp32 in the
-slab and are rounded to the rows' dtype on the way in; sums are fp32. docs/measurements/kernels.md has them on a GPU.
+No atomics, no split of a reduction over programs, no autotuning: configurations are fixed by operation, tile height,
+rank and dtype, and a tile's height follows from its own segment's length, so a segment's bits are its own. Weights
+stay fp32 in the slab and are rounded to the rows' dtype on the way in; sums are fp32. docs/measurements/kernels.md has
+them on a GPU.
 
-Suffixes: T rows, I tiles (of 5 columns: see `ArenaTiles`), U an arena's rows side by side, D in, F out, R rank.
+Suffixes: T rows, I tiles and G segments (of 5 columns: see `ArenaTiles`), S slots, U an arena's rows side by side,
+D in, F out, R rank.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32
 """Rows that an outer product adds at a time."""
+MAX_RANK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,11 @@ class Config:
     """Along the rank."""
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For Triton's compiler. Fusion of multiplications with additions is named because its default changes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Config:
@@ -61,18 +69,21 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
             block = 128 if height == SHORT or block_r == 16 else 64
             return Config(block=block, block_r=min(block_r, 64), num_warps=num_warps, num_stages=1)
         case _:
-            return Config(block=128 if is_half else 32, block_r=block_r, num_warps=num_warps, num_stages=1)
+            block = 32 if not is_half else 128 if block_r <= 64 else 64
+            return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=1)
 
 
 def block_of_rank(rank: int) -> int:
-    """Ranks are computed as 16, 32, 64 or 128: `tl.dot` takes no fewer than 16."""
+    """Ranks are computed as 16, 32, 64 or 128: `tl.dot` takes no fewer than 16, and more don't fit into registers."""
+    if rank > MAX_RANK:
+        raise ValueError(f"rank is {rank}; these kernels take at most {MAX_RANK}, `grouped` takes any")
     return max(16, 1 << (rank - 1).bit_length())
 
 
 @triton.jit
 def _tile(tiles, w_stride_s, w_stride_e):  # type: ignore[no-untyped-def]
-    """(row, own, count, slot, weight) of this program's tile: its first row, the same with the arena's rows side by
-    side, how many, whose, and where the slot's (and the expert's) tensor lies."""
+    """(row, own, count, slot) of this program's tile, see `ArenaTiles`, and where the slot's (and the expert's) tensor
+    lies."""
     place = tiles + tl.program_id(0) * 5
     slot = tl.load(place + 3)
     weight = slot * w_stride_s + tl.load(place + 4) * w_stride_e
@@ -191,8 +202,7 @@ def _reduce(x: Tensor, w: Tensor, scale_S: Tensor, tiles: ArenaTiles) -> Tensor:
         config = config_of("reduce", height, block_of_rank(rank), x.dtype)
         reduce_kernel[(len(tile_I5),)](
             x, w, out_UR, tile_I5, scale_S, x.stride(0), *_strides(w), num_k, rank,
-            HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r, **config.options,
         )  # fmt: skip
     return out_UR
 
@@ -203,18 +213,16 @@ def _spread(s_UR: Tensor, w: Tensor, y: Tensor, tiles: ArenaTiles) -> None:
         config = config_of("spread", height, block_of_rank(rank), y.dtype)
         spread_kernel[(len(tile_I5), triton.cdiv(num_k, config.block))](
             s_UR, w, y, tile_I5, y.stride(0), *_strides(w), num_k, rank,
-            HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            HEIGHT=height, BLOCK=config.block, BLOCK_R=config.block_r, **config.options,
         )  # fmt: skip
 
 
 def _outer(p: Tensor, s_UR: Tensor, out: Tensor, accumulates: bool, tiles: ArenaTiles) -> None:
     rank, num_k = out.shape[-2:]
-    config = config_of("outer", SHORT, block_of_rank(rank), p.dtype)
+    config = config_of("outer", TALL, block_of_rank(rank), p.dtype)
     outer_kernel[(len(tiles.whole_G5), triton.cdiv(num_k, config.block))](
         p, s_UR, out, tiles.whole_G5, p.stride(0), *_strides(out), num_k, rank,
-        ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=config.block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=config.block_r, **config.options,
     )  # fmt: skip
 
 

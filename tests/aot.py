@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from triton.compiler import ASTSource
 
 from populace.kernels import triton_lora
 from populace.kernels.tiles import SHORT, TALL
-from populace.kernels.triton_lora import CHUNK, config_of
+from populace.kernels.triton_lora import CHUNK, block_of_rank, config_of
 
 ARCHITECTURES = (80, 90, 100)
-BLOCKS_OF_RANK = (16, 32, 64, 128)
+RANKS = (8, 16, 32, 64, 128)
+"""Both kinds of rank that are computed as 16: strides of multiples of 16 are loaded otherwise."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_REGISTERS = 255
 MAX_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -37,12 +39,12 @@ class Build:
     product: str
     kernel: str
     height: int
-    block_r: int
+    rank: int
     dtype: str
     architecture: int
 
     def __str__(self) -> str:
-        return f"{self.product} height {self.height} rank {self.block_r} {self.dtype} sm_{self.architecture}"
+        return f"{self.product} height {self.height} rank {self.rank} {self.dtype} sm_{self.architecture}"
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,28 @@ PRODUCTS = {
     "Y += S Bᵀ": ("spread", "r"),
     "dX += dS A": ("spread", "k"),
     "dA = dSᵀ X": ("outer", "k"),
+    "dA += dSᵀ X": ("outer", "k"),
     "dB = dYᵀ S": ("outer", "r"),
+    "dB += dYᵀ S": ("outer", "r"),
 }
 
 
-def builds(architectures: Sequence[int], blocks_of_rank: Sequence[int]) -> Iterator[Build]:
+def builds(architectures: Sequence[int], ranks: Sequence[int]) -> Iterator[Build]:
     for product, (kernel, _) in PRODUCTS.items():
         for architecture in architectures:
             for dtype in DTYPES:
-                for block_r in blocks_of_rank:
+                for rank in ranks:
                     for height in (TALL,) if kernel == "outer" else (SHORT, TALL):
-                        yield Build(product, kernel, height, block_r, dtype, architecture)
+                        yield Build(product, kernel, height, rank, dtype, architecture)
 
 
 def compile_and_check(build: Build) -> Result:
-    config = config_of(build.kernel, build.height, build.block_r, DTYPES[build.dtype])
+    config = config_of(build.kernel, build.height, block_of_rank(build.rank), DTYPES[build.dtype])
     function = getattr(triton_lora, f"{build.kernel}_kernel")
     unit = f"{'out' if build.kernel == 'outer' else 'w'}_stride_{PRODUCTS[build.product][1]}"
     constants = {unit: 1, "BLOCK": config.block, "BLOCK_R": config.block_r}
     if build.kernel == "outer":
-        constants |= {"ACCUMULATES": False, "CHUNK": CHUNK}
+        constants |= {"ACCUMULATES": "+=" in build.product, "CHUNK": CHUNK}
     else:
         constants["HEIGHT"] = build.height
     signature, attributes = {}, {}
@@ -90,11 +94,12 @@ def compile_and_check(build: Build) -> Result:
             signature[name] = "constexpr"
         else:
             signature[name] = _type_of(name, build)
-            attributes[place,] = [["tt.divisibility", 16]] if name != "rank" else []
+            is_rank = name == "rank" or (name.endswith("stride_k") and PRODUCTS[build.product][1] == "r")
+            attributes[place,] = [] if is_rank and build.rank % 16 else [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=GPUTarget("cuda", build.architecture, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options=config.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -143,9 +148,10 @@ def _problems(build: Build, ptx: str, registers: int, stack: int, shared: int, m
 
 def main(path: Path) -> int:
     results = []
-    for build in builds(ARCHITECTURES, BLOCKS_OF_RANK):
-        results.append(compile_and_check(build))
-        print(build, *results[-1].problems, flush=True)
+    with ProcessPoolExecutor() as pool:
+        for result in pool.map(compile_and_check, builds(ARCHITECTURES, RANKS)):
+            results.append(result)
+            print(result.build, *result.problems, flush=True)
     failed = [result for result in results if result.problems]
     path.write_text(_table(results, failed))
     print(f"{len(results)} builds, {len(failed)} with problems; {path}")
@@ -160,13 +166,13 @@ def _table(results: Sequence[Result], failed: Sequence[Result]) -> str:
         f"{len(failed)} with problems. Checked: no stack (no spills), at most {MAX_REGISTERS} registers, shared memory "
         "within the architecture, no atomics, no TF32 in fp32, the expected matrix instructions. Nothing is timed.",
         "",
-        "| product | tile height | rank up to | dtype | sm | registers | stack | shared KiB | instructions | |",
+        "| product | tile height | rank | dtype | sm | registers | stack | shared KiB | instructions | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         build = result.build
         lines.append(
-            f"| {build.product} | {build.height} | {build.block_r} | {build.dtype} | {build.architecture} | "
+            f"| {build.product} | {build.height} | {build.rank} | {build.dtype} | {build.architecture} | "
             f"{result.registers} | {result.stack} | {result.shared / 1024:.0f} | {result.mma} | "
             f"{'; '.join(result.problems)} |"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -80,6 +79,12 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
+def _interprets_triton() -> bool:
+    from triton import knobs  # not installed everywhere
+
+    return bool(knobs.runtime.interpret)
+
+
 class ShardEngine:
     """The methods of a shard group, in this process."""
 
@@ -87,7 +92,7 @@ class ShardEngine:
         self, settings: ShardSettings, store: ObjectStore | None = None, rank: int = 0, exchange: Exchange = ALONE
     ) -> None:
         """One of `settings.num_shards`; the others are reached through `exchange`."""
-        if settings.trainer.kernels.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        if settings.trainer.kernels.backend == "triton" and not _interprets_triton():
             raise InvalidInput(
                 "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on processors for now, "
                 "use grouped"
