@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,7 +139,7 @@ def status(store: Store = "build/store", name: Name = None) -> None:
 @app.command()
 def revisions(user: str, store: Store = "build/store", name: Name = None) -> None:
     """A user's chain of revisions."""
-    table = Table("revision", "parent", "events", "reward", "KL to base", "verdict", "")
+    table = Table("revision", "parent", "age", "events", "reward", "KL to base", "verdict", "")
     for info in open_population(store, name).revisions(user):
         states = (("serving", info.is_serving), ("tip", info.is_tip), ("dropped", not info.is_kept))
         marks = [word for word, holds in states if holds]
@@ -146,6 +147,7 @@ def revisions(user: str, store: Store = "build/store", name: Name = None) -> Non
         table.add_row(
             str(info.revision),
             "" if info.parent is None else str(info.parent),
+            "" if info.committed_at is None else _age(time.time() - info.committed_at),
             str(info.num_events),
             "" if reward is None else f"{reward:.3f}",
             "" if kl is None else f"{kl:.4f}",
@@ -153,6 +155,13 @@ def revisions(user: str, store: Store = "build/store", name: Name = None) -> Non
             ", ".join(marks),
         )
     console.print(table)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
 
 
 @app.command()

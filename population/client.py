@@ -75,6 +75,8 @@ class RevisionInfo:
     is_serving: bool
     is_kept: bool
     """Whether its weights are still in the store; a retention rule drops old ones."""
+    committed_at: float | None
+    """Seconds since 1970 by its controller's clock; None for revision 0, and in logs of before this was recorded."""
     num_events: int
     metrics: Mapping[str, float]
     verdicts: tuple[str, ...]
@@ -192,6 +194,7 @@ class Population:
             is_tip=adapter.tip == 0,
             is_serving=adapter.serving == 0,
             is_kept=True,
+            committed_at=None,
             num_events=0,
             metrics={},
             verdicts=_verdicts(adapter, 0),
@@ -325,14 +328,16 @@ class Population:
         return any(record.command == tag for record in done)
 
     def _info(self, adapter: AdapterState, state: RevisionState) -> RevisionInfo:
+        header, wave = self.ledger.commit_of(adapter, state.revision)
         return RevisionInfo(
             revision=state.revision,
             parent=state.parent,
             is_tip=state.revision == adapter.tip,
             is_serving=state.revision == adapter.serving,
             is_kept="weights" in state.blobs,
+            committed_at=header.written_at or None,
             num_events=state.num_trained,
-            metrics=self.ledger.entry(adapter, state.revision).metrics,
+            metrics=wave.entry(adapter.pseudonym, state.revision).metrics,
             verdicts=_verdicts(adapter, state.revision),
         )
 

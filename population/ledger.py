@@ -391,15 +391,15 @@ class Ledger:
             "run first learns from a user's experience"
         )
 
-    def wave(self, adapter: AdapterState, revision: int) -> WaveManifest:
+    def commit_of(self, adapter: AdapterState, revision: int) -> tuple[RecordHeader, WaveManifest]:
         """The record that committed a revision above 0; read from the log."""
-        _, wave = self.readers[adapter.partition].read_at(adapter.revision(revision).seq)
+        header, wave = self.readers[adapter.partition].read_at(adapter.revision(revision).seq)
         assert isinstance(wave, WaveManifest)
-        return wave
+        return header, wave
 
     def entry(self, adapter: AdapterState, revision: int) -> RevisionEntry:
         """All that the wave record says of a revision above 0."""
-        return self.wave(adapter, revision).entry(adapter.pseudonym, revision)
+        return self.commit_of(adapter, revision)[1].entry(adapter.pseudonym, revision)
 
     def obey_commands(self, busy: Collection[str] = ()) -> list[Verdict | Tombstone]:
         """Execute the commands that users' logs hold, in order, each once; those of `busy` users wait."""

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
 from populace.population.top import ControllerRates, Watch, last_wave, tiers
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
-from populace.storage.records import Record, SettledEvent, Verdict, WaveManifest, parts_of
+from populace.storage.records import Record, RecordHeader, SettledEvent, Verdict, WaveManifest, parts_of
 from populace.storage.states import AdapterState, RevisionState
 
 MAX_REVISIONS = 100
@@ -34,6 +35,8 @@ class RevisionView:
 
     revision: int
     parent: int | None
+    committed: str
+    """Day and time, UTC; empty where it isn't known."""
     num_events: int
     reward: float | None
     kl: float | None
@@ -78,6 +81,7 @@ class RecentAdapter:
 class About:
     """What one record of the revision log says of one adapter."""
 
+    written_at: float
     metrics: Mapping[int, Mapping[str, float]]
     """By revision."""
     parked: tuple[SettledEvent, ...]
@@ -232,8 +236,8 @@ class PopulationReader:
         """What a record says of one adapter; of a wave of many, only that is kept."""
         key = (adapter.pseudonym, seq)
         if key not in self._cache:
-            record = self.population.ledger.readers[adapter.partition].read_at(seq)[1]
-            self._cache[key] = about(record, adapter.pseudonym)
+            header, record = self.population.ledger.readers[adapter.partition].read_at(seq)
+            self._cache[key] = about(header, record, adapter.pseudonym)
             if len(self._cache) > MAX_CACHED:
                 self._cache.popitem(last=False)
         return self._cache[key]
@@ -249,10 +253,12 @@ class PopulationReader:
         return found
 
     def _revision(self, adapter: AdapterState, state: RevisionState, verdicts: tuple[Verdict, ...]) -> RevisionView:
-        metrics, is_kept = self._about(adapter, state.seq).metrics.get(state.revision, {}), "weights" in state.blobs
+        found, is_kept = self._about(adapter, state.seq), "weights" in state.blobs
+        metrics = found.metrics.get(state.revision, {})
         return RevisionView(
             revision=state.revision,
             parent=state.parent,
+            committed=_day_and_time(found.written_at),
             num_events=state.num_trained,
             reward=metrics.get("reward"),
             kl=metrics.get("kl_to_base"),
@@ -263,7 +269,7 @@ class PopulationReader:
         )
 
 
-def about(whole: Record, pseudonym: str) -> About:
+def about(header: RecordHeader, whole: Record, pseudonym: str) -> About:
     """What there is in a record about one adapter."""
     metrics: dict[int, Mapping[str, float]] = {}
     verdicts: list[Verdict] = []
@@ -273,7 +279,7 @@ def about(whole: Record, pseudonym: str) -> About:
         elif isinstance(record, Verdict) and record.pseudonym == pseudonym:
             verdicts.append(record)
     parked = tuple(item for name, item in parked_in(whole) if name == pseudonym)
-    return About(metrics=metrics, parked=parked, verdicts=tuple(verdicts))
+    return About(written_at=header.written_at, metrics=metrics, parked=parked, verdicts=tuple(verdicts))
 
 
 def live_rows(controllers: Sequence[ControllerRates]) -> list[dict[str, object]]:
@@ -342,6 +348,7 @@ def _initial(adapter: AdapterState, verdicts: tuple[Verdict, ...]) -> RevisionVi
     return RevisionView(
         revision=0,
         parent=None,
+        committed="",
         num_events=0,
         reward=None,
         kl=None,
@@ -371,3 +378,7 @@ def _residency(adapter: AdapterState, controllers: Sequence[SeenController]) -> 
         return "nowhere: revision 0 is made from its seed"
     size = sum(place.size_bytes for place in adapter.revision(adapter.tip).blobs.values())
     return f"not among the hot ones; {size / 1e3:,.0f} kB of the tip in the store"
+
+
+def _day_and_time(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}" if seconds else ""

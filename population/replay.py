@@ -175,7 +175,7 @@ class _Player:
 
     def _wave(self, revision: int) -> WaveManifest:
         if revision not in self._waves:
-            self._waves[revision] = self.population.ledger.wave(self.adapter, revision)
+            self._waves[revision] = self.population.ledger.commit_of(self.adapter, revision)[1]
         return self._waves[revision]
 
     def _entry(self, revision: int) -> RevisionEntry:

@@ -169,6 +169,7 @@ class Owner:
             epoch=self.epoch,
             attempt_id=uuid.uuid4().hex,
             previous=reader.previous,
+            written_at=round(time.time(), 3),
         )
         sealed = seal(header, record, self._signer)
         try:

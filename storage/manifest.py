@@ -98,8 +98,7 @@ def _parse(envelope: Envelope) -> tuple[RecordHeader, Record]:
         payload = json.loads(envelope.payload)
         if envelope.payload_type == WAVE_TYPE:
             return _from_statement(payload)
-        header = RecordHeader(**{name: payload[name] for name in RecordHeader.__dataclass_fields__})
-        return header, _record(payload["kind"], payload["body"])
+        return _header(payload), _record(payload["kind"], payload["body"])
     except Exception as error:  # whatever a flipped byte makes of it
         raise Damaged(f"not a record of a revision log: {type(error).__name__}: {error}") from error
 
@@ -229,7 +228,11 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
         materials={item["name"]: item["digest"]["sha256"] for item in dependencies if "annotations" not in item},
         numerics=internal["numerics"],
     )
-    return RecordHeader(**{name: internal[name] for name in RecordHeader.__dataclass_fields__}), wave
+    return _header(internal), wave
+
+
+def _header(values: Mapping[str, Any]) -> RecordHeader:
+    return RecordHeader(**{name: values[name] for name in RecordHeader.__dataclass_fields__ if name in values})
 
 
 def _record(kind: str, body: dict[str, Any]) -> Record:

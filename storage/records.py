@@ -31,6 +31,9 @@ class RecordHeader:
     """Random per append, so that a writer recognises its own record after a lost answer."""
     previous: str
     """sha256 of the record before, as stored."""
+    written_at: float = 0.0
+    """Seconds since 1970 by the writer's clock, for people to read: nothing is decided by it. 0 in records that were
+    written before there was this field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

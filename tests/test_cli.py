@@ -47,6 +47,7 @@ def test_every_command_answers_about_a_population(store: str, tmp_path: Path) ->
     assert re.search(r"adapters +2", populace("status", "--store", store))
     chain = populace("revisions", "user-0", "--store", store)
     assert "serving" in chain and "tip" in chain
+    assert re.search(r"│ \d+[sm] ", chain), "how long ago"
     manifest = json.loads(populace("show", "user-0@1", "--store", store))
     assert manifest["predicateType"] == "https://slsa.dev/provenance/v1"
     assert populace("sample", "user-0", "what is rain", "--max-new-tokens", "5", "--store", store).strip()

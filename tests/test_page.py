@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def test_the_chain_shows_what_the_api_says(trained: Population) -> None:
         assert (item.parent, item.num_events, item.reward) == (info.parent, info.num_events, info.metrics.get("reward"))
         assert tuple(verdict.decision for verdict in item.verdicts) == info.verdicts
         assert ("serving" in item.marks, "tip" in item.marks) == (info.is_serving, info.is_tip)
+        if info.committed_at is None:
+            assert info.revision == 0 and not item.committed
+        else:
+            shown = datetime.fromisoformat(f"{item.committed}+00:00").timestamp()
+            assert shown <= info.committed_at < shown + 60 and time.time() - info.committed_at < 3600
     assert any(verdict.numbers for item in view.revisions for verdict in item.verdicts), "evaluations have numbers"
 
 
@@ -253,8 +259,8 @@ def test_the_page_works_with_a_hundred_thousand_users_and_loads_nothing_from_els
 def test_a_branch_takes_a_lane_of_its_own() -> None:
     def view(revision: int, parent: int | None) -> RevisionView:
         return RevisionView(
-            revision=revision, parent=parent, num_events=1, reward=None, kl=None, size_bytes=1, marks=(), verdicts=(),
-            can_return=False,
+            revision=revision, parent=parent, committed="", num_events=1, reward=None, kl=None, size_bytes=1, marks=(),
+            verdicts=(), can_return=False,
         )  # fmt: skip
 
     # 0 - 1 - 2 - 3, then from 1 again: 4 - 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def test_a_blob_is_read_by_range_and_checked(store: ObjectStore) -> None:
 
 
 def test_every_record_comes_back_as_it_was_sealed(history: History) -> None:
-    header = RecordHeader(population="p", partition=1, seq=4, epoch=2, attempt_id="a", previous="0" * 64)
+    header = RecordHeader(
+        population="p", partition=1, seq=4, epoch=2, attempt_id="a", previous="0" * 64, written_at=1.5
+    )
     signer = history.keyring.signer(history.root_key)
     moved = MovedBlob(pseudonym=P1, revision=3, part="weights", offset=8, size_bytes=4, sha256="a" * 64)
     records = [
@@ -87,7 +90,9 @@ def test_a_wave_is_a_signed_in_toto_statement_with_slsa_provenance(history: Hist
     owner, catalog = history.claim()
     history.create(owner, catalog, "p1")
     history.commit(owner, catalog, "p1", body=b"one")
+    before = time.time()
     header, manifest = owner.commit_wave("w1", [history.draft(catalog, "p1", b"two")], **FIXED)
+    assert before - 0.001 <= header.written_at <= time.time() + 0.001
     sealed = owner.reader.log.read(header.seq)
     assert sealed is not None
     assert open_record(sealed, history.root_key) == (header, manifest)
