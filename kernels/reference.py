@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
     """y += s · (x Aᵀ) Bᵀ in place, each module on its share of the columns; returns what backward needs. `plan` has
-    segments; rows of x and y lie in memory column by column."""
+    segments; the columns of a row of x or y lie side by side in memory."""
     shrunk = []
     for own_TF, weights in zip(y_TF.chunk(len(modules), 1), modules, strict=True):
         for rows, arena, where in _segments(plan):

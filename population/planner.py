@@ -7,7 +7,7 @@ An attempt is in the log before anything of it is tried, so that an event that k
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from populace.configs.schema import Settings
@@ -136,20 +136,16 @@ class Planner:
         if ahead and not choice.was_cut and len(choice.chosen) < scheduler.max_adapters_per_wave:
             return []
         self._served = choice.served
-        names = [pending.pseudonym(row) for row in choice.chosen.tolist()]
-        members = [self._member(name, scheduler.events_per_update) for name in names]
-        return [member for member in members if member is not None]
+        return self._members(map(pending.pseudonym, choice.chosen.tolist()), scheduler.events_per_update)
 
     def _suspicious(self, suspects: frozenset[str]) -> list[WaveMember]:
         """A small wave of suspects, or one event of one user of whom two attempts died; nothing is beside it."""
         scheduler, tries = self.settings.scheduler, self.ledger.catalog.tries
         twice = [name for name in sorted(suspects) if name in tries and tries[name].count > 1]
         if twice:
-            members = [self._member(twice[0], 1)]
-        else:
-            names = sorted(suspects)[: max(1, scheduler.max_adapters_per_wave // SUSPECTS_SHARE)]
-            members = [self._member(name, scheduler.events_per_update) for name in names]
-        return [member for member in members if member is not None]
+            return self._members(twice[:1], 1)
+        most = max(1, scheduler.max_adapters_per_wave // SUSPECTS_SHARE)
+        return self._members(sorted(suspects)[:most], scheduler.events_per_update)
 
     def _budget(self) -> Budget:
         scheduler = self.settings.scheduler
@@ -167,6 +163,10 @@ class Planner:
         """Weights and two moments in fp32."""
         adapter = self.settings.adapter
         return 12.0 * layout_of(self.dims, adapter.rank, adapter.expert_rank).size / adapter.rank
+
+    def _members(self, pseudonyms: Iterable[str], num_events: int) -> list[WaveMember]:
+        found = [self._member(pseudonym, num_events) for pseudonym in pseudonyms]
+        return [member for member in found if member is not None]
 
     def _member(self, pseudonym: str, num_events: int) -> WaveMember | None:
         """A user's share of a wave: its next events, and what settles with them."""

@@ -103,24 +103,24 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(torch.bfloat16)
 
 
-def milliseconds(run: Callable[[], None], passes: int = PASSES) -> float:
+def milliseconds(run: Callable[[], None]) -> float:
     """Of one pass, many in a row: what the device or the host takes, whichever takes longer."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(passes):
+    for _ in range(PASSES):
         run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / passes
+    return begin.elapsed_time(end) / PASSES
 
 
-def in_turn(runs: Sequence[Callable[[], None]], passes: int = PASSES) -> list[list[float]]:
+def in_turn(runs: Sequence[Callable[[], None]]) -> list[list[float]]:
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(REPETITIONS):
         for own, run in zip(times, runs, strict=True):
-            own.append(milliseconds(run, passes))
+            own.append(milliseconds(run))
     return times
 
 
