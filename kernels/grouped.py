@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from populace.kernels.tiles import ArenaBatches, Batch, Batches, SegmentPlan
+from populace.kernels.batches import ArenaBatches, Batch, Batches
+from populace.kernels.plan import SegmentPlan
 
 if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights

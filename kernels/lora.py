@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear
 
-from populace.kernels.tiles import SegmentPlan
+from populace.kernels.plan import SegmentPlan
 
 BACKENDS = {"grouped": "grouped", "reference": "reference", "triton": "triton_lora"}
 """Modules of this folder with `add_deltas` and `add_gradients`, as `reference` describes them."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from populace.kernels.tiles import SegmentPlan
+from populace.kernels.plan import SegmentPlan
 
 if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from populace.kernels.tiles import SHORT, TALL, ArenaTiles, SegmentPlan
+from populace.kernels.plan import SegmentPlan
+from populace.kernels.tiles import SHORT, TALL, ArenaTiles
 
 if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights

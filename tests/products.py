@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from populace.kernels.lora import FrozenProduct, LoraWeights, lora_product
-from populace.kernels.tiles import plan_segments
+from populace.kernels.plan import plan_segments
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from populace.kernels import triton_lora
-from populace.kernels.tiles import plan_segments
+from populace.kernels.plan import plan_segments
 from tests.products import CASES, DTYPES, Case, assert_accurate, make_case, random_counts
 
 pytestmark = pytest.mark.gpu

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from populace.kernels.batches import HEIGHTS
 from populace.kernels.lora import BACKENDS
-from populace.kernels.tiles import HEIGHTS, SHORT, TALL, order_by_expert, plan_segments
+from populace.kernels.plan import order_by_expert, plan_segments
+from populace.kernels.tiles import SHORT, TALL
 from tests.products import CASES, DTYPES, assert_accurate, make_case
 
 SLOW_IN_THE_INTERPRETER = {"64 experts", "256 adapters"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from populace.kernels.lora import FrozenProduct, lora_product
-from populace.kernels.tiles import SegmentPlan, order_by_expert, plan_segments
+from populace.kernels.plan import SegmentPlan, order_by_expert, plan_segments
 from populace.workers.exchange import Exchange
 from populace.workers.gates import Gate
 from populace.workers.placement import Placement

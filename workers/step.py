@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from populace.kernels.lora import LoraWeights
-from populace.kernels.tiles import SegmentPlan, plan_segments
+from populace.kernels.plan import SegmentPlan, plan_segments
 from populace.workers.attention import Attention
 from populace.workers.rows import PackedRows
 from populace.workers.slab import Slab

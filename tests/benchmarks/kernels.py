@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from populace.kernels.lora import FrozenProduct, LoraWeights, lora_product
-from populace.kernels.tiles import SegmentPlan, plan_segments
+from populace.kernels.plan import SegmentPlan, plan_segments
 from tests.benchmarks.figures import Figure, figure, publish
 
 HIDDEN, QUERIES, INNER, EXPERTS, TOP_K = 2048, 4096, 768, 128, 8

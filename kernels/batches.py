@@ -1,0 +1,120 @@
+"""Segments put together into batched products, for `grouped.py`.
+
+Suffixes: T rows, G segments, U tile rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from populace.kernels.segments import Ints, Segments
+
+HEIGHTS = np.array([1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64])
+"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched product. 5 to 7 and 9
+to 11 are missing: MKL splits a lone product of so many rows over threads, with other bits."""
+
+LARGE_STEP = 32
+"""Longer segments of experts are filled up to multiples of this; longer dense ones, which mostly lie right as they are,
+not at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Segments of one arena and one height."""
+
+    start: int
+    """First of its rows among all tile rows."""
+    height: int
+    first: int
+    """First of its segments among the arena's."""
+    size: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.size * self.height)
+
+    @property
+    def members(self) -> slice:
+        return slice(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaBatches:
+    """One arena's segments, batch by batch."""
+
+    arena: int
+    segment_G: Ints
+    index: slice | tuple[Tensor, ...]
+    """Which of the arena's tensors they use."""
+    batches: tuple[Batch, ...]
+    rows: slice
+    """Its tile rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Segments put together into batched products. How a segment is filled up depends on its own length alone."""
+
+    arenas: tuple[ArenaBatches, ...]
+    source_U: Tensor | None
+    """The row that each tile row is a copy of: what fills a segment up copies its own last row. Behind all tiles come
+    the rows without an adapter. None: the rows as they are."""
+    place_T: Tensor | None
+    """The tile row of each row."""
+    slot_U: Tensor
+    is_filling_U: Tensor
+
+    @staticmethod
+    def of(segments: Segments, num_rows: int, device: torch.device) -> Batches:
+        """`num_rows`: of the whole pass, on `device`."""
+        count_G = segments.count_G
+        step = 1 if segments.expert_G is None else LARGE_STEP
+        large_G = -(-count_G // step) * step
+        small_G = HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(count_G, HEIGHTS[-1]))]
+        height_G = np.where(count_G > HEIGHTS[-1], large_G, small_G)
+        is_whole = int(count_G.sum()) == num_rows and bool((height_G == count_G).all())
+        in_place = is_whole and bool((np.diff(segments.arena_G) >= 0).all())
+        order_G = np.arange(len(count_G)) if in_place else np.lexsort((height_G, segments.arena_G))
+        height_G, arena_G, count_G = height_G[order_G], segments.arena_G[order_G], count_G[order_G]
+        start_G = np.cumsum(height_G) - height_G
+        num_tile_rows = int(height_G.sum())
+        bounds = [0, *(np.flatnonzero((np.diff(arena_G) != 0) | (np.diff(height_G) != 0)) + 1).tolist(), len(order_G)]
+        arenas: list[ArenaBatches] = []
+        by_arena: dict[int, list[tuple[int, int]]] = {}
+        for first, last in itertools.pairwise(bounds):
+            by_arena.setdefault(int(arena_G[first]), []).append((first, last))
+        for arena, ranges in by_arena.items():
+            begin, end = ranges[0][0], ranges[-1][1]
+            batches = tuple(
+                Batch(start=int(start_G[first]), height=int(height_G[first]), first=first - begin, size=last - first)
+                for first, last in ranges
+            )
+            rows = slice(int(start_G[begin]), batches[-1].rows.stop)
+            own_G = order_G[begin:end]
+            arenas.append(
+                ArenaBatches(
+                    arena=arena, segment_G=own_G, index=segments.index(own_G, device), batches=batches, rows=rows
+                )
+            )
+        offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)
+        is_filling_U = offset_U >= np.repeat(count_G, height_G)
+        source_U = np.repeat(segments.start_G[order_G], height_G) + np.minimum(
+            offset_U, np.repeat(count_G - 1, height_G)
+        )
+        place_T = np.full(num_rows, -1)
+        place_T[source_U[~is_filling_U]] = np.flatnonzero(~is_filling_U)
+        without_N = np.flatnonzero(place_T < 0)
+        place_T[without_N] = num_tile_rows + np.arange(len(without_N))
+        source_U = np.append(source_U, without_N)
+        return Batches(
+            arenas=tuple(arenas),
+            source_U=None if in_place else torch.from_numpy(source_U).to(device),
+            place_T=None if in_place else torch.from_numpy(place_T).to(device),
+            slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)).to(device),
+            is_filling_U=torch.from_numpy(is_filling_U).to(device),
+        )
