@@ -20,12 +20,12 @@ from populace.population.chat import Chat
 from populace.population.consumer import Reading
 from populace.population.experience import Command, Forget, LogEvent, Messages, Pin, Rollback, check_prompt, check_user
 from populace.population.ledger import Ledger
-from populace.population.meta import PopulationMeta, check_name, verify_digest
 from populace.population.producer import Producer
 from populace.population.stream import partition_of
 from populace.population.trials import estimate_tokens, revision_ref
 from populace.storage.commit import RevisionLogReader
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
+from populace.storage.identity import PopulationMeta, check_name, verify_digest
 from populace.storage.keys import Keyring, PublicKey
 from populace.storage.manifest import payload_of
 from populace.storage.objects import ObjectStore, open_store

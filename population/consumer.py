@@ -21,7 +21,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from populace.population.experience import Command, LogEvent, Task, UserId, is_held_out
-from populace.population.meta import PopulationMeta
 from populace.population.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
 from populace.population.stream import (
     ExperienceLog,
@@ -36,8 +35,9 @@ from populace.population.stream import (
 from populace.storage.catalog import Catalog
 from populace.storage.columns import Index, Table, halves_of
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
+from populace.storage.identity import PopulationMeta
+from populace.storage.lru import Tier
 from populace.storage.records import Compaction, Position
-from populace.workers.tiers import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NewType
 
+from populace.storage.canonical import canonical_json
 from populace.storage.errors import InvalidInput
-from populace.storage.manifest import canonical_json
 
 UserId = NewType("UserId", str)
 Messages = tuple[Mapping[str, str], ...]

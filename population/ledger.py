@@ -22,7 +22,6 @@ from typing import Any
 
 from populace.population.consumer import Consumer, Reading, SegmentCache
 from populace.population.experience import Forget, LogEvent, Pin, Rollback
-from populace.population.meta import PopulationMeta
 from populace.population.partitions import (
     HEARTBEAT_S,
     Heartbeat,
@@ -47,6 +46,7 @@ from populace.storage.errors import (
     OwnerAlive,
     PopulaceError,
 )
+from populace.storage.identity import PopulationMeta
 from populace.storage.keys import Keyring, Secrets
 from populace.storage.objects import ObjectStore
 from populace.storage.records import (

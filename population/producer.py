@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from populace.configs.schema import StreamSettings
 from populace.population.experience import LogEvent, check_event, check_user, event_bytes
-from populace.population.meta import PopulationMeta, check_name
 from populace.population.stream import ExperienceLog, Row, Seals, partition_of
 from populace.storage.errors import InvalidInput, Overloaded
+from populace.storage.identity import PopulationMeta, check_name
 from populace.storage.keys import Keyring, Secrets, UserKeys
 from populace.storage.objects import ObjectStore, open_store
 

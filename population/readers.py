@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from populace.population.experience import Demonstration, Experience, Task, Trajectory, check_user
 from populace.population.producer import CheckedEvent, Producer, check_events
+from populace.storage.canonical import canonical_json
 from populace.storage.errors import InvalidInput
-from populace.storage.manifest import canonical_json
 
 ROWS_PER_CALL = 2048
 COLUMNS = {

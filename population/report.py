@@ -27,7 +27,7 @@ from populace.population.controller import Controller
 from populace.population.experience import encode_event, messages_of
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
-from populace.storage.manifest import canonical_json
+from populace.storage.canonical import canonical_json
 from populace.storage.states import AdapterState
 
 matplotlib.use("Agg")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from populace.configs.schema import Settings
 from populace.population.scheduler import Budget, Candidates, Policy, Served, form_wave
 from populace.storage.errors import InvalidInput
-from populace.workers.tiers import Tier
+from populace.storage.lru import Tier
 
 Floats = NDArray[np.float64]
 

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from populace.storage.canonical import canonical_json
 from populace.storage.catalog import Catalog
 from populace.storage.columns import Names, Rows, ragged
 from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
-from populace.storage.manifest import canonical_json, event_from_json
+from populace.storage.manifest import event_from_json
 from populace.storage.records import Checkpoint, Compaction, Tries
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import Signer
 
+from populace.storage.canonical import fields_of, canonical_json
 from populace.storage.errors import Damaged
 from populace.storage.keys import PublicKey
 from populace.storage.pack import BlobPlace
@@ -37,9 +37,13 @@ from populace.storage.records import (
 )
 
 RECORD_TYPE = "application/vnd.populace.record+json"
+
 WAVE_TYPE = "application/vnd.in-toto+json"
+
 STATEMENT = "https://in-toto.io/Statement/v1"
+
 PROVENANCE = "https://slsa.dev/provenance/v1"
+
 BUILD_TYPE = "https://populace.dev/wave/v1"
 
 _KINDS: dict[str, type[Any]] = {kind.KIND: kind for kind in Record.__args__}
@@ -50,7 +54,7 @@ def seal(header: RecordHeader, record: Record, signer: Signer) -> bytes:
     if isinstance(record, WaveManifest):
         payload_type, payload = WAVE_TYPE, _statement(header, record)
     else:
-        payload_type, payload = RECORD_TYPE, {**_fields(header), **_body(record)}
+        payload_type, payload = RECORD_TYPE, {**fields_of(header), **_body(record)}
     envelope = Envelope(canonical_json(payload), payload_type, {})
     envelope.sign(signer)
     return canonical_json(envelope.to_dict())
@@ -113,13 +117,6 @@ def digest_of(sealed: bytes) -> str:
     return hashlib.sha256(sealed).hexdigest()
 
 
-def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value; dataclasses are their fields."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields
-    ).encode()
-
-
 def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
     """Where each fact stands: https://slsa.dev/spec/v1.0/provenance."""
     subjects = [
@@ -160,7 +157,7 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
                 "buildType": BUILD_TYPE,
                 "externalParameters": {**wave.parameters, "experience": consumed},
                 "internalParameters": {
-                    **_fields(header),
+                    **fields_of(header),
                     "wave": wave.wave,
                     "pack": wave.pack,
                     "numerics": wave.numerics,
@@ -176,11 +173,6 @@ def _body(record: Record) -> dict[str, Any]:
     if isinstance(record, Batch):
         return {"kind": record.KIND, "body": {"records": [_body(part) for part in record.records]}}
     return {"kind": record.KIND, "body": record}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """A dataclass for JSON; `asdict` copies deeply and takes ten times as long."""
-    return {item.name: getattr(value, item.name) for item in fields(value)}
 
 
 def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManifest]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from populace.population.experience import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
-from populace.population.meta import PopulationMeta
 from populace.storage.commit import RevisionDraft
+from populace.storage.identity import PopulationMeta
 from populace.storage.keys import Keyring
 from populace.storage.loading import blob_context
 from populace.storage.objects import FileStore

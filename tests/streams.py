@@ -14,7 +14,7 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
 from populace.population.experience import Task
-from populace.population.meta import PopulationMeta
+from populace.storage.identity import PopulationMeta
 from populace.storage.keys import Keyring
 from populace.storage.objects import ObjectStore
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from populace.population.ledger import Ledger
-from populace.population.meta import PopulationMeta
 from populace.storage.errors import Forgotten
+from populace.storage.identity import PopulationMeta
 from populace.storage.keys import Keyring
 from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.manifest import open_record

@@ -17,10 +17,10 @@ import pytest
 from populace.configs.schema import StreamSettings
 from populace.population.experience import Demonstration
 from populace.population.ledger import Ledger
-from populace.population.meta import PopulationMeta
 from populace.population.producer import Producer
 from populace.population.stream import ExperienceLog
 from populace.storage.errors import Forgotten, InvalidInput, OutcomeUnknown, Overloaded
+from populace.storage.identity import PopulationMeta
 from populace.storage.objects import FileStore, MemoryStore, ObjectStore
 from tests.streams import make_population
 

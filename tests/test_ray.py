@@ -21,9 +21,9 @@ from populace.population.client import Population
 from populace.population.experience import Demonstration, Task
 from populace.population.gateway import Gateway
 from populace.population.ledger import Ledger
-from populace.population.meta import PopulationMeta
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
+from populace.storage.identity import PopulationMeta
 from populace.storage.objects import FileStore
 from tests.accounting import account
 from tests.heads import on_head, ray_head, ray_here, submit

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from populace.population.cli import app
 from populace.population.ledger import Ledger
-from populace.population.meta import PopulationMeta
 from populace.population.producer import Producer
 from populace.population.readers import COLUMNS, enqueue_file, event_from_row, read_rows
 from populace.storage.errors import InvalidInput
+from populace.storage.identity import PopulationMeta
 from populace.storage.objects import FileStore
 from tests.streams import make_population
 

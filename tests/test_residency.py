@@ -15,11 +15,11 @@ from populace.configs.schema import ResidencySettings, Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.trials import tip_ref
+from populace.storage.lru import Tier
 from populace.storage.objects import MemoryStore
 from populace.workers.batch import AdapterRef
 from populace.workers.engine import ShardEngine
 from populace.workers.residency import NearTier, Residency, ResidencyBudget
-from populace.workers.tiers import Tier
 from tests.streams import experience
 
 Start = Callable[..., Controller]

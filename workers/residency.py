@@ -24,10 +24,10 @@ from pathlib import Path
 from populace.storage.errors import InvalidInput
 from populace.storage.keys import UserKeys
 from populace.storage.loading import BlobRequest, load_wave, open_sealed
+from populace.storage.lru import Tier
 from populace.storage.objects import ObjectStore
 from populace.workers.batch import AdapterKey, AdapterRef, Paging
 from populace.workers.slab import Slab
-from populace.workers.tiers import Tier
 
 logger = logging.getLogger(__name__)
 Blob = bytes | memoryview

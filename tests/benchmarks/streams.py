@@ -54,10 +54,10 @@ from populace.population.simulate import Load, simulate
 from populace.population.stream import ExperienceLog
 from populace.storage.dev import DevStore
 from populace.storage.keys import Keyring
+from populace.storage.lru import Tier
 from populace.storage.objects import open_store
 from populace.storage.s3 import Bucket
 from populace.workers.group import ShardGroup
-from populace.workers.tiers import Tier
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.streams import make_population
 from tests.tiny import tokenizer

@@ -13,6 +13,7 @@ from populace.storage.keys import Keyring, PublicKey, Secrets
 from populace.storage.objects import ObjectStore
 
 logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 
 
