@@ -62,8 +62,8 @@ def store_dev(
     folder: Annotated[Path | None, typer.Option(help="Keep the data here; without it they go with the server.")] = None,
 ) -> None:
     """Run an S3 on this machine for development (SeaweedFS on loopback) until Ctrl-C."""
-    from populace.storage.dev import DevStore
-    from populace.storage.s3 import Bucket
+    from populace.storage.objects.bucket import Bucket
+    from populace.storage.objects.dev import DevStore
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -440,6 +440,6 @@ def _say_when(done: bool, now: str, later: str) -> None:
 
 
 def _key_folder() -> Path:
-    from populace.storage.keys import Keyring
+    from populace.storage.keys.keyring import Keyring
 
     return Keyring().folder

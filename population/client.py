@@ -26,10 +26,11 @@ from populace.population.trials import estimate_tokens, revision_ref
 from populace.storage.commit import RevisionLogReader
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.identity import PopulationMeta, check_name, verify_digest
-from populace.storage.keys import Keyring, PublicKey
+from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.manifest import payload_of
-from populace.storage.objects import ObjectStore, open_store
-from populace.storage.probe import require_safe
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.open import open_store
+from populace.storage.objects.probe import require_safe
 from populace.storage.records import Position, Record, Rotate, Settled, SettledEvent, Verdict, WaveManifest, parts_of
 from populace.storage.repack import RepackReport, RetentionRule
 from populace.storage.states import AdapterState, RevisionState

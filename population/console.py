@@ -12,7 +12,7 @@ from populace.storage.errors import InvalidInput
 if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neither
     from populace.population.client import Population
     from populace.storage.identity import PopulationMeta
-    from populace.storage.objects import ObjectStore
+    from populace.storage.objects.contract import ObjectStore
 
 console = Console()
 TEMPORARY = 75
@@ -34,7 +34,7 @@ def open_population(store: str, name: str | None) -> Population:
 def find_population(store: str, name: str | None) -> tuple[ObjectStore, PopulationMeta]:
     """Store and identity of a population; loads no model."""
     from populace.storage.identity import PopulationMeta
-    from populace.storage.objects import open_store
+    from populace.storage.objects.open import open_store
 
     opened = open_store(store)
     if name is None:

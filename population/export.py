@@ -77,7 +77,7 @@ def share_export(population: Population, user: str, number: int, folder: Path, v
     except Forgotten:  # meanwhile
         population.store.delete(key)
         raise
-    from populace.storage.s3 import Bucket  # the minio SDK is slow to import
+    from populace.storage.objects.bucket import Bucket  # the minio SDK is slow to import
 
     return Bucket(population.store.url).presigned_link(key, valid_for)
 

@@ -24,8 +24,8 @@ from populace.configs.schema import StreamSettings
 from populace.population.experience import LogEvent
 from populace.population.producer import CheckedEvent, Producer, check_events
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError
-from populace.storage.keys import Keyring
-from populace.storage.objects import open_store
+from populace.storage.keys.keyring import Keyring
+from populace.storage.objects.open import open_store
 
 NAMESPACE = "populace"
 MAX_CALLS = 1000

@@ -47,8 +47,9 @@ from populace.storage.errors import (
     PopulaceError,
 )
 from populace.storage.identity import PopulationMeta
-from populace.storage.keys import Keyring, Secrets
-from populace.storage.objects import ObjectStore
+from populace.storage.keys.keyring import Keyring
+from populace.storage.keys.secrets import Secrets
+from populace.storage.objects.contract import ObjectStore
 from populace.storage.records import (
     Batch,
     Claim,

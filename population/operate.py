@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from populace.population.figures import controllers_of
 from populace.population.partitions import stop_key
 from populace.storage.errors import InvalidInput
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 
 DEAD_S = 30.0
 """A controller beats every second, and comes back some seconds after its store does; one that is silent for this long

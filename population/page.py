@@ -35,7 +35,7 @@ from populace.population.client import Population
 from populace.population.diff import largest
 from populace.population.page_views import PopulationReader, UserView, live_rows, tree_of
 from populace.storage.errors import InvalidInput, PopulaceError
-from populace.storage.keys import Keyring
+from populace.storage.keys.keyring import Keyring
 
 logger = logging.getLogger(__name__)
 PAGES = Path(__file__).parent / "pages"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from populace.storage.errors import ObjectNotFound, PopulaceError
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0

@@ -22,8 +22,11 @@ from populace.population.experience import LogEvent, check_event, check_user, ev
 from populace.population.stream import ExperienceLog, Row, Seals, partition_of
 from populace.storage.errors import InvalidInput, Overloaded
 from populace.storage.identity import PopulationMeta, check_name
-from populace.storage.keys import Keyring, Secrets, UserKeys
-from populace.storage.objects import ObjectStore, open_store
+from populace.storage.keys.keyring import Keyring
+from populace.storage.keys.secrets import Secrets
+from populace.storage.keys.user_keys import UserKeys
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.open import open_store
 
 ROWS_PER_SEGMENT = 4096
 

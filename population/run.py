@@ -26,9 +26,9 @@ from populace.population.live import View, Views
 from populace.population.metrics import RayMetrics
 from populace.population.report import write_report
 from populace.population.rewards import find_reward, score_on_ray
-from populace.storage.counted import CountedStore
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
-from populace.storage.objects import open_store
+from populace.storage.objects.counted import CountedStore
+from populace.storage.objects.open import open_store
 from populace.workers.group import ShardGroup, ShardGroupLost
 from populace.workers.prepare import PreparedBase, prepare_base
 

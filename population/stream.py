@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from populace.population.experience import LogEvent, UserId, decode_event
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound, OutcomeUnknown, StoreUnavailable
-from populace.storage.keys import UserKeys
-from populace.storage.log import Log
-from populace.storage.objects import ObjectStore
+from populace.storage.keys.user_keys import UserKeys
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.log import Log
 from populace.storage.records import EventRef, SettledEvent
 
 MAX_UNKNOWN = 8

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from populace.storage.errors import AlreadyExists, Damaged, Fenced, OutcomeUnknown, StoreUnavailable
-from populace.storage.keys import Keyring, PublicKey
-from populace.storage.log import Log
+from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.manifest import attempt_of, digest_of, open_record, rotations_of, seal, signer_of
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.log import Log
 from populace.storage.pack import build_pack
 from populace.storage.records import (
     NO_PREDECESSOR,

@@ -9,8 +9,9 @@ import secrets
 from dataclasses import asdict, dataclass
 
 from populace.storage.errors import AlreadyExists, Damaged, InvalidInput, ObjectNotFound
-from populace.storage.keys import Keyring, PublicKey, Secrets
-from populace.storage.objects import ObjectStore
+from populace.storage.keys.keyring import Keyring, PublicKey
+from populace.storage.keys.secrets import Secrets
+from populace.storage.objects.contract import ObjectStore
 
 logger = logging.getLogger(__name__)
 

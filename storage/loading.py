@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from populace.storage.keys import OVERHEAD_BYTES, UserKeys
-from populace.storage.objects import ObjectStore
+from populace.storage.keys.sealing import OVERHEAD_BYTES
+from populace.storage.keys.user_keys import UserKeys
+from populace.storage.objects.contract import ObjectStore
 from populace.storage.pack import BlobPlace, check_blob
 
 MAX_GAP_BYTES = 64 << 10

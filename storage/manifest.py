@@ -16,9 +16,9 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import Signer
 
-from populace.storage.canonical import fields_of, canonical_json
+from populace.storage.canonical import canonical_json, fields_of
 from populace.storage.errors import Damaged
-from populace.storage.keys import PublicKey
+from populace.storage.keys.keyring import PublicKey
 from populace.storage.pack import BlobPlace
 from populace.storage.records import (
     Attempt,

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from populace.storage.errors import Damaged
-from populace.storage.objects import ObjectStore, get_range
+from populace.storage.objects.contract import ObjectStore, get_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from populace.storage.keys import PublicKey
+from populace.storage.keys.keyring import PublicKey
 from populace.storage.pack import BlobPlace
 
 NO_PREDECESSOR = "0" * 64

@@ -17,7 +17,7 @@ from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, 
 from populace.storage.columns import Rows, ragged
 from populace.storage.commit import Owner
 from populace.storage.errors import ObjectNotFound
-from populace.storage.objects import get_range
+from populace.storage.objects.contract import get_range
 from populace.storage.pack import build_pack
 from populace.storage.records import MovedBlob, Repack
 

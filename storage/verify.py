@@ -14,8 +14,8 @@ from typing import Any
 
 from populace.storage.commit import RevisionLogReader
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
-from populace.storage.keys import PublicKey
-from populace.storage.objects import ObjectStore
+from populace.storage.keys.keyring import PublicKey
+from populace.storage.objects.contract import ObjectStore
 from populace.storage.pack import BlobPlace, read_blob
 from populace.storage.records import (
     AdapterCreated,

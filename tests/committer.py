@@ -9,7 +9,7 @@ from pathlib import Path
 
 from populace.population.stream import ExperienceLog
 from populace.storage.checkpoint import write_checkpoint
-from populace.storage.objects import open_store
+from populace.storage.objects.open import open_store
 from populace.storage.repack import RetentionRule, repack
 from tests.history import FIXED, History, name_of
 
@@ -20,7 +20,7 @@ def open_history(url: str, folder: Path) -> History:
     """The history that the test made, from another process."""
     history = object.__new__(History)
     history.store, history.folder = open_store(url), folder
-    from populace.storage.keys import Keyring
+    from populace.storage.keys.keyring import Keyring
 
     history.keyring = Keyring(folder)
     (signing,) = folder.glob("signing-*.pem")
@@ -29,7 +29,7 @@ def open_history(url: str, folder: Path) -> History:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from securesystemslib.signer import CryptoSigner
 
-    from populace.storage.keys import public_of
+    from populace.storage.keys.keyring import public_of
 
     history.root_key = public_of(CryptoSigner(load_pem_private_key(signing.read_bytes(), None)))
     return history

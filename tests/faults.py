@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from populace.storage.errors import AlreadyExists, OutcomeUnknown, PopulaceError, StoreUnavailable
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 
 
 class Crash(BaseException):

@@ -10,9 +10,10 @@ from typing import Any
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore
 from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
-from populace.storage.keys import Keyring, PublicKey, UserKeys
+from populace.storage.keys.keyring import Keyring, PublicKey
+from populace.storage.keys.user_keys import UserKeys
 from populace.storage.loading import blob_context
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 from populace.storage.records import AdapterCreated, EventRef, SettledEvent
 
 FIXED: dict[str, Any] = {

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from populace.storage.dev import DevStore
+from populace.storage.objects.dev import DevStore
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
 from populace.population.experience import Task
 from populace.storage.identity import PopulationMeta
-from populace.storage.keys import Keyring
-from populace.storage.objects import ObjectStore
+from populace.storage.keys.keyring import Keyring
+from populace.storage.objects.contract import ObjectStore
 
 WORDS = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
 

@@ -13,7 +13,8 @@ from populace.configs.schema import BaseSettings, Settings
 from populace.population.client import Population
 from populace.population.experience import Demonstration, Rollback, Task, Trajectory
 from populace.storage.errors import InvalidInput
-from populace.storage.objects import MemoryStore, open_store
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.open import open_store
 from populace.workers.prepare import prepare_base
 
 GOOD = Task(prompt="What is rain?", reward="letters")

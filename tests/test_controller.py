@@ -16,7 +16,8 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Demonstration, Rollback, Task, Trajectory
 from populace.storage.errors import Fenced, InvalidInput, OwnerAlive
-from populace.storage.objects import MemoryStore, open_store
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.open import open_store
 from populace.workers.batch import StepResult, WaveBatch
 from tests.accounting import account
 from tests.streams import experience, run_to_the_end

@@ -19,9 +19,11 @@ from populace.population.controller import Controller
 from populace.population.experience import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
 from populace.storage.errors import Forgotten, InvalidInput
-from populace.storage.keys import Keyring
+from populace.storage.keys.keyring import Keyring
 from populace.storage.manifest import seal
-from populace.storage.objects import FileStore, MemoryStore, ObjectStore
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.files import FileStore
 from populace.storage.records import Tombstone
 from populace.storage.repack import RetentionRule
 from populace.storage.verify import Findings, positions_from_json, verify_partition

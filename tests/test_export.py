@@ -17,7 +17,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.export import export_peft, peft_config, peft_tensors
 from populace.storage.errors import InvalidInput
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.attention import PackedAttention
 from populace.workers.batch import AdapterKey
 from populace.workers.rows import SequenceGroup, pack_rows

@@ -23,9 +23,9 @@ from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner
 from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, OutcomeUnknown, PopulaceError
-from populace.storage.keys import Keyring
+from populace.storage.keys.keyring import Keyring
 from populace.storage.loading import BlobRequest, load_wave
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.storage.pack import read_blob
 from populace.storage.records import Tombstone, Verdict, WaveManifest
 from populace.storage.repack import RetentionRule, collect_garbage, repack

@@ -26,9 +26,9 @@ from populace.population.operate import stop_run
 from populace.population.partitions import controller_key, stop_key
 from populace.population.top import Watch
 from populace.population.wave_report import WaveReport
-from populace.storage.counted import CountedStore, add_calls
 from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, StoreUnavailable
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.counted import CountedStore, add_calls
 from tests.streams import experience, make_population, run_to_the_end, wait_until
 
 ROOT = Path(__file__).parent.parent

@@ -25,11 +25,15 @@ from populace.storage.errors import (
     StoreUnavailable,
     UnsafeStore,
 )
-from populace.storage.log import Log
-from populace.storage.objects import FileStore, MemoryStore, ObjectStore, get_range, open_store
+from populace.storage.objects.bucket import Bucket
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.contract import ObjectStore, get_range
+from populace.storage.objects.files import FileStore
+from populace.storage.objects.log import Log
+from populace.storage.objects.open import open_store
+from populace.storage.objects.probe import probe, require_safe
+from populace.storage.objects.s3 import S3Location
 from populace.storage.pack import BlobPlace, read_blob
-from populace.storage.probe import probe, require_safe
-from populace.storage.s3 import Bucket, S3Location
 from tests.servers import DroppingProxy, moto, seaweedfs
 
 
@@ -309,7 +313,7 @@ def test_without_credentials_the_error_says_where_to_put_them(monkeypatch: pytes
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("populace.storage.s3._provider", _provider_without_a_role)
+    monkeypatch.setattr("populace.storage.objects.s3._provider", _provider_without_a_role)
     with pytest.raises(InvalidInput, match="AWS_ACCESS_KEY_ID"):
         open_store("s3://bucket?endpoint=http://127.0.0.1:9000")
 

@@ -25,7 +25,7 @@ from populace.population.client import Population
 from populace.population.experience import Task
 from populace.population.figures import controllers_of
 from populace.population.metrics import METRICS
-from populace.storage.objects import open_store
+from populace.storage.objects.open import open_store
 from tests.accounting import account
 from tests.browser import chromium
 from tests.heads import DASHBOARD, ROOT, TOKEN, ask, on_head, ray_head, submit

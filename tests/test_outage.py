@@ -17,7 +17,7 @@ from populace.population.controller import Controller, WaveReport
 from populace.population.live import View
 from populace.population.run import StopSignal, _Run
 from populace.storage.errors import OutcomeUnknown, PopulaceError, StoreUnavailable
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.engine import ShardEngine
 from tests.accounting import account
 from tests.conftest import score_here

@@ -16,7 +16,7 @@ from populace.population.controller import Controller
 from populace.population.ledger import Ledger
 from populace.population.partitions import share_out
 from populace.storage.errors import OutcomeUnknown, OwnerAlive, StoreUnavailable
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.engine import ShardEngine
 from tests.accounting import account
 from tests.conftest import score_here

@@ -21,7 +21,9 @@ from populace.population.producer import Producer
 from populace.population.stream import ExperienceLog
 from populace.storage.errors import Forgotten, InvalidInput, OutcomeUnknown, Overloaded
 from populace.storage.identity import PopulationMeta
-from populace.storage.objects import FileStore, MemoryStore, ObjectStore
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.files import FileStore
 from tests.streams import make_population
 
 

@@ -24,7 +24,7 @@ from populace.population.ledger import Ledger
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
 from populace.storage.identity import PopulationMeta
-from populace.storage.objects import FileStore
+from populace.storage.objects.files import FileStore
 from tests.accounting import account
 from tests.heads import on_head, ray_head, ray_here, submit
 from tests.streams import experience, make_population, open_population, write_config

@@ -17,7 +17,7 @@ from populace.population.producer import Producer
 from populace.population.readers import COLUMNS, enqueue_file, event_from_row, read_rows
 from populace.storage.errors import InvalidInput
 from populace.storage.identity import PopulationMeta
-from populace.storage.objects import FileStore
+from populace.storage.objects.files import FileStore
 from tests.streams import make_population
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.trials import tip_ref
 from populace.storage.lru import Tier
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import AdapterRef
 from populace.workers.engine import ShardEngine
 from populace.workers.residency import NearTier, Residency, ResidencyBudget

@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group_table
 
 from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
 from populace.storage.errors import InvalidInput, PopulaceError
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import AdapterKey, AdapterRef, StepResult, WaveBatch
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.group import NAMESPACE, ShardGroup, ShardGroupLost

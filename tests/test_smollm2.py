@@ -9,7 +9,7 @@ import pytest
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.chat import Chat
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest, WaveBatch
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec

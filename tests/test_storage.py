@@ -18,7 +18,9 @@ from populace.storage.commit import Owner
 from populace.storage.errors import AlreadyExists, Damaged, Fenced, InvalidInput, OutcomeUnknown
 from populace.storage.loading import BlobRequest, load_wave
 from populace.storage.manifest import open_record, payload_of, seal
-from populace.storage.objects import MemoryStore, ObjectStore, open_store
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.open import open_store
 from populace.storage.pack import build_pack, read_blob
 from populace.storage.records import (
     AdapterCreated,

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from populace.storage.counted import Calls
 from populace.storage.loading import BlobRequest
+from populace.storage.objects.counted import Calls
 from populace.storage.pack import BlobPlace
 from populace.workers.layout import AdapterSpec
 

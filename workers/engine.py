@@ -14,10 +14,12 @@ from typing import TypeVar
 import torch
 import transformers
 
-from populace.storage.counted import CountedStore
 from populace.storage.errors import InvalidInput
-from populace.storage.keys import Keyring, UserKeys
-from populace.storage.objects import ObjectStore, open_store
+from populace.storage.keys.keyring import Keyring
+from populace.storage.keys.user_keys import UserKeys
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.counted import CountedStore
+from populace.storage.objects.open import open_store
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, resolve_dtype, token_logprobs
 from populace.workers.batch import (

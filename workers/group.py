@@ -30,8 +30,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from populace.configs.schema import GroupSettings
-from populace.storage.counted import add_calls
 from populace.storage.errors import InvalidInput, PopulaceError
+from populace.storage.objects.counted import add_calls
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,

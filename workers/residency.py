@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from populace.storage.errors import InvalidInput
-from populace.storage.keys import UserKeys
+from populace.storage.keys.user_keys import UserKeys
 from populace.storage.loading import BlobRequest, load_wave, open_sealed
 from populace.storage.lru import Tier
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 from populace.workers.batch import AdapterKey, AdapterRef, Paging
 from populace.workers.slab import Slab
 

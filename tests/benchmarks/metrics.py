@@ -23,8 +23,9 @@ from populace.population.live import Views
 from populace.population.metrics import KEEP_S, RayMetrics
 from populace.population.metrics import Figure as MetricFigure
 from populace.population.rewards import score_on_ray
-from populace.storage.counted import CountedStore
-from populace.storage.objects import MemoryStore, open_store
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.counted import CountedStore
+from populace.storage.objects.open import open_store
 from populace.workers.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.streams import build_base, local_ray, overlap_events, overlap_settings

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 
 from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
-from populace.storage.objects import MemoryStore
+from populace.storage.objects.cloud import MemoryStore
 from populace.workers import train_step
 from populace.workers.base import resolve_dtype
 from populace.workers.batch import (

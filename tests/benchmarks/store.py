@@ -25,9 +25,12 @@ from pathlib import Path
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
 from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
-from populace.storage.keys import Keyring, PublicKey, UserKey, UserKeys, seal
+from populace.storage.keys.keyring import Keyring, PublicKey
+from populace.storage.keys.sealing import seal
+from populace.storage.keys.user_keys import UserKey, UserKeys
 from populace.storage.loading import BlobRequest, blob_context, load_wave
-from populace.storage.objects import ObjectStore, open_store
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.open import open_store
 from populace.storage.records import AdapterCreated, Batch, EventRef
 from tests.benchmarks.figures import Figure, figure, publish
 
@@ -341,7 +344,7 @@ def bench_against_peft(folder: Path) -> list[Figure]:
 
 def bench_s3(folder: Path) -> list[Figure]:
     """On SeaweedFS: packs against one object per adapter, 16 KB each."""
-    from populace.storage.s3 import Bucket
+    from populace.storage.objects.bucket import Bucket
     from tests.servers import seaweedfs
 
     with seaweedfs() as endpoint:

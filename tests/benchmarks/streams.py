@@ -52,11 +52,11 @@ from populace.population.rewards import score_on_ray
 from populace.population.scheduler import Budget, Policy, Served, form_wave, policy_of
 from populace.population.simulate import Load, simulate
 from populace.population.stream import ExperienceLog
-from populace.storage.dev import DevStore
-from populace.storage.keys import Keyring
+from populace.storage.keys.keyring import Keyring
 from populace.storage.lru import Tier
-from populace.storage.objects import open_store
-from populace.storage.s3 import Bucket
+from populace.storage.objects.bucket import Bucket
+from populace.storage.objects.dev import DevStore
+from populace.storage.objects.open import open_store
 from populace.workers.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.streams import make_population

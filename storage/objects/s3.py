@@ -15,8 +15,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlparse
 
 import urllib3
-from minio import Minio
-from minio.commonconfig import ENABLED, Filter
 from minio.credentials.providers import (
     AWSConfigProvider,
     ChainedProvider,
@@ -25,17 +23,21 @@ from minio.credentials.providers import (
     IamAwsProvider,
     Provider,
 )
-from minio.error import MinioException, S3Error
-from minio.lifecycleconfig import AbortIncompleteMultipartUpload, LifecycleConfig, Rule
+from minio.error import MinioException
 from obstore.store import S3Store as _ObstoreS3
 
-from populace.storage.errors import InvalidInput, StoreUnavailable, UnsafeStore
-from populace.storage.objects import ObjectStore, ObstoreStore
+from populace.storage.errors import InvalidInput
+from populace.storage.objects.cloud import ObstoreStore
+from populace.storage.objects.contract import ObjectStore
 
 logger = logging.getLogger(__name__)
+
 AWS = "https://s3.amazonaws.com"
+
 SUSPENDED = "Suspended"
+
 ABORT_UPLOADS_AFTER_DAYS = 7
+
 _CREDENTIALS_HELP = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them into ~/.aws/credentials (profile: AWS_PROFILE)"
 )
@@ -88,7 +90,7 @@ class S3Location:
 def open_s3(url: str) -> ObjectStore:
     """The store at `url`. Nothing is sent yet."""
     location = S3Location.parse(url)
-    provider = _provider()
+    provider = credentials_provider()
 
     def credentials() -> Any:
         found = _retrieve(provider)
@@ -118,82 +120,7 @@ def open_s3(url: str) -> ObjectStore:
     return ObstoreStore(location.url, client(4), client(0))
 
 
-class Bucket:
-    """The bucket under an `s3://` store: what the data path has no words for."""
-
-    def __init__(self, url: str) -> None:
-        self.location = S3Location.parse(url)
-        endpoint = urlparse(self.location.endpoint or AWS)
-        self._client = Minio(
-            endpoint.netloc,
-            secure=endpoint.scheme == "https",
-            region=self.location.region,
-            credentials=_provider(),
-            http_client=urllib3.PoolManager(timeout=urllib3.Timeout(10), retries=urllib3.Retry(2, backoff_factor=0.2)),
-        )
-
-    def ensure(self) -> None:
-        """Make the bucket if there is none, and let the server drop uploads that were never finished."""
-        name = self.location.bucket
-        try:
-            if not self._client.bucket_exists(name):
-                self._client.make_bucket(name)
-            self._abort_unfinished_uploads()
-        except S3Error as error:
-            raise InvalidInput(f"bucket {name!r} can't be made or opened: {error.code}: {error.message}") from error
-        except (MinioException, urllib3.exceptions.HTTPError) as error:
-            raise StoreUnavailable(f"{self.location.endpoint or AWS} does not answer: {error}") from error
-
-    def check(self) -> None:
-        """Raises `UnsafeStore` when what is deleted would stay: then erasure would not erase."""
-        name = self.location.bucket
-        try:
-            versioning = self._client.get_bucket_versioning(name).status
-        except S3Error as error:
-            raise InvalidInput(f"bucket {name!r} can't be opened: {error.code}: {error.message}") from error
-        except (MinioException, urllib3.exceptions.HTTPError) as error:
-            raise StoreUnavailable(f"{self.location.endpoint or AWS} does not answer: {error}") from error
-        if versioning in (ENABLED, SUSPENDED):  # suspended: what was there before keeps its versions
-            raise UnsafeStore(
-                f"versioning: bucket {name!r} keeps old versions of what is deleted, so a forgotten user would stay; "
-                "use a bucket without versioning"
-            )
-        if self._has_object_lock():
-            raise UnsafeStore(
-                f"object lock: bucket {name!r} refuses deletes, so a forgotten user would stay; use a bucket without "
-                "object lock"
-            )
-
-    def presigned_link(self, key: str, valid_for: timedelta) -> str:
-        """A link with which anybody can download the object `key` until it expires."""
-        prefix = f"{self.location.prefix}/" if self.location.prefix else ""
-        return self._client.presigned_get_object(self.location.bucket, prefix + key, expires=valid_for)
-
-    def _has_object_lock(self) -> bool:
-        try:
-            self._client.get_object_lock_config(self.location.bucket)
-        except S3Error:  # "not found" and "not implemented" both mean that there is none
-            return False
-        return True
-
-    def _abort_unfinished_uploads(self) -> None:
-        name = self.location.bucket
-        ours = Rule(
-            ENABLED,
-            rule_filter=Filter(prefix=""),
-            rule_id="populace-abort-unfinished-uploads",
-            abort_incomplete_multipart_upload=AbortIncompleteMultipartUpload(ABORT_UPLOADS_AFTER_DAYS),
-        )
-        try:
-            there = self._client.get_bucket_lifecycle(name)
-            rules = [] if there is None else list(there.rules)
-            if not any(rule.abort_incomplete_multipart_upload for rule in rules):
-                self._client.set_bucket_lifecycle(name, LifecycleConfig([*rules, ours]))
-        except (MinioException, ValueError) as error:
-            logger.warning("%s: no rule for unfinished uploads (%s); they stay until removed by hand", name, error)
-
-
-def _provider() -> Provider:
+def credentials_provider() -> Provider:
     return ChainedProvider([EnvAWSProvider(), EnvMinioProvider(), AWSConfigProvider(), IamAwsProvider()])
 
 

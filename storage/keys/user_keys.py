@@ -11,119 +11,24 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
-import os
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from populace.storage.errors import AlreadyExists, Damaged, Forgotten, InvalidInput, ObjectNotFound, OutcomeUnknown
-from populace.storage.log import Log
-from populace.storage.objects import ObjectStore, sync_folder
+from populace.storage.errors import AlreadyExists, Damaged, Forgotten, ObjectNotFound, OutcomeUnknown
+from populace.storage.keys.keyring import Keyring
+from populace.storage.keys.sealing import UNOPENED, NONCE_BYTES, seal, unseal
+from populace.storage.keys.secrets import SECRETS, parse_wrapped
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.log import Log
 
-NONCE_BYTES = 12
-OVERHEAD_BYTES = NONCE_BYTES + 16
-"""What sealing adds: nonce in front, authentication tag behind (NIST SP 800-38D)."""
 _MAX_CACHED = 1 << 16
-_UNOPENED = "{} does not decrypt: its bytes or its key were changed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublicKey:
-    """The public half of an Ed25519 signing key."""
-
-    public: str
-    """Hex."""
-
-    @property
-    def keyid(self) -> str:
-        """sha256 of the key itself: whoever pins the id has pinned the key."""
-        return hashlib.sha256(bytes.fromhex(self.public)).hexdigest()
-
-    def as_json(self) -> dict[str, str]:
-        return {"keyid": self.keyid, "public": self.public}
-
-    def as_key(self) -> SSlibKey:
-        return SSlibKey(self.keyid, "ed25519", "ed25519", {"public": self.public})
-
-
-class Keyring:
-    """This process's signing and master keys: $POPULACE_SIGNING_KEY (PEM) and $POPULACE_MASTER_KEY (NAME:HEX),
-    then the files in $POPULACE_KEYS, by default ~/.config/populace/keys."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        default = Path.home() / ".config" / "populace" / "keys"
-        self.folder = folder or Path(os.environ.get("POPULACE_KEYS") or default)
-
-    def new_signing_key(self) -> PublicKey:
-        signer = CryptoSigner.generate_ed25519()
-        key = public_of(signer)
-        self._write(f"signing-{key.keyid[:16]}.pem", signer.private_bytes)
-        return key
-
-    def signer(self, key: PublicKey) -> CryptoSigner:
-        """The private half of `key`; `InvalidInput` says where it was looked for."""
-        path = self.folder / f"signing-{key.keyid[:16]}.pem"
-        for pem in (os.environ.get("POPULACE_SIGNING_KEY", "").encode(), _read(path)):
-            if not pem:
-                continue
-            try:
-                private = load_pem_private_key(pem, None)
-                if public_of(CryptoSigner(private)) == key:
-                    return CryptoSigner(private, key.as_key())
-            except (ValueError, TypeError) as error:
-                raise InvalidInput(f"$POPULACE_SIGNING_KEY or {path} holds no PEM private key: {error}") from None
-        raise InvalidInput(
-            f"the signing key {key.keyid[:16]} of this population is neither in $POPULACE_SIGNING_KEY nor in {path}; "
-            "copy it there from where the population was created"
-        )
-
-    def new_master_key(self) -> str:
-        """Make a master key; returns its name."""
-        name = secrets.token_hex(8)
-        self._write(f"master-{name}.key", secrets.token_hex(32).encode())
-        return name
-
-    def master_key(self, name: str) -> bytes:
-        path = self.folder / f"master-{name}.key"
-        given, _, value = os.environ.get("POPULACE_MASTER_KEY", "").partition(":")
-        text = value if given == name else _read(path).decode()
-        if not text:
-            raise InvalidInput(
-                f"the master key {name!r} of this population is neither in $POPULACE_MASTER_KEY nor in {path}; copy it "
-                "there from where the population was created: without it no user's data can be read"
-            )
-        try:
-            key = bytes.fromhex(text.strip())
-        except ValueError:
-            key = b""
-        if len(key) != 32:
-            raise InvalidInput(f"master key {name!r} is not 64 hexadecimal digits; restore it from a copy")
-        return key
-
-    def discard(self, *, signing: PublicKey | None = None, master: str | None = None) -> None:
-        """Remove keys that protect nothing."""
-        if signing is not None:
-            (self.folder / f"signing-{signing.keyid[:16]}.pem").unlink(missing_ok=True)
-        if master is not None:
-            (self.folder / f"master-{master}.key").unlink(missing_ok=True)
-
-    def _write(self, name: str, content: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self.folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +80,7 @@ class UserKeys:
                 self._cache[pseudonym] = known = replace(known, era=era)
                 return known
         self.drop([pseudonym])
-        body = _parse(wrapped, self._path(pseudonym))
+        body = parse_wrapped(wrapped, self._path(pseudonym))
         if body.get("forgotten"):
             raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
         plain = json.loads(self._unwrap(body, pseudonym))
@@ -249,7 +154,7 @@ class UserKeys:
 
     def rewrap(self, pseudonym: str, master: str) -> None:
         """Wrap with another master key. Only the partition's owner may: a racing `forget` must not be undone."""
-        body = _parse(self.store.get(self._path(pseudonym)), self._path(pseudonym))
+        body = parse_wrapped(self.store.get(self._path(pseudonym)), self._path(pseudonym))
         if body.get("forgotten") or body["master"] == master:
             return
         self.store.put(self._path(pseudonym), self._wrap(self.fetch(pseudonym), pseudonym, master))
@@ -272,7 +177,7 @@ class UserKeys:
         try:
             AESGCM(self.get(pseudonym).key).decrypt_into(nonce, sealed[NONCE_BYTES:], whole.encode(), into)
         except InvalidTag:
-            raise Damaged(_UNOPENED.format(whole)) from None
+            raise Damaged(UNOPENED.format(whole)) from None
 
     def _context(self, pseudonym: str, context: str) -> str:
         return f"{self.population}/{pseudonym}/{context}"
@@ -297,69 +202,3 @@ class UserKeys:
         if name not in self._masters:
             self._masters[name] = self.keyring.master_key(name)
         return self._masters[name]
-
-
-SECRETS = "population"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Secrets:
-    """What only holders of the master key may know of a population."""
-
-    master: str
-    """Name of the key that wraps this, and new users' keys."""
-    pseudonym_key: str
-    """Hex. Keys the pseudonyms and event tags that stand in the logs."""
-
-    @staticmethod
-    def path(population: str) -> str:
-        return f"{population}/keys/{SECRETS}"
-
-    def wrap(self, population: str, keyring: Keyring) -> bytes:
-        sealed = seal(keyring.master_key(self.master), bytes.fromhex(self.pseudonym_key), f"{population}/secrets")
-        return json.dumps({"master": self.master, "sealed": base64.b64encode(sealed).decode()}).encode()
-
-    @staticmethod
-    def read(store: ObjectStore, population: str, keyring: Keyring) -> Secrets:
-        path = Secrets.path(population)
-        body = _parse(store.get(path), path)
-        sealed = base64.b64decode(body["sealed"])
-        plain = unseal(keyring.master_key(body["master"]), sealed, f"{population}/secrets")
-        return Secrets(master=body["master"], pseudonym_key=plain.hex())
-
-
-def seal(key: bytes, plain: bytes, context: str) -> bytes:
-    """AES-256-GCM with a random nonce: nonce, ciphertext, tag."""
-    nonce = os.urandom(NONCE_BYTES)
-    return nonce + AESGCM(key).encrypt(nonce, plain, context.encode())
-
-
-def unseal(key: bytes, sealed: bytes, context: str) -> bytes:
-    """Raises `Damaged` if these bytes were not sealed with this key for this context."""
-    try:
-        return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context.encode())
-    except (InvalidTag, ValueError):
-        raise Damaged(_UNOPENED.format(context)) from None
-
-
-def public_of(signer: CryptoSigner) -> PublicKey:
-    return PublicKey(public=signer.public_key.keyval["public"])
-
-
-def _parse(body: bytes, path: str) -> dict[str, str]:
-    try:
-        parsed: dict[str, str] = json.loads(body)
-        if not (parsed.get("forgotten") or (parsed["master"] and base64.b64decode(parsed["sealed"]))):
-            raise ValueError("neither a key nor a marker")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is not a wrapped key: {error}; restore it from a copy") from error
-    return parsed
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise InvalidInput(f"{path} can't be read: {error}; $POPULACE_KEYS must name a folder") from None

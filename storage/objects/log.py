@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from populace.storage.errors import ObjectNotFound
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 
 
 class Log:

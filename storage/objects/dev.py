@@ -16,6 +16,7 @@ from types import TracebackType
 from populace.storage.errors import PopulaceError
 
 READY_S = 30.0
+
 BUCKET = "populace"
 
 

@@ -12,9 +12,12 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, UnsafeStore
-from populace.storage.objects import FileStore, ObjectStore, get_range, open_store
+from populace.storage.objects.contract import ObjectStore, get_range
+from populace.storage.objects.files import FileStore
+from populace.storage.objects.open import open_store
 
 NUM_WRITERS = 32
+
 _passed: set[str] = set()
 
 
@@ -23,7 +26,7 @@ def require_safe(store: ObjectStore, population: str, make_bucket: bool = False)
     if store.url in _passed and not store.url.startswith("memory:"):
         return
     if store.url.startswith("s3:"):
-        from populace.storage.s3 import Bucket
+        from populace.storage.objects.bucket import Bucket
 
         bucket = Bucket(store.url)
         if make_bucket:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, StoreUnavailable
-from populace.storage.objects import ObjectStore
+from populace.storage.objects.contract import ObjectStore
 
 Calls = Mapping[tuple[str, str], tuple[int, float]]
 """(operation, outcome) -> number of calls, seconds spent in them."""
+
 OUTCOMES: dict[type[Exception], str] = {
     AlreadyExists: "exists",
     ObjectNotFound: "absent",

@@ -1,0 +1,50 @@
+"""What only holders of the master key may know of a population."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+
+from populace.storage.errors import Damaged
+from populace.storage.keys.keyring import Keyring
+from populace.storage.keys.sealing import seal, unseal
+from populace.storage.objects.contract import ObjectStore
+
+SECRETS = "population"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secrets:
+    """What only holders of the master key may know of a population."""
+
+    master: str
+    """Name of the key that wraps this, and new users' keys."""
+    pseudonym_key: str
+    """Hex. Keys the pseudonyms and event tags that stand in the logs."""
+
+    @staticmethod
+    def path(population: str) -> str:
+        return f"{population}/keys/{SECRETS}"
+
+    def wrap(self, population: str, keyring: Keyring) -> bytes:
+        sealed = seal(keyring.master_key(self.master), bytes.fromhex(self.pseudonym_key), f"{population}/secrets")
+        return json.dumps({"master": self.master, "sealed": base64.b64encode(sealed).decode()}).encode()
+
+    @staticmethod
+    def read(store: ObjectStore, population: str, keyring: Keyring) -> Secrets:
+        path = Secrets.path(population)
+        body = parse_wrapped(store.get(path), path)
+        sealed = base64.b64decode(body["sealed"])
+        plain = unseal(keyring.master_key(body["master"]), sealed, f"{population}/secrets")
+        return Secrets(master=body["master"], pseudonym_key=plain.hex())
+
+
+def parse_wrapped(body: bytes, path: str) -> dict[str, str]:
+    try:
+        parsed: dict[str, str] = json.loads(body)
+        if not (parsed.get("forgotten") or (parsed["master"] and base64.b64decode(parsed["sealed"]))):
+            raise ValueError("neither a key nor a marker")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is not a wrapped key: {error}; restore it from a copy") from error
+    return parsed

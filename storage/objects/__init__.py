@@ -1,0 +1,1 @@
+"""Object stores: the contract, its backends, and what is built on it alone."""
