@@ -25,7 +25,7 @@ from populace.population.console import TEMPORARY, Name, Store, console, find_po
 from populace.storage.errors import InvalidInput, PopulaceError
 
 if TYPE_CHECKING:
-    from populace.storage.verify import Position
+    from populace.storage.log.verify import Position
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -333,7 +333,7 @@ def verify(
     """Walk every chain of revisions from 0: signatures, parents, digests of all bytes, no gap, no unexplained fork."""
     from dataclasses import asdict
 
-    from populace.storage.verify import Findings, verify_partition
+    from populace.storage.log.verify import Findings, verify_partition
 
     if replay is not None:
         if user is not None or everybody or since is not None or root_key is not None:
@@ -426,7 +426,7 @@ def export_catalog(folder: Path, store: Store = "build/store", name: Name = None
 
 
 def _known_positions(path: Path) -> dict[int, Position]:
-    from populace.storage.verify import positions_from_json
+    from populace.storage.log.verify import positions_from_json
 
     try:
         return positions_from_json(json.loads(path.read_text()))

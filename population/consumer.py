@@ -36,8 +36,8 @@ from populace.storage.catalog import Catalog
 from populace.storage.columns import Index, Table, halves_of
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.identity import PopulationMeta
+from populace.storage.log.records import Compaction, Position
 from populace.storage.lru import Tier
-from populace.storage.records import Compaction, Position
 
 logger = logging.getLogger(__name__)
 

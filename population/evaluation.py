@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
-from populace.storage.records import Verdict
+from populace.storage.log.records import Verdict
 from populace.storage.states import AdapterState
 
 

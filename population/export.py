@@ -24,7 +24,7 @@ from populace.population.client import Population, revision_number
 from populace.population.ledger import exports_folder
 from populace.population.trials import revision_ref
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
-from populace.storage.loading import load_wave
+from populace.storage.log.loading import load_wave
 from populace.workers.families import dims_of
 from populace.workers.layout import AdapterLayout, AdapterSpec, layout_of
 from populace.workers.slab import unpack_weights

@@ -18,8 +18,8 @@ from populace.population.live import View
 from populace.population.partitions import controllers_folder
 from populace.population.wave_report import WaveReport, change_of
 from populace.storage.errors import ObjectNotFound, PopulaceError
+from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.contract import ObjectStore
-from populace.storage.records import Tombstone, Verdict
 
 logger = logging.getLogger(__name__)
 MAX_HOT = 256

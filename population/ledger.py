@@ -36,7 +36,6 @@ from populace.population.producer import Producer
 from populace.population.stream import LoggedEvent, partition_of
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
-from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import (
     Fenced,
     Forgotten,
@@ -49,8 +48,9 @@ from populace.storage.errors import (
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring
 from populace.storage.keys.secrets import Secrets
-from populace.storage.objects.contract import ObjectStore
-from populace.storage.records import (
+from populace.storage.log.owner import Owner
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import (
     Batch,
     Claim,
     Compaction,
@@ -62,6 +62,7 @@ from populace.storage.records import (
     WaveManifest,
     parts_of,
 )
+from populace.storage.objects.contract import ObjectStore
 from populace.storage.repack import RepackReport, RetentionRule, repack
 from populace.storage.states import AdapterState
 

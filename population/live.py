@@ -19,7 +19,7 @@ from rich.table import Table
 from populace.population.controller import Controller
 from populace.population.wave_report import WaveReport
 from populace.storage.errors import PopulaceError
-from populace.storage.records import Tombstone, Verdict
+from populace.storage.log.records import Tombstone, Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from populace.population.controller import Controller
 from populace.population.live import View
 from populace.population.wave_report import WaveReport, change_of
 from populace.storage.errors import PopulaceError
+from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.counted import Calls, add_calls
-from populace.storage.records import Tombstone, Verdict
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 KEEP_S = 1.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from populace.population.prepare import Prepared
 from populace.population.scheduler import WaveMember
 from populace.population.stream import LoggedEvent
-from populace.storage.records import EventRef, Failed, Position, Settled, SettledEvent
+from populace.storage.log.records import EventRef, Failed, Position, Settled, SettledEvent
 from populace.workers.batch import TrainGroup
 
 MAX_TRIES = 3

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from populace.population.scheduler import Candidates
 from populace.storage.columns import Index, Table, halves_of
-from populace.storage.records import Position, Record, Settled, WaveManifest
+from populace.storage.log.records import Position, Record, Settled, WaveManifest
 
 PENDING, CLASH, OUT_OF_ORDER, HELD = 1, 2, 3, 4
 """States of an event: to be trained on; to be settled because its id was used before with other content, or is an

@@ -12,7 +12,7 @@ from populace.population.chat import Chat
 from populace.population.experience import Demonstration, LogEvent, Task, Trajectory
 from populace.population.scheduler import WaveMember
 from populace.population.stream import LoggedEvent
-from populace.storage.records import SettledEvent
+from populace.storage.log.records import SettledEvent
 from populace.storage.states import AdapterState
 from populace.workers.batch import (
     AdapterKey,

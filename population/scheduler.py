@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from populace.configs.schema import SchedulerSettings
 from populace.population.experience import UserId
 from populace.population.stream import LoggedEvent
-from populace.storage.records import Position, SettledEvent
+from populace.storage.log.records import Position, SettledEvent
 
 Floats = NDArray[np.float64]
 

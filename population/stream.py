@@ -23,9 +23,9 @@ import pyarrow as pa
 from populace.population.experience import LogEvent, UserId, decode_event
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound, OutcomeUnknown, StoreUnavailable
 from populace.storage.keys.user_keys import UserKeys
+from populace.storage.log.records import EventRef, SettledEvent
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.log import Log
-from populace.storage.records import EventRef, SettledEvent
 
 MAX_UNKNOWN = 8
 """Times that an append is tried whose outcome the store doesn't tell."""

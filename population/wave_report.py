@@ -10,7 +10,7 @@ from statistics import fmean
 
 from populace.population.outcomes import REASONS_WITHOUT_UPDATE, MemberOutcome, kind_of
 from populace.population.scheduler import Wave
-from populace.storage.records import Settled, Tombstone, Verdict
+from populace.storage.log.records import Settled, Tombstone, Verdict
 from populace.workers.batch import Paging, StepResult
 
 

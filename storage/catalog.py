@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from populace.storage.columns import Index, Names, Rows, Table, halves_of
 from populace.storage.errors import InvalidInput
-from populace.storage.pack import BlobPlace
-from populace.storage.records import (
+from populace.storage.log.pack import BlobPlace
+from populace.storage.log.records import (
     BEFORE_ALL,
     AdapterCreated,
     Attempt,

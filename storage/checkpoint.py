@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from populace.storage.canonical import canonical_json
 from populace.storage.catalog import Catalog
 from populace.storage.columns import Names, Rows, ragged
-from populace.storage.commit import Owner, RevisionLogReader
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
-from populace.storage.manifest import event_from_json
-from populace.storage.records import Checkpoint, Compaction, Tries
+from populace.storage.log.manifest import event_from_json
+from populace.storage.log.owner import Owner
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import Checkpoint, Compaction, Tries
 
 logger = logging.getLogger(__name__)
 NUM_KEPT = 2

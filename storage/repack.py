@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
 from populace.storage.columns import Rows, ragged
-from populace.storage.commit import Owner
 from populace.storage.errors import ObjectNotFound
+from populace.storage.log.owner import Owner
+from populace.storage.log.pack import build_pack
+from populace.storage.log.records import MovedBlob, Repack
 from populace.storage.objects.contract import get_range
-from populace.storage.pack import build_pack
-from populace.storage.records import MovedBlob, Repack
 
 logger = logging.getLogger(__name__)
 MAX_PACK_BYTES = 256 << 20

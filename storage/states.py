@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from populace.storage.errors import InvalidInput
-from populace.storage.pack import BlobPlace
-from populace.storage.records import Position
+from populace.storage.log.pack import BlobPlace
+from populace.storage.log.records import Position
 
 if TYPE_CHECKING:
     from populace.storage.catalog import Catalog

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from populace.population.client import Population
 from populace.population.experience import Command
 from populace.population.stream import ExperienceLog, partition_of
-from populace.storage.commit import RevisionLogReader
-from populace.storage.records import Settled, WaveManifest, parts_of
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import Settled, WaveManifest, parts_of
 
 Name = tuple[str, str]
 """(user, event id)."""

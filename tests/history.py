@@ -9,12 +9,13 @@ from typing import Any
 
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore
-from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
 from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.keys.user_keys import UserKeys
-from populace.storage.loading import blob_context
+from populace.storage.log.loading import blob_context
+from populace.storage.log.owner import Owner, RevisionDraft
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import AdapterCreated, EventRef, SettledEvent
 from populace.storage.objects.contract import ObjectStore
-from populace.storage.records import AdapterCreated, EventRef, SettledEvent
 
 FIXED: dict[str, Any] = {
     "parameters": {"algorithm": "grpo"},

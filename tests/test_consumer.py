@@ -21,9 +21,9 @@ from populace.population.ledger import Ledger
 from populace.population.pending import CLASH, HELD, PENDING, PendingIndex
 from populace.population.stream import ExperienceLog, partition_of
 from populace.storage.errors import Damaged, StoreUnavailable
+from populace.storage.log.records import Compaction
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore
-from populace.storage.records import Compaction
 from tests.accounting import account
 from tests.streams import experience, run_to_the_end
 

@@ -13,8 +13,8 @@ import pytest
 
 from populace.configs.load import load_settings
 from populace.population.client import Population
-from populace.storage.commit import RevisionLogReader
-from populace.storage.records import Settled, WaveManifest, parts_of
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import Settled, WaveManifest, parts_of
 from tests.endurance import endure, event_at
 from tests.streams import write_config
 

@@ -20,13 +20,13 @@ from populace.population.experience import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
 from populace.storage.errors import Forgotten, InvalidInput
 from populace.storage.keys.keyring import Keyring
-from populace.storage.manifest import seal
+from populace.storage.log.manifest import seal
+from populace.storage.log.records import Tombstone
+from populace.storage.log.verify import Findings, positions_from_json, verify_partition
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.files import FileStore
-from populace.storage.records import Tombstone
 from populace.storage.repack import RetentionRule
-from populace.storage.verify import Findings, positions_from_json, verify_partition
 from tests.accounting import account
 
 Start = Callable[..., Controller]
@@ -400,9 +400,9 @@ def test_a_swapped_key_cannot_borrow_the_id_of_the_pinned_one(settings: Settings
 
 
 def test_blobs_that_a_repack_moves_meanwhile_are_no_problem(tmp_path: Path) -> None:
-    from populace.storage.commit import RevisionLogReader
+    from populace.storage.log.reader import RevisionLogReader
+    from populace.storage.log.verify import _Walk
     from populace.storage.repack import repack
-    from populace.storage.verify import _Walk
     from tests.history import History
 
     history = History(MemoryStore(), tmp_path / "keys")
@@ -420,9 +420,9 @@ def test_blobs_that_a_repack_moves_meanwhile_are_no_problem(tmp_path: Path) -> N
 
 
 def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(settings: Settings, start: Start) -> None:
-    from populace.storage.pack import BlobPlace
-    from populace.storage.records import AdapterCreated, RevisionEntry, Verdict, WaveManifest
-    from populace.storage.verify import _follow
+    from populace.storage.log.pack import BlobPlace
+    from populace.storage.log.records import AdapterCreated, RevisionEntry, Verdict, WaveManifest
+    from populace.storage.log.verify import _follow
 
     def wave(revision: int, parent: int, parent_sha256: str | None) -> WaveManifest:
         place = BlobPlace(pack="k", offset=0, size_bytes=1, sha256=f"{revision:064x}")

@@ -21,16 +21,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from populace.population.stream import ExperienceLog
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
-from populace.storage.commit import Owner
 from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, OutcomeUnknown, PopulaceError
 from populace.storage.keys.keyring import Keyring
-from populace.storage.loading import BlobRequest, load_wave
+from populace.storage.log.loading import BlobRequest, load_wave
+from populace.storage.log.owner import Owner
+from populace.storage.log.pack import read_blob
+from populace.storage.log.records import Tombstone, Verdict, WaveManifest
+from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.cloud import MemoryStore
-from populace.storage.pack import read_blob
-from populace.storage.records import Tombstone, Verdict, WaveManifest
 from populace.storage.repack import RetentionRule, collect_garbage, repack
 from populace.storage.states import AdapterState
-from populace.storage.verify import Findings, verify_partition
 from tests.faults import Crash, FaultyStore
 from tests.history import FIXED, History, name_of
 from tests.test_storage import build, state_of

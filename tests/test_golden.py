@@ -11,11 +11,11 @@ from populace.population.ledger import Ledger
 from populace.storage.errors import Forgotten
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring
-from populace.storage.loading import BlobRequest, load_wave
-from populace.storage.manifest import open_record
+from populace.storage.log.loading import BlobRequest, load_wave
+from populace.storage.log.manifest import open_record
+from populace.storage.log.records import Record, parts_of
+from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.files import FileStore
-from populace.storage.records import Record, parts_of
-from populace.storage.verify import Findings, verify_partition
 from tests.golden import make
 
 ALL_KINDS = {kind.KIND for kind in Record.__args__}

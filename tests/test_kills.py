@@ -16,11 +16,11 @@ import pytest
 
 from populace.population.stream import ExperienceLog
 from populace.storage.catalog import Catalog
-from populace.storage.loading import BlobRequest, load_wave
+from populace.storage.log.loading import BlobRequest, load_wave
+from populace.storage.log.records import WaveManifest
+from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.bucket import Bucket
 from populace.storage.objects.open import open_store
-from populace.storage.records import WaveManifest
-from populace.storage.verify import Findings, verify_partition
 from tests.committer import USERS, commit_for_ever
 from tests.history import History
 from tests.servers import seaweedfs

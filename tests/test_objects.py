@@ -25,6 +25,7 @@ from populace.storage.errors import (
     StoreUnavailable,
     UnsafeStore,
 )
+from populace.storage.log.pack import BlobPlace, read_blob
 from populace.storage.objects.bucket import Bucket
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore, get_range
@@ -33,7 +34,6 @@ from populace.storage.objects.log import Log
 from populace.storage.objects.open import open_store
 from populace.storage.objects.probe import probe, require_safe
 from populace.storage.objects.s3 import S3Location
-from populace.storage.pack import BlobPlace, read_blob
 from tests.servers import DroppingProxy, moto, seaweedfs
 
 

@@ -73,7 +73,7 @@ def test_a_run_pauses_while_the_store_is_away_and_continues_by_itself(
     scheduler = dataclasses.replace(settings.scheduler, slots=12)
     settings = dataclasses.replace(settings, run=run, scheduler=scheduler)
     # Retries of one append would take seconds.
-    monkeypatch.setattr("populace.storage.commit.time", Quick())
+    monkeypatch.setattr("populace.storage.log.owner.time", Quick())
     store = Outage()
     population = Population.create(store, settings)
     population.enqueue_many(experience(settings, num_users=14, num_tasks=6))

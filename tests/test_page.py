@@ -28,7 +28,7 @@ from populace.population.page import Page, PageSetup, digest_token
 from populace.population.page_views import RevisionView, tree_of
 from populace.population.stream import partition_of
 from populace.storage.keys.keyring import Keyring
-from populace.storage.records import AdapterCreated, Batch
+from populace.storage.log.records import AdapterCreated, Batch
 from populace.workers.layout import AdapterSpec, BaseDims, initial_weights, layout_of
 from tests.browser import chromium
 from tests.streams import experience, run_to_the_end

@@ -14,7 +14,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Demonstration
 from populace.storage.errors import Fenced, OutcomeUnknown, StoreUnavailable
-from populace.storage.loading import BlobRequest, load_wave
+from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.objects.cloud import MemoryStore
 from tests.accounting import account
 from tests.streams import experience, run_to_the_end

@@ -22,8 +22,8 @@ from populace.population.export import export_peft, share_export
 from populace.storage.catalog import Catalog
 from populace.storage.errors import Forgotten, InvalidInput
 from populace.storage.export import export_catalog
+from populace.storage.log.records import Verdict
 from populace.storage.objects.cloud import MemoryStore
-from populace.storage.records import Verdict
 from tests.accounting import account
 from tests.history import History, name_of
 from tests.servers import seaweedfs

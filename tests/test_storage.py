@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import dump, load, write_checkpoint
-from populace.storage.commit import Owner
 from populace.storage.errors import AlreadyExists, Damaged, Fenced, InvalidInput, OutcomeUnknown
-from populace.storage.loading import BlobRequest, load_wave
-from populace.storage.manifest import open_record, payload_of, seal
-from populace.storage.objects.cloud import MemoryStore
-from populace.storage.objects.contract import ObjectStore
-from populace.storage.objects.open import open_store
-from populace.storage.pack import build_pack, read_blob
-from populace.storage.records import (
+from populace.storage.log.loading import BlobRequest, load_wave
+from populace.storage.log.manifest import open_record, payload_of, seal
+from populace.storage.log.owner import Owner
+from populace.storage.log.pack import build_pack, read_blob
+from populace.storage.log.records import (
     AdapterCreated,
     Attempt,
     Batch,
@@ -38,6 +35,9 @@ from populace.storage.records import (
     Verdict,
     WaveManifest,
 )
+from populace.storage.objects.cloud import MemoryStore
+from populace.storage.objects.contract import ObjectStore
+from populace.storage.objects.open import open_store
 from populace.storage.repack import RetentionRule, collect_garbage, repack
 from tests.history import FIXED, History, event, name_of
 

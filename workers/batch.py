@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from populace.storage.loading import BlobRequest
+from populace.storage.log.loading import BlobRequest
+from populace.storage.log.pack import BlobPlace
 from populace.storage.objects.counted import Calls
-from populace.storage.pack import BlobPlace
 from populace.workers.layout import AdapterSpec
 
 Ints = NDArray[np.int32]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from populace.storage.errors import InvalidInput
 from populace.storage.keys.user_keys import UserKeys
-from populace.storage.loading import BlobRequest, load_wave, open_sealed
+from populace.storage.log.loading import BlobRequest, load_wave, open_sealed
 from populace.storage.lru import Tier
 from populace.storage.objects.contract import ObjectStore
 from populace.workers.batch import AdapterKey, AdapterRef, Paging

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from populace.storage.errors import AlreadyExists, Damaged, Forgotten, ObjectNotFound, OutcomeUnknown
 from populace.storage.keys.keyring import Keyring
-from populace.storage.keys.sealing import UNOPENED, NONCE_BYTES, seal, unseal
+from populace.storage.keys.sealing import NONCE_BYTES, UNOPENED, seal, unseal
 from populace.storage.keys.secrets import SECRETS, parse_wrapped
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.log import Log

@@ -24,14 +24,15 @@ from pathlib import Path
 
 from populace.storage.catalog import Catalog
 from populace.storage.checkpoint import restore, write_checkpoint
-from populace.storage.commit import Owner, RevisionDraft, RevisionLogReader
 from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.keys.sealing import seal
 from populace.storage.keys.user_keys import UserKey, UserKeys
-from populace.storage.loading import BlobRequest, blob_context, load_wave
+from populace.storage.log.loading import BlobRequest, blob_context, load_wave
+from populace.storage.log.owner import Owner, RevisionDraft
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import AdapterCreated, Batch, EventRef
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
-from populace.storage.records import AdapterCreated, Batch, EventRef
 from tests.benchmarks.figures import Figure, figure, publish
 
 WAVE = 1024

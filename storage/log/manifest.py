@@ -19,8 +19,8 @@ from securesystemslib.signer import Signer
 from populace.storage.canonical import canonical_json, fields_of
 from populace.storage.errors import Damaged
 from populace.storage.keys.keyring import PublicKey
-from populace.storage.pack import BlobPlace
-from populace.storage.records import (
+from populace.storage.log.pack import BlobPlace
+from populace.storage.log.records import (
     Attempt,
     Batch,
     EventRef,

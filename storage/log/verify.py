@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from populace.storage.commit import RevisionLogReader
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.keys.keyring import PublicKey
-from populace.storage.objects.contract import ObjectStore
-from populace.storage.pack import BlobPlace, read_blob
-from populace.storage.records import (
+from populace.storage.log.pack import BlobPlace, read_blob
+from populace.storage.log.reader import RevisionLogReader
+from populace.storage.log.records import (
     AdapterCreated,
     Batch,
     Checkpoint,
@@ -27,6 +26,7 @@ from populace.storage.records import (
     Verdict,
     WaveManifest,
 )
+from populace.storage.objects.contract import ObjectStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

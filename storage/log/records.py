@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from populace.storage.keys.keyring import PublicKey
-from populace.storage.pack import BlobPlace
+from populace.storage.log.pack import BlobPlace
 
 NO_PREDECESSOR = "0" * 64
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from populace.storage.keys.sealing import OVERHEAD_BYTES
 from populace.storage.keys.user_keys import UserKeys
+from populace.storage.log.pack import BlobPlace, check_blob
 from populace.storage.objects.contract import ObjectStore
-from populace.storage.pack import BlobPlace, check_blob
 
 MAX_GAP_BYTES = 64 << 10
 """Bytes between two blobs that are cheaper to read over than to ask twice for."""
+
 MAX_REQUEST_BYTES = 4 << 20
+
 NUM_REQUESTS = 8
 """Range requests in flight."""
 

@@ -1,0 +1,1 @@
+"""The revision log: records, their signed form, reading, owning, verifying."""
