@@ -285,7 +285,7 @@ def repack(
     name: Name = None,
 ) -> None:
     """Drop old revisions and forgotten users from the packs. Kept: the last ones, tip, serving, promoted, pinned."""
-    from populace.storage.repack import RetentionRule
+    from populace.storage.catalog.repack import RetentionRule
 
     report = open_population(store, name).repack(RetentionRule(last=last))
     console.print(
@@ -417,7 +417,7 @@ def rotate_master(store: Store = "build/store", name: Name = None) -> None:
 @catalog_app.command("export")
 def export_catalog(folder: Path, store: Store = "build/store", name: Name = None) -> None:
     """Write the catalog as Parquet files that DuckDB and pandas read."""
-    from populace.storage.export import export_catalog as write
+    from populace.storage.catalog.parquet import export_catalog as write
 
     population = open_population(store, name)
     counts = write(population.ledger.catalog, folder)

@@ -23,6 +23,8 @@ from populace.population.ledger import Ledger
 from populace.population.producer import Producer
 from populace.population.stream import partition_of
 from populace.population.trials import estimate_tokens, revision_ref
+from populace.storage.catalog.repack import RepackReport, RetentionRule
+from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.identity import PopulationMeta, check_name, verify_digest
 from populace.storage.keys.keyring import Keyring, PublicKey
@@ -42,8 +44,6 @@ from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
 from populace.storage.objects.probe import require_safe
-from populace.storage.repack import RepackReport, RetentionRule
-from populace.storage.states import AdapterState, RevisionState
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec

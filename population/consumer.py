@@ -32,8 +32,8 @@ from populace.population.stream import (
     enqueued_at,
     with_digest,
 )
-from populace.storage.catalog import Catalog
-from populace.storage.columns import Index, Table, halves_of
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.identity import PopulationMeta
 from populace.storage.log.records import Compaction, Position

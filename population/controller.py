@@ -33,9 +33,9 @@ from populace.population.planner import PlannedWave, Planner
 from populace.population.publish import Publication, Publisher
 from populace.population.trials import Rollout, Score, Trials, Workers
 from populace.population.wave_report import Clock, WaveReport, report_of
+from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Settled, Tombstone, Verdict
-from populace.storage.repack import RetentionRule
 from populace.workers.batch import AdapterBatch, AdapterKey, Paging, ScoredSample, TrainGroup, WaveBatch
 
 

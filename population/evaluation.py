@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
+from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import Verdict
-from populace.storage.states import AdapterState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from populace.population.prepare import task_request
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
 from populace.population.trials import Trials, revision_ref, task_of
+from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import Verdict
-from populace.storage.states import AdapterState
 from populace.workers.batch import AdapterKey
 
 

@@ -34,8 +34,10 @@ from populace.population.partitions import (
 from populace.population.pending import PendingIndex
 from populace.population.producer import Producer
 from populace.population.stream import LoggedEvent, partition_of
-from populace.storage.catalog import Catalog
-from populace.storage.checkpoint import restore, write_checkpoint
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.checkpoint import restore, write_checkpoint
+from populace.storage.catalog.repack import RepackReport, RetentionRule, repack
+from populace.storage.catalog.states import AdapterState
 from populace.storage.errors import (
     Fenced,
     Forgotten,
@@ -63,8 +65,6 @@ from populace.storage.log.records import (
     parts_of,
 )
 from populace.storage.objects.contract import ObjectStore
-from populace.storage.repack import RepackReport, RetentionRule, repack
-from populace.storage.states import AdapterState
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from populace.population.client import ParkedEvent, Population, parked_in, settl
 from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
 from populace.population.top import ControllerRates, Watch, last_wave, tiers
+from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.records import Record, RecordHeader, SettledEvent, Verdict, WaveManifest, parts_of
-from populace.storage.states import AdapterState, RevisionState
 
 MAX_REVISIONS = 100
 NUM_RECENT = 20

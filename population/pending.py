@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from populace.population.scheduler import Candidates
-from populace.storage.columns import Index, Table, halves_of
+from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.log.records import Position, Record, Settled, WaveManifest
 
 PENDING, CLASH, OUT_OF_ORDER, HELD = 1, 2, 3, 4

@@ -18,8 +18,8 @@ from populace.population.pending import PENDING, REASONS
 from populace.population.prepare import Prepared, prepare_member
 from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
 from populace.population.trials import Trials, tip_ref
+from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import AdapterCreated, Attempt, EventRef, Record, Settled, SettledEvent
-from populace.storage.states import AdapterState
 from populace.workers.batch import AdapterKey, AdapterRef
 from populace.workers.layout import AdapterSpec, BaseDims, layout_of
 

@@ -12,8 +12,8 @@ from populace.population.chat import Chat
 from populace.population.experience import Demonstration, LogEvent, Task, Trajectory
 from populace.population.scheduler import WaveMember
 from populace.population.stream import LoggedEvent
+from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import SettledEvent
-from populace.storage.states import AdapterState
 from populace.workers.batch import (
     AdapterKey,
     ExpertIds,

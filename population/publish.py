@@ -11,10 +11,10 @@ from typing import Any
 from populace.population.ledger import Ledger
 from populace.population.outcomes import MemberOutcome
 from populace.population.scheduler import Wave
+from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.log.loading import blob_context
 from populace.storage.log.owner import Owner, RevisionDraft
 from populace.storage.log.records import Batch, Record, RecordHeader
-from populace.storage.states import AdapterState, RevisionState
 from populace.workers.batch import AdapterKey, AdapterUpdate, StepResult, encode_evidence
 
 

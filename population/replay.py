@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.client import Population
 from populace.population.trials import revision_ref
+from populace.storage.catalog.states import AdapterState
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import RevisionEntry, WaveManifest
-from populace.storage.states import AdapterState
 from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, AdapterUpdate, WaveBatch, decode_evidence
 from populace.workers.engine import ShardEngine
 from populace.workers.optimizer import optimizer_name

@@ -28,7 +28,7 @@ from populace.population.experience import encode_event, messages_of
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
 from populace.storage.canonical import canonical_json
-from populace.storage.states import AdapterState
+from populace.storage.catalog.states import AdapterState
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -15,7 +15,7 @@ from populace.population.chat import Chat
 from populace.population.experience import LogEvent, Task, messages_of
 from populace.population.rewards import Reply, RewardOutcome, RewardRequest
 from populace.population.stream import LoggedEvent
-from populace.storage.states import AdapterState
+from populace.storage.catalog.states import AdapterState
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,

@@ -8,9 +8,9 @@ import random
 from pathlib import Path
 
 from populace.population.stream import ExperienceLog
-from populace.storage.checkpoint import write_checkpoint
+from populace.storage.catalog.checkpoint import write_checkpoint
+from populace.storage.catalog.repack import RetentionRule, repack
 from populace.storage.objects.open import open_store
-from populace.storage.repack import RetentionRule, repack
 from tests.history import FIXED, History, name_of
 
 USERS = tuple(f"user-{number}" for number in range(8))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from populace.population.experience import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
+from populace.storage.catalog.repack import RetentionRule
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.loading import blob_context
 from populace.storage.log.owner import RevisionDraft
 from populace.storage.log.records import AdapterCreated, Attempt, Failed, Rotate, Settled, SettledEvent, Verdict
 from populace.storage.objects.files import FileStore
-from populace.storage.repack import RetentionRule
 
 USERS = ("ada", "bob", "cleo")
 

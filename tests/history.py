@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from populace.storage.catalog import Catalog
-from populace.storage.checkpoint import restore
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.checkpoint import restore
 from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.keys.user_keys import UserKeys
 from populace.storage.log.loading import blob_context

@@ -18,6 +18,7 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
+from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import Forgotten, InvalidInput
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.manifest import seal
@@ -26,7 +27,6 @@ from populace.storage.log.verify import Findings, positions_from_json, verify_pa
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.files import FileStore
-from populace.storage.repack import RetentionRule
 from tests.accounting import account
 
 Start = Callable[..., Controller]
@@ -400,9 +400,9 @@ def test_a_swapped_key_cannot_borrow_the_id_of_the_pinned_one(settings: Settings
 
 
 def test_blobs_that_a_repack_moves_meanwhile_are_no_problem(tmp_path: Path) -> None:
+    from populace.storage.catalog.repack import repack
     from populace.storage.log.reader import RevisionLogReader
     from populace.storage.log.verify import _Walk
-    from populace.storage.repack import repack
     from tests.history import History
 
     history = History(MemoryStore(), tmp_path / "keys")

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from populace.population.stream import ExperienceLog
-from populace.storage.catalog import Catalog
-from populace.storage.checkpoint import restore, write_checkpoint
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.checkpoint import restore, write_checkpoint
+from populace.storage.catalog.repack import RetentionRule, collect_garbage, repack
+from populace.storage.catalog.states import AdapterState
 from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, OutcomeUnknown, PopulaceError
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.loading import BlobRequest, load_wave
@@ -29,8 +31,6 @@ from populace.storage.log.pack import read_blob
 from populace.storage.log.records import Tombstone, Verdict, WaveManifest
 from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.cloud import MemoryStore
-from populace.storage.repack import RetentionRule, collect_garbage, repack
-from populace.storage.states import AdapterState
 from tests.faults import Crash, FaultyStore
 from tests.history import FIXED, History, name_of
 from tests.test_storage import build, state_of

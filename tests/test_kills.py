@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from populace.population.stream import ExperienceLog
-from populace.storage.catalog import Catalog
+from populace.storage.catalog.catalog import Catalog
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import WaveManifest
 from populace.storage.log.verify import Findings, verify_partition

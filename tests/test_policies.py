@@ -16,8 +16,8 @@ from populace.configs.schema import Settings
 from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.experience import is_held_out
 from populace.population.stream import partition_of
-from populace.storage.catalog import Catalog
-from populace.storage.states import AdapterState
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.states import AdapterState
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
 from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
 

@@ -19,9 +19,9 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience import Demonstration
 from populace.population.export import export_peft, share_export
-from populace.storage.catalog import Catalog
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.parquet import export_catalog
 from populace.storage.errors import Forgotten, InvalidInput
-from populace.storage.export import export_catalog
 from populace.storage.log.records import Verdict
 from populace.storage.objects.cloud import MemoryStore
 from tests.accounting import account

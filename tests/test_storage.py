@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from populace.storage.catalog import Catalog
-from populace.storage.checkpoint import dump, load, write_checkpoint
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.checkpoint import dump, load, write_checkpoint
+from populace.storage.catalog.repack import RetentionRule, collect_garbage, repack
 from populace.storage.errors import AlreadyExists, Damaged, Fenced, InvalidInput, OutcomeUnknown
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.manifest import open_record, payload_of, seal
@@ -38,7 +39,6 @@ from populace.storage.log.records import (
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
-from populace.storage.repack import RetentionRule, collect_garbage, repack
 from tests.history import FIXED, History, event, name_of
 
 P1 = name_of("p1")
@@ -261,7 +261,7 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
 def test_the_index_finds_what_is_there_and_nothing_else(numbers: list[int], sizes: list[int]) -> None:
     import numpy as np
 
-    from populace.storage.columns import Index
+    from populace.storage.catalog.columns import Index
 
     index, names = Index(), [f"{number % 2**66:032x}" for number in dict.fromkeys(n % 2**66 for n in numbers)]
     start = 0

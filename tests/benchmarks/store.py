@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from populace.storage.catalog import Catalog
-from populace.storage.checkpoint import restore, write_checkpoint
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.checkpoint import restore, write_checkpoint
 from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.keys.sealing import seal
 from populace.storage.keys.user_keys import UserKey, UserKeys

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from populace.storage.canonical import canonical_json
-from populace.storage.catalog import Catalog
-from populace.storage.columns import Names, Rows, ragged
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.columns import Names, Rows, ragged
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
 from populace.storage.log.manifest import event_from_json
 from populace.storage.log.owner import Owner
@@ -28,11 +28,16 @@ from populace.storage.log.reader import RevisionLogReader
 from populace.storage.log.records import Checkpoint, Compaction, Tries
 
 logger = logging.getLogger(__name__)
+
 NUM_KEPT = 2
 """Newest checkpoints that stay; the one before the last is there in case the last gets damaged."""
+
 _ADAPTER = ("spec", "seed", "tip", "serving", "next_revision", "consumed_segment", "consumed_row", "flags", "changed")
+
 _REVISION = ("revision", "parent", "seq", "experts", "flags", "num_trained")
+
 _BLOB = ("part", "pack", "offset", "size")
+
 _NOTE = ("seq", "decision", "judged")
 
 

@@ -10,7 +10,6 @@ About 200 bytes for an adapter with one revision of one part; no Python object p
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.columns import Index, Names, Rows, Table, halves_of
+from populace.storage.catalog.applying import _digests, _spec_json
+from populace.storage.catalog.columns import Index, Names, Rows, Table, halves_of
+from populace.storage.catalog.states import AdapterState, Note, RevisionState
 from populace.storage.errors import InvalidInput
 from populace.storage.log.pack import BlobPlace
 from populace.storage.log.records import (
@@ -42,14 +43,15 @@ from populace.storage.log.records import (
     Verdict,
     WaveManifest,
 )
-from populace.storage.states import AdapterState, Note, RevisionState
 
 PARTS = ("weights", "moments", "evidence")
+
 DECISIONS = ("settled", "promote", "keep", "reject", "rollback", "refused", "pin", "unpin")
 """What a note is; `settled` is no decision."""
 
 FORGOTTEN, BARE = 1, 2
 """Flags of an adapter: its user is forgotten; only a tombstone, there never was an adapter."""
+
 PROMOTED, PINNED, DROPPED, FADED = 1, 2, 4, 8
 """Flags of a revision. FADED: it stopped being the tip while it wasn't pinned, so its moments are gone for good, also
 while their bytes are still in a pack: what an update starts from must depend on the log alone."""
@@ -456,12 +458,3 @@ class Catalog:
             tried.pop(pseudonym, None)
         if not tried:
             self.unfinished.pop(partition, None)
-
-
-@functools.cache
-def _spec_json(items: tuple[tuple[str, Any], ...]) -> str:
-    return json.dumps(dict(items))
-
-
-def _digests(texts: Sequence[str]) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, 32)

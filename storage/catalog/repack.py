@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
-from populace.storage.columns import Rows, ragged
+from populace.storage.catalog.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
+from populace.storage.catalog.columns import Rows, ragged
 from populace.storage.errors import ObjectNotFound
 from populace.storage.log.owner import Owner
 from populace.storage.log.pack import build_pack
@@ -22,7 +22,9 @@ from populace.storage.log.records import MovedBlob, Repack
 from populace.storage.objects.contract import get_range
 
 logger = logging.getLogger(__name__)
+
 MAX_PACK_BYTES = 256 << 20
+
 MIN_DEAD_SHARE = 0.25
 """A pack is rewritten once this share of its bytes is droppable; with bytes of a forgotten user, at once."""
 

@@ -10,7 +10,7 @@ from populace.storage.log.pack import BlobPlace
 from populace.storage.log.records import Position
 
 if TYPE_CHECKING:
-    from populace.storage.catalog import Catalog
+    from populace.storage.catalog.catalog import Catalog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from populace.storage.catalog import BARE, DECISIONS, DROPPED, FORGOTTEN, PINNED, PROMOTED, Catalog
-from populace.storage.columns import Rows, ragged
+from populace.storage.catalog.catalog import BARE, DECISIONS, DROPPED, FORGOTTEN, PINNED, PROMOTED, Catalog
+from populace.storage.catalog.columns import Rows, ragged
 from populace.storage.errors import InvalidInput
 
 

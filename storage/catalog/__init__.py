@@ -1,0 +1,1 @@
+"""The catalog: the state of every adapter, derived from the revision logs."""
