@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from populace.population.experience import Command, Forget, LogEvent, Messages, 
 from populace.population.ledger import Ledger
 from populace.population.producer import Producer
 from populace.population.stream import partition_of
-from populace.population.trials import estimate_tokens, revision_ref
+from populace.population.trials import estimate_tokens
+from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.repack import RepackReport, RetentionRule
-from populace.storage.catalog.states import AdapterState, RevisionState
+from populace.storage.catalog.states import AdapterState, Note, RevisionState
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.identity import PopulationMeta, check_name, verify_digest
 from populace.storage.keys.keyring import Keyring, PublicKey
@@ -198,6 +199,7 @@ class Population:
         """A user's revisions from 0 on."""
         self.ledger.follow()
         adapter = self.ledger.adapter(user)
+        notes = self.ledger.catalog.notes_of(adapter.pseudonym)
         first = RevisionInfo(
             revision=0,
             parent=None,
@@ -207,19 +209,24 @@ class Population:
             committed_at=None,
             num_events=0,
             metrics={},
-            verdicts=_verdicts(adapter, 0),
+            verdicts=_verdicts(notes, 0),
         )
-        return [first, *(self._info(adapter, state) for state in adapter.revisions())]
+        return [
+            first,
+            *(self._info(adapter, state, notes) for state in self.ledger.catalog.revisions_of(adapter.pseudonym)),
+        ]
 
     def manifest(self, user: str, revision: int) -> dict[str, Any]:
         """The payload of the record that committed a revision."""
         self.ledger.follow()
         adapter = self.ledger.adapter(user)
         if type(revision) is not int or not adapter.exists(revision):
-            adapter.require(revision)
+            self.ledger.catalog.loadable(adapter, revision)
         if revision == 0:
             raise InvalidInput("revision 0 has no manifest: it is the initialisation from the adapter's seed")
-        sealed = self.ledger.readers[adapter.partition].log.read(adapter.revision(revision).seq)
+        sealed = self.ledger.readers[adapter.partition].log.read(
+            self.ledger.catalog.revision_of(adapter.pseudonym, revision).seq
+        )
         assert sealed is not None
         return payload_of(sealed)
 
@@ -242,13 +249,13 @@ class Population:
         """Move a user's tip and serving to revision `to`. A running controller obeys between two waves; with
         none alive, this claims the population, does it, and releases it. Returns whether it is done already."""
         self.ledger.follow()
-        self.ledger.adapter(check_user(user)).require(to)
+        self.ledger.catalog.loadable(self.ledger.adapter(check_user(user)), to)
         return self._command(user, Rollback(to=to))
 
     def pin(self, user: str, revision: int, pinned: bool = True) -> bool:
         """Keep a revision whatever the retention rule says; `pinned=False` takes it back. Obeyed like a rollback."""
         self.ledger.follow()
-        self.ledger.adapter(check_user(user)).require(revision)
+        self.ledger.catalog.loadable(self.ledger.adapter(check_user(user)), revision)
         return self._command(user, Pin(revision=revision, pinned=pinned))
 
     def forget(self, user: str) -> bool:
@@ -307,7 +314,10 @@ class Population:
         return ParkedEvent(user=user, position=item.event.position, reason=item.reason, detail=detail)
 
     def _parked_of(self, adapter: AdapterState) -> list[tuple[str, SettledEvent]]:
-        records = (self.ledger.readers[adapter.partition].read_at(seq)[1] for seq in settling_records(adapter))
+        records = (
+            self.ledger.readers[adapter.partition].read_at(seq)[1]
+            for seq in settling_records(self.ledger.catalog, adapter)
+        )
         return [pair for record in records for pair in parked_in(record) if pair[0] == adapter.pseudonym]
 
     @contextlib.contextmanager
@@ -337,18 +347,18 @@ class Population:
                 raise InvalidInput(f"refused: {record.reason}")
         return any(record.command == tag for record in done)
 
-    def _info(self, adapter: AdapterState, state: RevisionState) -> RevisionInfo:
+    def _info(self, adapter: AdapterState, state: RevisionState, notes: Sequence[Note]) -> RevisionInfo:
         header, wave = self.ledger.commit_of(adapter, state.revision)
         return RevisionInfo(
             revision=state.revision,
             parent=state.parent,
             is_tip=state.revision == adapter.tip,
             is_serving=state.revision == adapter.serving,
-            is_kept="weights" in state.blobs,
+            is_kept=state.is_kept,
             committed_at=header.written_at or None,
             num_events=state.num_trained,
             metrics=wave.entry(adapter.pseudonym, state.revision).metrics,
-            verdicts=_verdicts(adapter, state.revision),
+            verdicts=_verdicts(notes, state.revision),
         )
 
     def sample(
@@ -386,7 +396,7 @@ class Population:
         pseudonym = self.ledger.pseudonym(user)
         if pseudonym in self.ledger.catalog:
             adapter = self.ledger.adapter(user)
-            return revision_ref(adapter, revision_number(adapter, revision))
+            return self.ledger.ref(adapter, revision_number(self.ledger.catalog, adapter, revision))
         spec = AdapterSpec.from_dict(asdict(self.settings.adapter))
         if revision not in (0, "0", "serving", "tip"):
             raise InvalidInput(f"revision is {revision!r}; user {user!r} has no adapter yet, only revision 0")
@@ -451,10 +461,10 @@ def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> I
         yield from parked_in(record)
 
 
-def settling_records(adapter: AdapterState) -> list[int]:
+def settling_records(catalog: Catalog, adapter: AdapterState) -> list[int]:
     """Numbers of the records that may have settled something of this adapter, oldest first."""
-    settled = {note.seq for note in adapter.notes() if note.decision == "settled"}
-    return sorted(settled | {state.seq for state in adapter.revisions()})
+    settled = {note.seq for note in catalog.notes_of(adapter.pseudonym) if note.decision == "settled"}
+    return sorted(settled | {state.seq for state in catalog.revisions_of(adapter.pseudonym)})
 
 
 def parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
@@ -478,18 +488,18 @@ def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def revision_number(adapter: AdapterState, revision: int | str) -> int:
+def revision_number(catalog: Catalog, adapter: AdapterState, revision: int | str) -> int:
     match revision:
         case "serving":
             return adapter.serving
         case "tip":
             return adapter.tip
         case int():
-            return adapter.require(revision)
+            return catalog.loadable(adapter, revision)
         case _ if str(revision).isdigit():
-            return adapter.require(int(revision))
+            return catalog.loadable(adapter, int(revision))
     raise InvalidInput(f"revision is {revision!r}; use serving, tip or a number")
 
 
-def _verdicts(adapter: AdapterState, revision: int) -> tuple[str, ...]:
-    return tuple(note.decision for note in adapter.notes() if note.decision != "settled" and note.judged == revision)
+def _verdicts(notes: Sequence[Note], revision: int) -> tuple[str, ...]:
+    return tuple(note.decision for note in notes if note.decision != "settled" and note.judged == revision)

@@ -260,7 +260,11 @@ class Controller:
         """What every adapter learns from, and what becomes of every event."""
         outcomes = tuple(
             account_for(
-                member, item, scored, self.ledger.catalog.failures.get(member.pseudonym), self.ledger.seals.settled
+                member,
+                item,
+                scored,
+                self.ledger.catalog.attempts.failures.get(member.pseudonym),
+                self.ledger.seals.settled,
             )
             for member, item in zip(planned.wave.members, planned.prepared, strict=True)
         )

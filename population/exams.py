@@ -12,7 +12,7 @@ from populace.population.ledger import Ledger
 from populace.population.prepare import task_request
 from populace.population.rewards import Reply
 from populace.population.stream import LoggedEvent
-from populace.population.trials import Trials, revision_ref, task_of
+from populace.population.trials import Trials, task_of
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import Verdict
 from populace.workers.batch import AdapterKey
@@ -89,7 +89,7 @@ class Examiner:
         ]
         if not asked:
             return []
-        refs = {(adapter.pseudonym, n): revision_ref(adapter, n) for adapter, n, _ in exams}
+        refs = {(adapter.pseudonym, n): self.ledger.ref(adapter, n) for adapter, n, _ in exams}
         self.trials.workers.page_in(list(refs.values()), False)
         rollouts = self.trials.roll_out(
             [self.trials.request(key, task_of(logged), num_samples) for key, logged in asked]

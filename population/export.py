@@ -22,7 +22,6 @@ from torch import Tensor
 
 from populace.population.client import Population, revision_number
 from populace.population.ledger import exports_folder
-from populace.population.trials import revision_ref
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import load_wave
 from populace.workers.families import dims_of
@@ -34,7 +33,7 @@ def export_peft(population: Population, user: str, folder: Path, revision: int |
     """Write `user`'s revision into `folder`; returns its number. `InvalidInput` if the folder has files."""
     population.ledger.follow()
     adapter = population.ledger.adapter(user)
-    number = revision_number(adapter, revision)
+    number = revision_number(population.ledger.catalog, adapter, revision)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
     spec, base = AdapterSpec.from_dict(adapter.spec), population.base()
@@ -51,7 +50,7 @@ def load_weights(population: Population, layout: AdapterLayout, user: str, revis
     """A revision's weights [N] in exact layout. `InvalidInput` if it isn't kept."""
 
     def load() -> Tensor:
-        ref = revision_ref(population.ledger.adapter(user), revision)
+        ref = population.ledger.ref(population.ledger.adapter(user), revision)
         blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
         return unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
 

@@ -65,6 +65,7 @@ from populace.storage.log.records import (
     parts_of,
 )
 from populace.storage.objects.contract import ObjectStore
+from populace.workers.batch import AdapterRef, revision_ref
 
 logger = logging.getLogger(__name__)
 
@@ -395,9 +396,16 @@ class Ledger:
 
     def commit_of(self, adapter: AdapterState, revision: int) -> tuple[RecordHeader, WaveManifest]:
         """The record that committed a revision above 0; read from the log."""
-        header, wave = self.readers[adapter.partition].read_at(adapter.revision(revision).seq)
+        header, wave = self.readers[adapter.partition].read_at(
+            self.catalog.revision_of(adapter.pseudonym, revision).seq
+        )
         assert isinstance(wave, WaveManifest)
         return header, wave
+
+    def ref(self, adapter: AdapterState, revision: int) -> AdapterRef:
+        """How workers find a revision's bytes; `InvalidInput` if they were dropped."""
+        self.catalog.loadable(adapter, revision)
+        return revision_ref(adapter, self.catalog.revision_of(adapter.pseudonym, revision) if revision else None)
 
     def entry(self, adapter: AdapterState, revision: int) -> RevisionEntry:
         """All that the wave record says of a revision above 0."""
@@ -414,7 +422,7 @@ class Ledger:
                 elif isinstance(logged.event, Forget):
                     done.append(self._forget(logged))
                 elif (adapter := self.catalog.get(logged.pseudonym)) is not None:
-                    verdict = _answer(adapter, logged)
+                    verdict = _answer(self.catalog, adapter, logged)
                     self.append(adapter.partition, verdict)
                     done.append(verdict)
                 elif not self.catalog.is_forgotten(logged.pseudonym):
@@ -458,13 +466,13 @@ class Ledger:
         return read_life(self.store, owner_key(self.meta.name, partition))
 
 
-def _answer(adapter: AdapterState, logged: LoggedEvent) -> Verdict:
+def _answer(catalog: Catalog, adapter: AdapterState, logged: LoggedEvent) -> Verdict:
     """The record that answers a command about a revision; what can't be done changes nothing and says why."""
     event, reason, tip, serving = logged.event, "", adapter.tip, adapter.serving
     assert isinstance(event, (Rollback, Pin))
     target = event.to if isinstance(event, Rollback) else event.revision
     try:
-        adapter.require(target)
+        catalog.loadable(adapter, target)
     except InvalidInput as error:
         decision, reason = "refused", str(error)
     else:

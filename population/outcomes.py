@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from populace.population.prepare import Prepared
 from populace.population.scheduler import WaveMember
 from populace.population.stream import LoggedEvent
+from populace.storage.catalog.attempts import Tries
 from populace.storage.log.records import EventRef, Failed, Position, Settled, SettledEvent
 from populace.workers.batch import TrainGroup
 
@@ -49,7 +50,7 @@ def account_for(
     member: WaveMember,
     prepared: Prepared,
     scored: Mapping[tuple[str, str], TrainGroup | str],
-    failures: tuple[EventRef, int] | None,
+    failures: Tries | None,
     settle: Callable[[LoggedEvent, str], SettledEvent],
 ) -> MemberOutcome:
     """`scored`: groups of tasks by (user, event), or why the reward failed; `failures`: the event that failed before,
@@ -68,7 +69,7 @@ def account_for(
             trained.append(logged.ref)
         else:
             assert found is not None
-            num_failures = 1 + (failures[1] if failures is not None and failures[0] == logged.ref else 0)
+            num_failures = 1 + (failures.count if failures is not None and failures.event == logged.ref else 0)
             if num_failures < MAX_TRIES:
                 # Its later events wait with it: a user's experience is consumed in order.
                 failed = Failed(pseudonym=member.pseudonym, event=logged.ref, reason=found.partition("\n")[0])

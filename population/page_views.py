@@ -15,6 +15,7 @@ import numpy as np
 from populace.population.client import ParkedEvent, Population, parked_in, settling_records
 from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
+from populace.population.ledger import Ledger
 from populace.population.top import ControllerRates, Watch, last_wave, tiers
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
@@ -143,7 +144,7 @@ class PopulationReader:
         with self._reading():
             ledger = self.population.ledger
             adapter = ledger.adapter(user)
-            states = adapter.revisions()
+            states = ledger.catalog.revisions_of(adapter.pseudonym)
             shown = states[-MAX_REVISIONS:]
             oldest = shown[0].revision if len(shown) < len(states) else 0
             verdicts = self._verdicts(adapter, oldest)
@@ -157,7 +158,7 @@ class PopulationReader:
                 rank=adapter.spec["rank"],
                 tip=adapter.tip,
                 serving=adapter.serving,
-                residency=_residency(adapter, [item.seen for item in controllers if not item.is_silent]),
+                residency=_residency(ledger, adapter, [item.seen for item in controllers if not item.is_silent]),
                 revisions=tuple(views),
                 num_older=len(states) - len(shown),
             )
@@ -166,7 +167,10 @@ class PopulationReader:
         """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest first."""
         with self._reading():
             adapter = self.population.ledger.adapter(user)
-            parked = (self._about(adapter, seq).parked for seq in settling_records(adapter)[-MAX_REVISIONS:])
+            parked = (
+                self._about(adapter, seq).parked
+                for seq in settling_records(self.population.ledger.catalog, adapter)[-MAX_REVISIONS:]
+            )
             return [self.population.parked_event(adapter.pseudonym, item) for items in parked for item in items]
 
     def look_again(self) -> None:
@@ -244,7 +248,7 @@ class PopulationReader:
 
     def _verdicts(self, adapter: AdapterState, oldest: int) -> dict[int, tuple[Verdict, ...]]:
         found: dict[int, tuple[Verdict, ...]] = {}
-        for note in adapter.notes():
+        for note in self.population.ledger.catalog.notes_of(adapter.pseudonym):
             if note.decision == "settled" or note.judged < oldest:
                 continue
             for record in self._about(adapter, note.seq).verdicts:
@@ -369,14 +373,14 @@ def _marks(adapter: AdapterState, revision: int, is_kept: bool, is_pinned: bool)
     return tuple(name for name, holds in states.items() if holds)
 
 
-def _residency(adapter: AdapterState, controllers: Sequence[SeenController]) -> str:
+def _residency(ledger: Ledger, adapter: AdapterState, controllers: Sequence[SeenController]) -> str:
     """Where the tip's bytes are, as far as it shows: shards tell who is hot, not who is warm."""
     for seen in controllers:
         if adapter.pseudonym[:NAME_DIGITS] in seen.figures.hot:
             return f"hot at controller {seen.name}"
     if adapter.tip == 0:
         return "nowhere: revision 0 is made from its seed"
-    size = sum(place.size_bytes for place in adapter.revision(adapter.tip).blobs.values())
+    size = sum(place.size_bytes for place in ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).blobs.values())
     return f"not among the hot ones; {size / 1e3:,.0f} kB of the tip in the store"
 
 

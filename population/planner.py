@@ -17,7 +17,7 @@ from populace.population.outcomes import MAX_TRIES
 from populace.population.pending import PENDING, REASONS
 from populace.population.prepare import Prepared, prepare_member
 from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
-from populace.population.trials import Trials, tip_ref
+from populace.population.trials import Trials
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import AdapterCreated, Attempt, EventRef, Record, Settled, SettledEvent
 from populace.workers.batch import AdapterKey, AdapterRef
@@ -59,7 +59,9 @@ class Planner:
             wave=wave,
             adapters=adapters,
             prepared=tuple(self._prepare(member, adapters[member.pseudonym]) for member in wave.members),
-            refs=tuple(tip_ref(adapters[member.pseudonym]) for member in wave.members),
+            refs=tuple(
+                self.ledger.ref(adapters[member.pseudonym], adapters[member.pseudonym].tip) for member in wave.members
+            ),
         )
 
     def take_back(self, planned: PlannedWave) -> None:
@@ -73,14 +75,14 @@ class Planner:
         attempts died all alone: what kills is soon found, and what was only beside it isn't blamed. `partitions`: those
         that were just taken over; None: all."""
         for partition in self.ledger.owned() if partitions is None else partitions:
-            for pseudonym, refs in self.ledger.catalog.unfinished.get(partition, {}).items():
+            for pseudonym, refs in self.ledger.catalog.attempts.unfinished.get(partition, {}).items():
                 self._suspects[pseudonym] = max(ref.position for ref in refs)
 
     def forgive(self, partitions: Sequence[int]) -> None:
         """Take back the attempts that this run gave up because the store went away: it wasn't the events' fault."""
         for partition in partitions:
             gone: dict[str, list[EventRef]] = {
-                pseudonym: [] for pseudonym in self.ledger.catalog.unfinished.get(partition, {})
+                pseudonym: [] for pseudonym in self.ledger.catalog.attempts.unfinished.get(partition, {})
             }
             if gone:
                 self.ledger.append(partition, Attempt(wave="given up", num_adapters=len(gone), adapters=gone))
@@ -101,7 +103,7 @@ class Planner:
         parked = []
         killers = [
             (pseudonym, tries)
-            for pseudonym, tries in self.ledger.catalog.tries.items()
+            for pseudonym, tries in self.ledger.catalog.attempts.tries.items()
             if tries.count >= MAX_TRIES and tries.is_alone and pseudonym not in busy
         ]
         for pseudonym, tries in killers:
@@ -140,7 +142,7 @@ class Planner:
 
     def _suspicious(self, suspects: frozenset[str]) -> list[WaveMember]:
         """A small wave of suspects, or one event of one user of whom two attempts died; nothing is beside it."""
-        scheduler, tries = self.settings.scheduler, self.ledger.catalog.tries
+        scheduler, tries = self.settings.scheduler, self.ledger.catalog.attempts.tries
         twice = [name for name in sorted(suspects) if name in tries and tries[name].count > 1]
         if twice:
             return self._members(twice[:1], 1)
@@ -217,6 +219,7 @@ class Planner:
         return prepare_member(
             member,
             adapter,
+            lineage=self.ledger.catalog.lineage_of(adapter.pseudonym, adapter.tip),
             settle=self.ledger.seals.settled,
             chat=self.chat,
             dims=self.dims,

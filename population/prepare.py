@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,7 @@ def prepare_member(
     member: WaveMember,
     adapter: AdapterState,
     *,
+    lineage: Sequence[int],
     settle: Callable[[LoggedEvent, str], SettledEvent],
     chat: Chat,
     dims: BaseDims,
@@ -51,7 +52,7 @@ def prepare_member(
     groups: dict[str, TrainGroup] = {}
     settled: list[SettledEvent] = []
     for logged in member.events:
-        match _prepare_event(logged.event, adapter, chat, dims, train, request, reward_names):
+        match _prepare_event(logged.event, adapter, lineage, chat, dims, train, request, reward_names):
             case RolloutRequest() as wanted:
                 requests.append(wanted)
             case TrainGroup() as group:
@@ -81,6 +82,7 @@ def task_request(task: Task, request: Callable[[Task], RolloutRequest], train: T
 def _prepare_event(
     event: LogEvent,
     adapter: AdapterState,
+    lineage: Sequence[int],
     chat: Chat,
     dims: BaseDims,
     train: TrainSettings,
@@ -94,17 +96,16 @@ def _prepare_event(
                 return f"reward {event.reward!r} is not registered in this run"
             return task_request(event, request, train)
         case Trajectory():
-            return _stale(event, adapter, train) or _trajectory_group(event, chat, dims, train)
+            return _stale(event, adapter, lineage, train) or _trajectory_group(event, chat, dims, train)
         case Demonstration():
             return _logged_group(event, chat.completion_ids(event.completion), None, None, chat, train)
     raise AssertionError(f"{event!r} is not something to learn from")
 
 
-def _stale(event: Trajectory, adapter: AdapterState, train: TrainSettings) -> str:
+def _stale(event: Trajectory, adapter: AdapterState, lineage: Sequence[int], train: TrainSettings) -> str:
     """Why a logged trajectory's revision rules it out; empty if it doesn't."""
     if not adapter.exists(event.revision):
         return f"revision {event.revision} does not exist"
-    lineage = adapter.lineage(adapter.tip)
     if event.revision not in lineage:
         return f"revision {event.revision} is not an ancestor of the tip {adapter.tip}"
     if (age := lineage.index(event.revision)) > train.max_staleness:

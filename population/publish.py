@@ -67,7 +67,7 @@ class Publisher:
             member, adapter = outcome.member, adapters[outcome.member.pseudonym]
             others.setdefault(member.partition, [])
             if update.status == "updated":
-                parent = adapter.revision(adapter.tip) if adapter.tip else None
+                parent = self._ledger.catalog.revision_of(adapter.pseudonym, adapter.tip) if adapter.tip else None
                 item = _Update(outcome=outcome, update=update, adapter=adapter, parent=parent)
                 updates.setdefault(member.partition, []).append(item)
                 renamed.append(

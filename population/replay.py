@@ -10,12 +10,20 @@ from dataclasses import dataclass, replace
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.client import Population
-from populace.population.trials import revision_ref
-from populace.storage.catalog.states import AdapterState
+from populace.storage.catalog.catalog import Catalog
+from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import RevisionEntry, WaveManifest
-from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, AdapterUpdate, WaveBatch, decode_evidence
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    AdapterRef,
+    AdapterUpdate,
+    WaveBatch,
+    decode_evidence,
+    revision_ref,
+)
 from populace.workers.engine import ShardEngine
 from populace.workers.optimizer import optimizer_name
 from populace.workers.train_step import TrainerSettings
@@ -51,7 +59,8 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
     on its way. Nothing is written."""
     population.ledger.follow()
     adapter = population.ledger.adapter(user)
-    kept = [state.revision for state in adapter.revisions() if "weights" in state.blobs]
+    catalog = population.ledger.catalog
+    kept = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept]
     if revision is not None and (revision == 0 or not adapter.exists(revision)):
         raise InvalidInput(
             f"revision is {revision}; give one of 1 to {adapter.next_revision - 1}, 0 is derived already"
@@ -78,24 +87,26 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
     return [found[number] for number in sorted(found)]
 
 
-def route_to(adapter: AdapterState, revision: int, entry_of: Callable[[int], RevisionEntry]) -> Route | str:
+def route_to(
+    catalog: Catalog, adapter: AdapterState, revision: int, entry_of: Callable[[int], RevisionEntry]
+) -> Route | str:
     """The shortest route to a kept revision, or which bytes are missing for it."""
     updates: list[RevisionEntry] = []
     number = revision
     while True:
-        if "evidence" not in adapter.revision(number).blobs:
+        if "evidence" not in catalog.revision_of(adapter.pseudonym, number).blobs:
             return f"the evidence of revision {number} is gone"
         updates.append(entry := entry_of(number))
         if entry.parent == 0:
-            start = revision_ref(adapter, 0)
+            start = revision_ref(adapter, None)
             break
-        blobs = adapter.revision(entry.parent).blobs
-        moments = blobs.get("moments")
+        parent = catalog.revision_of(adapter.pseudonym, entry.parent)
+        moments = parent.blobs.get("moments")
         is_start = entry.parent_moments_sha256 is None or (
             moments is not None and moments.sha256 == entry.parent_moments_sha256
         )
-        if "weights" in blobs and is_start:
-            start = revision_ref(adapter, entry.parent)
+        if parent.is_kept and is_start:
+            start = revision_ref(adapter, parent)
             if entry.parent_moments_sha256 is None:
                 start = replace(start, moments=None)
             break
@@ -113,7 +124,7 @@ class _Player:
 
     def play(self, revision: int, compare: Sequence[int]) -> dict[int, Replayed]:
         """Outcomes of `revision` and of those of `compare` on the way to it."""
-        route = route_to(self.adapter, revision, self._entry)
+        route = route_to(self.population.ledger.catalog, self.adapter, revision, self._entry)
         if isinstance(route, str):
             return {revision: Replayed(revision=revision, outcome=NOT_KEPT, detail=route)}
         engine = self._engine_for(route)
@@ -161,17 +172,20 @@ class _Player:
             return f"the update ends as {update.status!r}"
         if list(update.experts) != list(entry.experts):
             return f"other experts were reached: {list(update.experts)}, not {list(entry.experts)}"
-        kept = self.adapter.revision(entry.revision).blobs
+        kept = self._state(entry.revision).blobs
         for part in ("weights", "moments"):
             if part in kept and self._blob(entry.revision, part) != getattr(update, part):
                 return f"{part} differ"
         return ""
 
     def _blob(self, revision: int, part: str) -> memoryview:
-        place = self.adapter.revision(revision).blobs[part]
+        place = self._state(revision).blobs[part]
         request = BlobRequest(pseudonym=self.adapter.pseudonym, revision=revision, part=part, place=place)
         (blob,) = load_wave(self.population.store, self.population.ledger.keys, [request])
         return blob
+
+    def _state(self, revision: int) -> RevisionState:
+        return self.population.ledger.catalog.revision_of(self.adapter.pseudonym, revision)
 
     def _wave(self, revision: int) -> WaveManifest:
         if revision not in self._waves:

@@ -87,7 +87,8 @@ def _figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[s
     for row, adapter in enumerate(adapters):
         others = [matrix[other, row] for other in range(len(adapters)) if other != row]
         metrics = [
-            (state.revision, controller.ledger.entry(adapter, state.revision).metrics) for state in adapter.revisions()
+            (state.revision, controller.ledger.entry(adapter, state.revision).metrics)
+            for state in controller.ledger.catalog.revisions_of(adapter.pseudonym)
         ]
         curve = [{"revision": number, "reward": found["reward"]} for number, found in metrics if "reward" in found]
         users[_user(controller, adapter)] = {

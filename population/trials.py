@@ -15,7 +15,6 @@ from populace.population.chat import Chat
 from populace.population.experience import LogEvent, Task, messages_of
 from populace.population.rewards import Reply, RewardOutcome, RewardRequest
 from populace.population.stream import LoggedEvent
-from populace.storage.catalog.states import AdapterState
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
@@ -26,7 +25,7 @@ from populace.workers.batch import (
     StepResult,
     WaveBatch,
 )
-from populace.workers.layout import AdapterSpec, BaseDims
+from populace.workers.layout import BaseDims
 
 Score = Callable[[Sequence[RewardRequest], float], list[RewardOutcome]]
 Rollout = tuple[RolloutGroup, tuple[Floats, ...]]
@@ -110,23 +109,3 @@ class Trials:
 def task_of(logged: LoggedEvent) -> Task:
     assert isinstance(logged.event, Task)
     return logged.event
-
-
-def tip_ref(adapter: AdapterState) -> AdapterRef:
-    return revision_ref(adapter, adapter.tip)
-
-
-def revision_ref(adapter: AdapterState, revision: int) -> AdapterRef:
-    """How workers find a revision's bytes."""
-    key, spec = AdapterKey(adapter.pseudonym, revision), AdapterSpec.from_dict(adapter.spec)
-    if revision == 0:
-        return AdapterRef(key=key, spec=spec, seed=adapter.seed)
-    state = adapter.revision(adapter.require(revision))
-    return AdapterRef(
-        key=key,
-        spec=spec,
-        seed=adapter.seed,
-        weights=state.blobs["weights"],
-        moments=state.blobs.get("moments"),
-        experts=state.experts,
-    )

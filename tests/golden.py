@@ -51,7 +51,8 @@ def make(folder: Path) -> None:
             drafts.append(
                 RevisionDraft(
                     pseudonym=names[user], revision=number, parent=adapter.tip,
-                    parent_sha256=adapter.revision(adapter.tip).blobs["weights"].sha256 if adapter.tip else None,
+                    parent_sha256=ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).blobs["weights"].sha256
+                    if adapter.tip else None,
                     blobs=blobs,
                     experts=[0, 3], trained=[first] if turn == 0 else [], settled=[], consumed=first.position,
                     metrics={"reward": 0.5},

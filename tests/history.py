@@ -82,7 +82,9 @@ class History:
             pseudonym=name_of(user),
             revision=revision,
             parent=adapter.tip,
-            parent_sha256=adapter.revision(adapter.tip).blobs["weights"].sha256 if adapter.tip else None,
+            parent_sha256=catalog.revision_of(adapter.pseudonym, adapter.tip).blobs["weights"].sha256
+            if adapter.tip
+            else None,
             blobs={part: keys.seal(name_of(user), blob, blob_context(part, revision)) for part, blob in parts.items()},
             experts=[0, 2],
             trained=[event(at or revision)],

@@ -54,8 +54,8 @@ def test_a_failing_event_gets_three_tries_is_parked_and_its_user_goes_on(
     population.enqueue("ada", [good[0], Task(prompt="rain", reward="raising", event_id="bad"), *good[1:]])
     controller = start(population)
     controller.run_once()
-    (failure,) = controller.ledger.catalog.failures.values()
-    assert failure[1] == 1 and account(population).trained == {("ada", "good-0"): 1}
+    (failure,) = controller.ledger.catalog.attempts.failures.values()
+    assert failure.count == 1 and account(population).trained == {("ada", "good-0"): 1}
     population.ledger.release()
     again = Population.open(f"file://{tmp_path}", settings)  # the count is in the log
     run_to_the_end(start(again))
@@ -343,7 +343,7 @@ def test_a_running_controller_obeys_a_rollback_between_waves(settings: Settings,
     controller.run_once()
     Population.open(store, settings).rollback("user-0", 1)
     controller.run_once()
-    assert population.ledger.adapter("user-0").revision(3).parent == 1
+    assert population.ledger.catalog.revision_of(population.ledger.pseudonym("user-0"), 3).parent == 1
     population.ledger.release()
 
 

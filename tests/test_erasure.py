@@ -70,8 +70,7 @@ def test_a_user_stands_nowhere_in_the_store_and_is_unreadable_once_forgotten(
         for text in (USER, SECRET, "the sea"):
             assert not any(form in body or form in key.encode() for form in forms(text)), (key, text)
     pseudonym = population.ledger.pseudonym(USER)
-    adapter = population.ledger.adapter(USER)
-    places = [place for state in adapter.revisions() for place in state.blobs.values()]
+    places = [place for state in population.ledger.catalog.revisions_of(pseudonym) for place in state.blobs.values()]
     ciphertext = [store.get(place.pack)[place.offset :][: place.size_bytes] for place in places]
     assert population.sample("bob", "hello", rollout=settings.rollout)
 
@@ -338,7 +337,7 @@ def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings
     assert positions == findings.positions
 
     adapter = population.ledger.adapter(USER)
-    place = adapter.revision(1).blobs["weights"]
+    place = population.ledger.catalog.revision_of(adapter.pseudonym, 1).blobs["weights"]
     pack = store.get(place.pack)
     broken = bytearray(pack)
     broken[place.offset + 5] ^= 1

@@ -47,12 +47,10 @@ def test_peft_computes_the_same_logits(
     while controller.run_once() is not None:
         pass
     adapter = population.ledger.adapter("user-0")
-    assert adapter.tip > 1 and adapter.revision(adapter.tip).experts
+    assert adapter.tip > 1 and population.ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).experts
     export_peft(population, "user-0", tmp_path / "peft", "tip")
     key = AdapterKey(adapter.pseudonym, adapter.tip)
-    from populace.population.trials import tip_ref
-
-    controller.workers.page_in([tip_ref(adapter)], False)
+    controller.workers.page_in([population.ledger.ref(adapter, adapter.tip)], False)
     ids = np.arange(5, 60, dtype=np.int32)
     ours = logits_of(controller, key, ids)
     model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)

@@ -102,7 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         target = adapter.tip
         if decision == "rollback":
-            kept = [state.revision for state in adapter.revisions() if "weights" in state.blobs]
+            kept = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept]
             target = kept[0]
         moved = target if decision != "pin" else adapter.tip
         serving = adapter.serving if decision == "pin" else moved
@@ -185,7 +185,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.acknowledged <= waves.keys(), "an acknowledged wave is lost"
         assert not waves.keys() & self.refused, "a refused wave is there"
         for adapter in whole:
-            self._check_adapter(adapter)
+            self._check_adapter(whole, adapter)
         findings = Findings()
         verify_partition(self.inner, "pop", 0, self.history.root_key, findings)
         assert not findings.problems
@@ -203,8 +203,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(tags.values()) <= {1}, "an event is in the log twice"
         assert self.sent <= tags.keys() <= self.sent | self.not_sent_twice
 
-    def _check_adapter(self, adapter: AdapterState) -> None:
-        states = adapter.revisions()
+    def _check_adapter(self, catalog: Catalog, adapter: AdapterState) -> None:
+        states = catalog.revisions_of(adapter.pseudonym)
         assert [state.revision for state in states] == list(range(1, adapter.next_revision)), "a gap"
         requests = [
             BlobRequest(pseudonym=adapter.pseudonym, revision=state.revision, part=part, place=place)
@@ -287,7 +287,7 @@ def test_every_flipped_byte_of_a_blob_is_detected_and_none_outside_matters(histo
     for name in ("ada", "bob"):
         history.create(owner, catalog, name)
     history.commit(owner, catalog, "ada", "bob")
-    states = {name: catalog.require(name_of(name)).revision(1) for name in ("ada", "bob")}
+    states = {name: catalog.revision_of(name_of(name), 1) for name in ("ada", "bob")}
     requests = [
         BlobRequest(pseudonym=name_of(name), revision=1, part=part, place=place)
         for name, state in states.items()
@@ -320,7 +320,7 @@ def test_blobs_that_changed_places_are_detected(history: History) -> None:
     for name in ("ada", "bob"):
         history.create(owner, catalog, name)
     history.commit(owner, catalog, "ada", "bob")
-    place = catalog.require(name_of("ada")).revision(1).blobs["weights"]
+    place = catalog.revision_of(name_of("ada"), 1).blobs["weights"]
     for wrong in (
         BlobRequest(pseudonym=name_of("bob"), revision=1, part="weights", place=place),
         BlobRequest(pseudonym=name_of("ada"), revision=2, part="weights", place=place),
@@ -399,7 +399,7 @@ def test_moments_depend_on_the_log_alone(tmp_path: Path) -> None:
         repack(owner, catalog, RetentionRule(last=1))
         back = Verdict(pseudonym=name_of("ada"), decision="rollback", judged=1, tip=1, serving=1, reason="r")
         catalog.apply(owner.append(back), back)
-        states = [c.require(name_of("ada")).revision(2) for c in (catalog, history.open()[1])]
+        states = [c.revision_of(name_of("ada"), 2) for c in (catalog, history.open()[1])]
         found += [sorted(state.blobs) for state in states]
     assert all(parts == found[0] for parts in found) and "moments" not in found[0]
 

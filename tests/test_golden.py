@@ -42,10 +42,15 @@ def check(folder: Path, expected: set[str], says_when: bool) -> None:
     ada, bob = ledger.adapter("ada"), ledger.adapter("bob")
     assert (ada.tip, ada.serving, ada.next_revision, ada.seed) == (0, 0, 6, 7)
     assert (bob.tip, bob.serving, bob.next_revision) == (1, 1, 2)
-    assert ada.spec["rank"] == 4 and ada.revision(5).experts == (0, 3)
-    assert [state.revision for state in ada.revisions() if "weights" in state.blobs] == [4, 5]
-    assert [note.decision for note in bob.notes()] == ["settled", "promote"]
-    request = BlobRequest(pseudonym=ada.pseudonym, revision=5, part="weights", place=ada.revision(5).blobs["weights"])
+    assert ada.spec["rank"] == 4 and ledger.catalog.revision_of(ada.pseudonym, 5).experts == (0, 3)
+    assert [state.revision for state in ledger.catalog.revisions_of(ada.pseudonym) if state.is_kept] == [4, 5]
+    assert [note.decision for note in ledger.catalog.notes_of(bob.pseudonym)] == ["settled", "promote"]
+    request = BlobRequest(
+        pseudonym=ada.pseudonym,
+        revision=5,
+        part="weights",
+        place=ledger.catalog.revision_of(ada.pseudonym, 5).blobs["weights"],
+    )
     assert bytes(load_wave(store, ledger.keys, [request])[0]) == b"weights ada 5"
     assert sorted(ledger.users().values()) == ["ada", "bob"]
     with pytest.raises(Forgotten):
@@ -53,7 +58,7 @@ def check(folder: Path, expected: set[str], says_when: bool) -> None:
     findings = Findings()
     verify_partition(store, "golden", 0, meta.root_key, findings)
     assert findings.problems == []
-    _, note = ledger.readers[0].read_at(bob.notes()[0].seq)
+    _, note = ledger.readers[0].read_at(ledger.catalog.notes_of(bob.pseudonym)[0].seq)
     assert ledger.seals.detail(bob.pseudonym, note.events[0]) == "something that bob said"  # type: ignore[union-attr]
     kinds = set()
     reader = ledger.readers[0]

@@ -58,7 +58,7 @@ def check(history: History, journal: Path) -> int:
     requests = [
         BlobRequest(pseudonym=adapter.pseudonym, revision=state.revision, part=part, place=blob)
         for adapter in whole
-        for state in adapter.revisions()
+        for state in whole.revisions_of(adapter.pseudonym)
         for part, blob in state.blobs.items()
     ]
     load_wave(history.store, history.keys(), requests)

@@ -91,7 +91,7 @@ def test_the_figures_of_waves_add_up_to_what_the_catalog_knows(
     assert 1 <= sums["populace_settled_events", "parked"] <= 4
     settled = sum(value for (name, _), value in sums.items() if name == "populace_settled_events")
     assert settled == catalog.num_settled.total()
-    trained = sum(state.num_trained for adapter in catalog for state in adapter.revisions())
+    trained = sum(state.num_trained for adapter in catalog for state in catalog.revisions_of(adapter.pseudonym))
     assert sums["populace_trained_events", ""] >= trained > 0, "the forgotten user's revisions aren't listed any more"
     state = {(figure.name, figure.tag): figure.value for figure in state_figures(controller)}
     assert state["populace_pending_events", ""] == 0 and state["populace_partitions", ""] == 2

@@ -43,7 +43,7 @@ def weights_of(population: Population) -> dict[tuple[str, int], bytes]:
     requests = [
         BlobRequest(pseudonym=adapter.pseudonym, revision=state.revision, part="weights", place=state.blobs["weights"])
         for adapter in ledger.catalog
-        for state in adapter.revisions()
+        for state in ledger.catalog.revisions_of(adapter.pseudonym)
     ]
     views = load_wave(population.store, ledger.keys, requests)
     return {
@@ -158,7 +158,7 @@ def test_an_orderly_end_makes_nobody_suspect(pipelined: Settings, start: Start) 
         population.ledger.release()
         population = Population.open(store, pipelined)
     controller = start(population)
-    assert not controller.ledger.catalog.unfinished and not controller.planner.suspected_users()
+    assert not controller.ledger.catalog.attempts.unfinished and not controller.planner.suspected_users()
     run_to_the_end(controller)
     assert account(population).is_exact()
     population.ledger.release()

@@ -16,7 +16,6 @@ from populace.configs.schema import Settings
 from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.experience import is_held_out
 from populace.population.stream import partition_of
-from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.states import AdapterState
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
 from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
@@ -105,7 +104,7 @@ POLICY = VerdictPolicy(min_tasks=2, too_few="promote", confidence=0.9, tolerance
 
 def adapter(tip: int, serving: int) -> AdapterState:
     return AdapterState(
-        catalog=Catalog(), row=0, pseudonym="p", partition=0, spec={}, seed=0, tip=tip, serving=serving,
+        pseudonym="p", partition=0, spec={}, seed=0, tip=tip, serving=serving,
         next_revision=tip + 1, consumed=(0, 0),
     )  # fmt: skip
 

@@ -66,6 +66,7 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
     settings = settings_for(settings, name="replayed")
     population = Population.create(f"file://{tmp_path}/store", settings)
     population.enqueue_many(long_experience(settings, 80))
+    catalog = population.ledger.catalog
     controller = start(population)
     num_pins = 0
     for wave in range(NUM_WAVES):
@@ -80,8 +81,8 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
                 (f"user-{n}", state.revision)
                 for n in range(NUM_USERS)
                 for adapter in [population.ledger.adapter(f"user-{n}")]
-                for state in adapter.revisions()
-                if "weights" in state.blobs and state.revision != adapter.tip
+                for state in catalog.revisions_of(adapter.pseudonym)
+                if state.is_kept and state.revision != adapter.tip
             )
             population.ledger.enqueue({forked: [Rollback(to=back)]})
         assert controller.run_once() is not None
@@ -92,20 +93,20 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
     num_same = 0
     for number in range(NUM_USERS):
         adapter = population.ledger.adapter(f"user-{number}")
-        kept = [state.revision for state in adapter.revisions() if "weights" in state.blobs]
+        kept = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept]
         found = replay(population, f"user-{number}")
         assert [item.revision for item in found] == kept
         assert {item.outcome for item in found} == {SAME}, found
         num_same += len(found)
-        dropped = [state.revision for state in adapter.revisions() if "weights" not in state.blobs]
+        dropped = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if not state.is_kept]
         if dropped:
             (gone,) = replay(population, f"user-{number}", dropped[0])
             assert gone.outcome == NOT_KEPT
     routes = [
-        (adapter, route_to(adapter, state.revision, lambda r, a=adapter: population.ledger.entry(a, r)))
+        (adapter, route_to(catalog, adapter, state.revision, lambda r, a=adapter: population.ledger.entry(a, r)))
         for adapter in (population.ledger.adapter(f"user-{n}") for n in range(NUM_USERS))
-        for state in adapter.revisions()
-        if "weights" in state.blobs
+        for state in catalog.revisions_of(adapter.pseudonym)
+        if state.is_kept
     ]
     assert all(isinstance(route, Route) for _, route in routes)
     # Among them are routes from a pinned tip with its moments, and updates that restarted with moments at zero.

@@ -105,7 +105,7 @@ def test_a_wave_is_a_signed_in_toto_statement_with_slsa_provenance(history: Hist
     definition = payload["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["algorithm"] == "grpo"
     parent = next(item for item in definition["resolvedDependencies"] if item["name"] == f"{P1}@2#parent")
-    assert parent["digest"]["sha256"] == catalog.require(P1).revision(1).blobs["weights"].sha256
+    assert parent["digest"]["sha256"] == catalog.revision_of(P1, 1).blobs["weights"].sha256
     assert [signature["keyid"] for signature in json.loads(sealed)["signatures"]] == [history.root_key.keyid]
     places = manifest.revisions[0].blobs
     request = BlobRequest(pseudonym=P1, revision=2, part="weights", place=places["weights"])
@@ -232,9 +232,9 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
 
     add(Attempt(wave="w1", num_adapters=2, adapters={P1: [event(1)], name_of("p2"): [event(2)]}))
     history.commit(owner, catalog, "p1")
-    assert list(catalog.unfinished[0]) == [name_of("p2")]
+    assert list(catalog.attempts.unfinished[0]) == [name_of("p2")]
     add(Settled(pseudonym=name_of("p2"), events=[SettledEvent(event=event(2), reason="no signal")], consumed=(2, 0)))
-    assert not catalog.unfinished
+    assert not catalog.attempts.unfinished
     add(Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r"))
     catalog.apply(*owner.commit_wave("w2", [history.draft(catalog, "p1", at=60)], **FIXED))
     add(Verdict(pseudonym=P1, decision="rollback", judged=1, tip=1, serving=1, reason="r", command="c1"))
@@ -242,13 +242,13 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
     for found in (catalog, history.open()[1]):
         adapter = found.require(P1)
         assert (adapter.tip, adapter.serving, adapter.next_revision) == (1, 1, 3)
-        assert adapter.lineage(2) == [2, 1, 0]
+        assert found.lineage_of(P1, 2) == [2, 1, 0]
         assert adapter.consumed == (60, 0), "positions never move back"
-        assert adapter.revision(1).is_promoted and not adapter.revision(2).is_promoted
-        assert [note.decision for note in adapter.notes()] == ["promote", "rollback"]
-        assert adapter.spec == {"rank": 4} and adapter.revision(1).experts == (0, 2)
+        assert found.revision_of(P1, 1).is_promoted and not found.revision_of(P1, 2).is_promoted
+        assert [note.decision for note in found.notes_of(P1)] == ["promote", "rollback"]
+        assert adapter.spec == {"rank": 4} and found.revision_of(P1, 1).experts == (0, 2)
         assert found.obeyed == {(P1, "c1")}
-        assert list(found.unfinished[0]) == [P1]
+        assert list(found.attempts.unfinished[0]) == [P1]
         assert found.owned[0] and found.num_settled[0] == 3
         assert found.changed_since(0, 5) == [P1]
         assert found.revisions_using(0, 60) == [(P1, 2)] and found.revisions_using(0, 1) == [(P1, 1)]
@@ -298,17 +298,17 @@ def state_of(catalog: Catalog) -> object:
                 adapter.serving,
                 adapter.next_revision,
                 adapter.consumed,
-                adapter.revisions(),
-                adapter.notes(),
+                catalog.revisions_of(adapter.pseudonym),
+                catalog.notes_of(adapter.pseudonym),
             )
             for adapter in sorted(catalog, key=lambda adapter: adapter.pseudonym)
         ],
         catalog.forgotten(),
         catalog.obeyed,
         catalog.num_settled,
-        catalog.unfinished,
-        catalog.tries,
-        catalog.failures,
+        catalog.attempts.unfinished,
+        catalog.attempts.tries,
+        catalog.attempts.failures,
         catalog.compactions,
         catalog.owned,
     )
@@ -406,7 +406,7 @@ def test_partitions_are_checkpointed_apart_and_loaded_together(tmp_path: Path) -
     rows = both.in_partition(1)
     assert both.pseudonyms(rows) == both.pseudonyms(both.in_partition(0))
     assert [both.state(int(row)).tip for row in rows] == [1, 2, 0]
-    assert both.state(int(rows[1])).revision(2).is_promoted
+    assert both.revision_of(both.state(int(rows[1])).pseudonym, 2).is_promoted
 
 
 # Retention and garbage.
@@ -429,22 +429,24 @@ def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(histo
     kept = {"p1": [1, 2, 5, 6], "p2": [5, 6]}
     for found in (catalog, history.open()[1]):
         for user, revisions in kept.items():
-            adapter = found.require(name_of(user))
-            assert [state.revision for state in adapter.revisions() if "weights" in state.blobs] == revisions
-            assert [s.revision for s in adapter.revisions() if "moments" in s.blobs] == (
+            assert [state.revision for state in found.revisions_of(name_of(user)) if state.is_kept] == revisions
+            assert [s.revision for s in found.revisions_of(name_of(user)) if "moments" in s.blobs] == (
                 [1, 6] if user == "p1" else [6]
             )
             requests = [
                 BlobRequest(
-                    pseudonym=name_of(user), revision=n, part="weights", place=adapter.revision(n).blobs["weights"]
+                    pseudonym=name_of(user),
+                    revision=n,
+                    part="weights",
+                    place=found.revision_of(name_of(user), n).blobs["weights"],
                 )
                 for n in revisions
             ]
             views = load_wave(history.store, history.keys(), requests)
             assert [bytes(view) for view in views] == [b"turn %d" % (n - 1) for n in revisions]
-            assert adapter.lineage(6)[-1] == 0
+            assert found.lineage_of(name_of(user), 6)[-1] == 0
         with pytest.raises(InvalidInput, match="dropped by the retention rule; still there: \\[0, 1, 2, 5, 6\\]"):
-            found.require(P1).require(3)
+            found.loadable(found.require(P1), 3)
     assert report.num_dropped > 0 and report.num_packs_deleted > 0
     left = set(history.store.list("pop/packs/0"))
     assert left == catalog.referenced_packs(0) and len(left & packs) < len(packs)

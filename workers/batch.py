@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.log.loading import BlobRequest
 from populace.storage.log.pack import BlobPlace
 from populace.storage.objects.counted import Calls
@@ -326,3 +327,19 @@ def _from_npy(body: object) -> ExpertIds | None:
         return None
     ids: ExpertIds = np.load(io.BytesIO(body), allow_pickle=False)  # type: ignore[arg-type]
     return ids
+
+
+def revision_ref(adapter: AdapterState, state: RevisionState | None) -> AdapterRef:
+    """How workers find the bytes of an adapter's revision; None: of revision 0, which has none."""
+    key = AdapterKey(adapter.pseudonym, 0 if state is None else state.revision)
+    spec = AdapterSpec.from_dict(adapter.spec)
+    if state is None:
+        return AdapterRef(key=key, spec=spec, seed=adapter.seed)
+    return AdapterRef(
+        key=key,
+        spec=spec,
+        seed=adapter.seed,
+        weights=state.blobs["weights"],
+        moments=state.blobs.get("moments"),
+        experts=state.experts,
+    )

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from populace.storage.canonical import canonical_json
+from populace.storage.catalog.attempts import Tries
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.columns import Names, Rows, ragged
 from populace.storage.errors import AlreadyExists, Damaged, ObjectNotFound
 from populace.storage.log.manifest import event_from_json
 from populace.storage.log.owner import Owner
 from populace.storage.log.reader import RevisionLogReader
-from populace.storage.log.records import Checkpoint, Compaction, Tries
+from populace.storage.log.records import Checkpoint, Compaction
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +116,18 @@ def dump(catalog: Catalog, partition: int) -> bytes:
         "owned": catalog.owned.get(partition, False),
         "unfinished": {
             "adapters": {
-                name: [asdict(ref) for ref in refs] for name, refs in catalog.unfinished.get(partition, {}).items()
+                name: [asdict(ref) for ref in refs]
+                for name, refs in catalog.attempts.unfinished.get(partition, {}).items()
             }
         },
         "compaction": asdict(catalog.compactions[partition]) if partition in catalog.compactions else None,
         "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in mine),
-        "tries": {name: asdict(tries) for name, tries in catalog.tries.items() if name in mine},
-        "failures": {name: [asdict(ref), count] for name, (ref, count) in catalog.failures.items() if name in mine},
+        "tries": {name: asdict(tries) for name, tries in catalog.attempts.tries.items() if name in mine},
+        "failures": {
+            name: [asdict(tries.event), tries.count]
+            for name, tries in catalog.attempts.failures.items()
+            if name in mine
+        },
         "num_settled": catalog.num_settled.get(partition, 0),
     }
     table = pa.table(columns).replace_schema_metadata({"populace": canonical_json(state)})
@@ -160,11 +166,11 @@ def load(catalog: Catalog, partition: int, body: bytes) -> None:
     catalog.num_settled[partition] = state["num_settled"]
     catalog.owned[partition] = state["owned"]
     for name, tries in state.get("tries", {}).items():
-        catalog.tries[name] = Tries(**{**tries, "event": event_from_json(tries["event"])})
+        catalog.attempts.tries[name] = Tries(**{**tries, "event": event_from_json(tries["event"])})
     for name, (ref, count) in state.get("failures", {}).items():
-        catalog.failures[name] = (event_from_json(ref), count)
+        catalog.attempts.failures[name] = Tries(event=event_from_json(ref), count=count)
     if (tried := state["unfinished"]) is not None and tried["adapters"]:
-        catalog.unfinished[partition] = {
+        catalog.attempts.unfinished[partition] = {
             name: [event_from_json(ref) for ref in refs] for name, refs in tried["adapters"].items()
         }
     if state.get("compaction") is not None:

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from populace.storage.catalog.catalog import BARE, DECISIONS, DROPPED, FORGOTTEN, PINNED, PROMOTED, Catalog
+from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.columns import Rows, ragged
+from populace.storage.catalog.tables import BARE, DECISIONS, DROPPED, FORGOTTEN, PINNED, PROMOTED
 from populace.storage.errors import InvalidInput
 
 

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.storage.catalog.catalog import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, Catalog
+from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.columns import Rows, ragged
+from populace.storage.catalog.tables import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED
 from populace.storage.errors import ObjectNotFound
 from populace.storage.log.owner import Owner
 from populace.storage.log.pack import build_pack

@@ -91,17 +91,6 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tries:
-    """Attempts of one event that no outcome has followed: all but one that may be under way died."""
-
-    event: EventRef
-    """The first of the user's events that were tried."""
-    count: int
-    is_alone: bool
-    """Whether the last attempt was of this event alone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RevisionEntry:
     """One new revision inside a wave record."""
 

@@ -101,7 +101,7 @@ class Population:
         return [
             BlobRequest(
                 pseudonym=state.pseudonym, revision=state.tip, part="weights",
-                place=state.revision(state.tip).blobs["weights"],
+                place=self.catalog.revision_of(state.pseudonym, state.tip).blobs["weights"],
             )
             for state in states
         ]  # fmt: skip
