@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from populace.population.client import Population
-    from populace.population.experience import Demonstration, Task, Trajectory
+    from populace.population.experience.events import Demonstration, Task, Trajectory
 
 __all__ = ["Demonstration", "Population", "Task", "Trajectory"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return Population
     if name in __all__:
-        from populace.population import experience
+        from populace.population.experience import events as experience
 
         return getattr(experience, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

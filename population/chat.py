@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from transformers import AutoTokenizer
 
-from populace.population.experience import Messages, messages_of
+from populace.population.experience.events import Messages, messages_of
 from populace.workers.batch import Ints
 
 

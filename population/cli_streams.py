@@ -30,8 +30,8 @@ def enqueue(
 ) -> None:
     """Make a file's experience durable. Needs no running trainer; the same file again changes nothing."""
     from populace.configs.load import load_settings
-    from populace.population.producer import Producer
-    from populace.population.readers import enqueue_file, num_rows
+    from populace.population.experience.files import enqueue_file, num_rows
+    from populace.population.experience.producer import Producer
 
     rewards = None if config is None else load_settings(config).rewards.functions
     opened, meta = find_population(store, name)

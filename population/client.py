@@ -17,12 +17,12 @@ from typing import Any
 
 from populace.configs.schema import RolloutSettings, Settings, problems
 from populace.population.chat import Chat
-from populace.population.consumer import Reading
-from populace.population.experience import Command, Forget, LogEvent, Messages, Pin, Rollback, check_prompt, check_user
+from populace.population.experience.checks import check_prompt, check_user
+from populace.population.experience.consumer import Reading
+from populace.population.experience.events import Command, Forget, LogEvent, Messages, Pin, Rollback, estimate_tokens
+from populace.population.experience.producer import Producer
+from populace.population.experience.segments import partition_of
 from populace.population.ledger import Ledger
-from populace.population.producer import Producer
-from populace.population.stream import partition_of
-from populace.population.trials import estimate_tokens
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.repack import RepackReport, RetentionRule
 from populace.storage.catalog.states import AdapterState, Note, RevisionState

@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from populace.population.evaluation import VerdictPolicy, verdict
+from populace.population.experience.sealing import LoggedEvent
 from populace.population.ledger import Ledger
 from populace.population.prepare import task_request
 from populace.population.rewards import Reply
-from populace.population.stream import LoggedEvent
 from populace.population.trials import Trials, task_of
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import Verdict

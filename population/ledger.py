@@ -20,8 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from populace.population.consumer import Consumer, Reading, SegmentCache
-from populace.population.experience import Forget, LogEvent, Pin, Rollback
+from populace.population.experience.consumer import Consumer, Reading
+from populace.population.experience.events import Forget, LogEvent, Pin, Rollback
+from populace.population.experience.pending import PendingIndex
+from populace.population.experience.producer import Producer
+from populace.population.experience.sealing import LoggedEvent
+from populace.population.experience.segments import partition_of
+from populace.population.experience.snapshot import SegmentCache
 from populace.population.partitions import (
     HEARTBEAT_S,
     Heartbeat,
@@ -31,9 +36,6 @@ from populace.population.partitions import (
     share_out,
     stop_key,
 )
-from populace.population.pending import PendingIndex
-from populace.population.producer import Producer
-from populace.population.stream import LoggedEvent, partition_of
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.checkpoint import restore, write_checkpoint
 from populace.storage.catalog.repack import RepackReport, RetentionRule, repack

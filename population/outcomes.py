@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from populace.population.experience.sealing import LoggedEvent
 from populace.population.prepare import Prepared
 from populace.population.scheduler import WaveMember
-from populace.population.stream import LoggedEvent
 from populace.storage.catalog.attempts import Tries
 from populace.storage.log.records import EventRef, Failed, Position, Settled, SettledEvent
 from populace.workers.batch import TrainGroup

@@ -9,9 +9,9 @@ import numpy as np
 
 from populace.configs.schema import TrainSettings
 from populace.population.chat import Chat
-from populace.population.experience import Demonstration, LogEvent, Task, Trajectory
+from populace.population.experience.events import Demonstration, LogEvent, Task, Trajectory
+from populace.population.experience.sealing import LoggedEvent
 from populace.population.scheduler import WaveMember
-from populace.population.stream import LoggedEvent
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import SettledEvent
 from populace.workers.batch import (

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from populace.population.experience import MAX_REWARD
+from populace.population.experience.checks import MAX_REWARD
 from populace.storage.errors import InvalidInput
 
 START_GRACE_S = 30.0

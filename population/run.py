@@ -20,8 +20,8 @@ from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
+from populace.population.experience.gateway import Gateway
 from populace.population.figures import Beacon
-from populace.population.gateway import Gateway
 from populace.population.live import View, Views
 from populace.population.metrics import RayMetrics
 from populace.population.report import write_report

@@ -22,32 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from populace.configs.schema import SchedulerSettings
-from populace.population.experience import UserId
-from populace.population.stream import LoggedEvent
+from populace.population.experience.events import UserId
+from populace.population.experience.pending import Candidates, Floats
+from populace.population.experience.sealing import LoggedEvent
 from populace.storage.log.records import Position, SettledEvent
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """Everybody who may be in the next wave: rows of columns that hold others too."""
-
-    row_U: NDArray[np.int64]
-    since: Floats
-    """Seconds; when the user got in line."""
-    num_events: NDArray[np.uint32]
-    """To be trained on."""
-    tokens: NDArray[np.uint32]
-    """Of the next update, estimated."""
-    tenant: NDArray[np.uint16]
-    rank: NDArray[np.uint32]
-    """Of the adapter, or of the one that the user will get."""
-    is_hot: NDArray[np.bool_]
-    updated: Floats
-    """Seconds; the last update, minus infinity for none."""
-    load_bytes_per_rank: float = 0.0
-    """What an adapter that isn't hot costs to page in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from populace.configs.schema import Settings
-from populace.population.scheduler import Budget, Candidates, Policy, Served, form_wave
+from populace.population.experience.pending import Candidates
+from populace.population.scheduler import Budget, Policy, Served, form_wave
 from populace.storage.errors import InvalidInput
 from populace.storage.lru import Tier
 

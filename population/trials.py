@@ -10,11 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
-from populace.configs.schema import RolloutSettings, Settings
+from populace.configs.schema import Settings
 from populace.population.chat import Chat
-from populace.population.experience import LogEvent, Task, messages_of
+from populace.population.experience.events import Task, messages_of
+from populace.population.experience.sealing import LoggedEvent
 from populace.population.rewards import Reply, RewardOutcome, RewardRequest
-from populace.population.stream import LoggedEvent
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
@@ -28,6 +28,7 @@ from populace.workers.batch import (
 from populace.workers.layout import BaseDims
 
 Score = Callable[[Sequence[RewardRequest], float], list[RewardOutcome]]
+
 Rollout = tuple[RolloutGroup, tuple[Floats, ...]]
 """A group and its samples' log-probabilities under the base."""
 
@@ -45,15 +46,6 @@ class Workers(Protocol):
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]: ...
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]: ...
     def train_wave(self, batch: WaveBatch) -> StepResult: ...
-
-
-def estimate_tokens(event: LogEvent, rollout: RolloutSettings) -> int:
-    """What an event costs, about: three bytes of text are a token; a task's samples share its prompt."""
-    prompt = getattr(event, "prompt", "")
-    num_bytes = sum(len(message["content"].encode()) for message in messages_of(prompt)) if prompt else 0
-    num_bytes += len(getattr(event, "completion", "").encode())
-    samples = rollout.samples_per_task * rollout.max_new_tokens if isinstance(event, Task) else 0
-    return num_bytes // 3 + 1 + samples
 
 
 class Trials:

@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from populace.population.client import Population
-from populace.population.experience import Command
-from populace.population.stream import ExperienceLog, partition_of
+from populace.population.experience.events import Command
+from populace.population.experience.log import ExperienceLog
+from populace.population.experience.segments import partition_of
 from populace.storage.log.reader import RevisionLogReader
 from populace.storage.log.records import Settled, WaveManifest, parts_of
 

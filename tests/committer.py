@@ -7,7 +7,7 @@ import os
 import random
 from pathlib import Path
 
-from populace.population.stream import ExperienceLog
+from populace.population.experience.log import ExperienceLog
 from populace.storage.catalog.checkpoint import write_checkpoint
 from populace.storage.catalog.repack import RetentionRule, repack
 from populace.storage.objects.open import open_store

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from populace.population.experience import Demonstration, LogEvent, Task, Trajectory
+from populace.population.experience.events import Demonstration, LogEvent, Task, Trajectory
 
 ROOT = Path(__file__).parent.parent
 POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
@@ -54,7 +54,7 @@ def event_at(number: int, seed: int, num_users: int) -> tuple[str, LogEvent]:
 
 def produce(url: str, name: str, way: str, journal: Path, rate: float, seed: int, num_users: int) -> None:
     """Send for ever; a line of the journal is the number of events acknowledged so far."""
-    from populace.population.producer import Producer
+    from populace.population.experience.producer import Producer
     from populace.storage.errors import PopulaceError
 
     sent = int(journal.read_text().split()[-1]) if journal.exists() and journal.read_text().split() else 0
@@ -79,7 +79,7 @@ def produce(url: str, name: str, way: str, journal: Path, rate: float, seed: int
 def _gateway(url: str, name: str) -> Any:
     import ray
 
-    from populace.population.gateway import Gateway
+    from populace.population.experience.gateway import Gateway
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from populace.population.experience import Demonstration, Forget, Task
+from populace.population.experience.events import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.identity import PopulationMeta

@@ -13,7 +13,7 @@ from populace.configs.load import load_settings
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
-from populace.population.experience import Task
+from populace.population.experience.events import Task
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring
 from populace.storage.objects.contract import ObjectStore

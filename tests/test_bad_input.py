@@ -11,7 +11,7 @@ import pytest
 from populace.configs.load import load_settings
 from populace.configs.schema import BaseSettings, Settings
 from populace.population.client import Population
-from populace.population.experience import Demonstration, Rollback, Task, Trajectory
+from populace.population.experience.events import Demonstration, Rollback, Task, Trajectory
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.open import open_store

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from populace.configs.schema import Settings
 from populace.population.client import Population
-from populace.population.consumer import EventMemory
 from populace.population.controller import Controller
-from populace.population.experience import Demonstration, LogEvent, Task
+from populace.population.experience.events import Demonstration, LogEvent, Task
+from populace.population.experience.log import ExperienceLog
+from populace.population.experience.memory import EventMemory
+from populace.population.experience.pending import CLASH, HELD, PENDING, PendingIndex
+from populace.population.experience.segments import partition_of
 from populace.population.ledger import Ledger
-from populace.population.pending import CLASH, HELD, PENDING, PendingIndex
-from populace.population.stream import ExperienceLog, partition_of
 from populace.storage.errors import Damaged, StoreUnavailable
 from populace.storage.log.records import Compaction
 from populace.storage.objects.cloud import MemoryStore

@@ -14,7 +14,7 @@ from populace.configs.schema import EvaluationSettings, Settings
 from populace.population.cli import app
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.experience import Demonstration, Rollback, Task, Trajectory
+from populace.population.experience.events import Demonstration, Rollback, Task, Trajectory
 from populace.storage.errors import Fenced, InvalidInput, OwnerAlive
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.open import open_store

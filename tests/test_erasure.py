@@ -16,7 +16,7 @@ from populace.configs.schema import Settings
 from populace.population.cli import app
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.experience import Demonstration, Forget, Task
+from populace.population.experience.events import Demonstration, Forget, Task
 from populace.population.ledger import Ledger
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import Forgotten, InvalidInput

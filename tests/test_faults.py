@@ -18,7 +18,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from populace.population.stream import ExperienceLog
+from populace.population.experience.log import ExperienceLog
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.checkpoint import restore, write_checkpoint
 from populace.storage.catalog.repack import RetentionRule, collect_garbage, repack
@@ -362,8 +362,8 @@ def test_every_flipped_byte_of_a_users_key_is_detected(history: History) -> None
 
 
 def test_every_flipped_byte_of_an_experience_segment_is_detected(tmp_path: Path) -> None:
-    from populace.population.experience import Demonstration, event_bytes
-    from populace.population.stream import Seals
+    from populace.population.experience.events import Demonstration, event_bytes
+    from populace.population.experience.sealing import Seals
 
     history = History(MemoryStore(), tmp_path)
     keys = history.keys()

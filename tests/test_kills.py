@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from populace.population.stream import ExperienceLog
+from populace.population.experience.log import ExperienceLog
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import WaveManifest

@@ -18,7 +18,7 @@ import yaml
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.experience import Task
+from populace.population.experience.events import Task
 from populace.population.figures import Beacon, ControllerFigures, SeenController, controllers_of
 from populace.population.live import LogView, View, Views
 from populace.population.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from populace.population.client import Population
-from populace.population.experience import Task
+from populace.population.experience.events import Task
 from populace.population.figures import controllers_of
 from populace.population.metrics import METRICS
 from populace.storage.objects.open import open_store

@@ -12,7 +12,7 @@ import pytest
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.experience import Demonstration
+from populace.population.experience.events import Demonstration
 from populace.storage.errors import Fenced, OutcomeUnknown, StoreUnavailable
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.objects.cloud import MemoryStore

@@ -14,8 +14,8 @@ import torch
 from populace.configs.load import load_settings
 from populace.configs.schema import Settings
 from populace.population.evaluation import VerdictPolicy, verdict
-from populace.population.experience import is_held_out
-from populace.population.stream import partition_of
+from populace.population.experience.events import is_held_out
+from populace.population.experience.segments import partition_of
 from populace.storage.catalog.states import AdapterState
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
 from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
@@ -173,7 +173,7 @@ ALLOWED = {
 MAY_IMPORT_RAY = {
     "workers/shard.py",
     "workers/group.py",
-    "population/gateway.py",
+    "population/experience/gateway.py",
     "population/metrics.py",
     "population/page.py",
     "population/rewards.py",

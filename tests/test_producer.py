@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from populace.configs.schema import StreamSettings
-from populace.population.experience import Demonstration
+from populace.population.experience.events import Demonstration
+from populace.population.experience.log import ExperienceLog
+from populace.population.experience.producer import Producer
 from populace.population.ledger import Ledger
-from populace.population.producer import Producer
-from populace.population.stream import ExperienceLog
 from populace.storage.errors import Forgotten, InvalidInput, OutcomeUnknown, Overloaded
 from populace.storage.identity import PopulationMeta
 from populace.storage.objects.cloud import MemoryStore
@@ -201,7 +201,7 @@ def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_wo
         create(key, body)
 
     store.create = fail  # type: ignore[method-assign]
-    monkeypatch.setattr("populace.population.stream.MAX_UNKNOWN", 1)
+    monkeypatch.setattr("populace.population.experience.log.MAX_UNKNOWN", 1)
     with pytest.raises(OutcomeUnknown, match="send them again with the same"):
         producer.enqueue("ada", [event(2)])
     store.create = create  # type: ignore[method-assign]

@@ -18,8 +18,8 @@ import ray
 from populace.configs.load import load_settings
 from populace.configs.schema import StreamSettings
 from populace.population.client import Population
-from populace.population.experience import Demonstration, Task
-from populace.population.gateway import Gateway
+from populace.population.experience.events import Demonstration, Task
+from populace.population.experience.gateway import Gateway
 from populace.population.ledger import Ledger
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from populace.population.cli import app
+from populace.population.experience.files import COLUMNS, enqueue_file, event_from_row, read_rows
+from populace.population.experience.producer import Producer
 from populace.population.ledger import Ledger
-from populace.population.producer import Producer
-from populace.population.readers import COLUMNS, enqueue_file, event_from_row, read_rows
 from populace.storage.errors import InvalidInput
 from populace.storage.identity import PopulationMeta
 from populace.storage.objects.files import FileStore

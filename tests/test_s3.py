@@ -17,7 +17,7 @@ import pytest
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.experience import Demonstration
+from populace.population.experience.events import Demonstration
 from populace.population.export import export_peft, share_export
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.parquet import export_catalog

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from populace.configs.schema import SchedulerSettings, Settings, TenantSettings
-from populace.population.scheduler import Budget, Candidates, Choice, Policy, Served, form_wave, policy_of
+from populace.population.experience.pending import Candidates
+from populace.population.scheduler import Budget, Choice, Policy, Served, form_wave, policy_of
 from populace.population.simulate import Load, jain, simulate
 from populace.storage.errors import InvalidInput
 

@@ -44,14 +44,14 @@ from populace.configs.schema import (
 from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
-from populace.population.experience import LogEvent, Task, Trajectory
-from populace.population.gateway import Gateway
-from populace.population.pending import PendingIndex
-from populace.population.producer import Producer
+from populace.population.experience.events import LogEvent, Task, Trajectory
+from populace.population.experience.gateway import Gateway
+from populace.population.experience.log import ExperienceLog
+from populace.population.experience.pending import PendingIndex
+from populace.population.experience.producer import Producer
 from populace.population.rewards import score_on_ray
 from populace.population.scheduler import Budget, Policy, Served, form_wave, policy_of
 from populace.population.simulate import Load, simulate
-from populace.population.stream import ExperienceLog
 from populace.storage.keys.keyring import Keyring
 from populace.storage.lru import Tier
 from populace.storage.objects.bucket import Bucket
@@ -126,7 +126,7 @@ def race(
     target: Callable[..., None], where: str, num_processes: int, batch: int
 ) -> list[tuple[int, list[float], float]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["populace.population.producer", "tests.benchmarks.streams"])
+    context.set_forkserver_preload(["populace.population.experience.producer", "tests.benchmarks.streams"])
     barrier, results = context.Barrier(num_processes), context.Queue()
     processes = [
         context.Process(target=target, args=(where, sender, batch, barrier, results)) for sender in range(num_processes)

@@ -16,130 +16,24 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from populace.population.experience import Command, LogEvent, Task, UserId, is_held_out
-from populace.population.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
-from populace.population.stream import (
-    ExperienceLog,
-    LoggedEvent,
-    Row,
-    Seals,
-    checked,
-    decode_rows,
-    enqueued_at,
-    with_digest,
-)
+from populace.population.experience.events import Command, LogEvent, Task, UserId, is_held_out
+from populace.population.experience.log import ExperienceLog
+from populace.population.experience.memory import EventMemory
+from populace.population.experience.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
+from populace.population.experience.sealing import LoggedEvent, Seals
+from populace.population.experience.segments import checked, decode_rows, enqueued_at, with_digest
+from populace.population.experience.snapshot import Payload, SegmentCache, Snapshot, payload_at, _row
 from populace.storage.catalog.catalog import Catalog
-from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.identity import PopulationMeta
 from populace.storage.log.records import Compaction, Position
-from populace.storage.lru import Tier
 
 logger = logging.getLogger(__name__)
 
-HORIZON = 1 << 20
-"""Event ids of a partition that are remembered at least: repetitions fall out as long as no more events came between.
-Integer ids need no memory: they fall out for ever."""
 COMMAND = 5
 """State of a command in a snapshot; beside those of `pending.py`."""
-
-_OVERHEAD_BYTES = 300
-"""Of a cached segment besides its bytes."""
-
-Payload = tuple[str, str, bytes]
-"""Pseudonym, tag, sealed."""
-
-
-class EventMemory:
-    """Which event ids came lately, with what content; and the highest integer id of every user who uses integers.
-
-    Two generations of `horizon` ids: when one is full, the older one goes."""
-
-    def __init__(self, horizon: int = HORIZON) -> None:
-        self.horizon = horizon
-        self._generations = [_Generation(), _Generation()]
-        self._highest: dict[tuple[int, int], int] = {}
-        self.has_forgotten = False
-        """Whether ids ever fell out of the memory."""
-
-    def find(self, tags: Sequence[str]) -> NDArray[np.uint64]:
-        """For each tag the first half of the digest it came with; 0 for those that aren't remembered."""
-        high, low = halves_of(tags)
-        found = np.zeros(len(high), np.uint64)
-        for generation in self._generations:
-            rows = generation.index.find(high, low)
-            there = rows >= 0
-            found[there] = generation.table["digest"][rows[there]]
-        return found
-
-    def add(self, tags: Sequence[str], digests: Sequence[int]) -> None:
-        """Remember new ids."""
-        high, low = halves_of(tags)
-        self._generations[0].add(high, low, np.array(digests, np.uint64))
-        if self._generations[0].table.size >= self.horizon:
-            self.has_forgotten |= self._generations[1].table.size > 0
-            self._generations = [_Generation(), self._generations[0]]
-
-    def highest(self, pseudonym: str) -> int:
-        return self._highest.get(_key(pseudonym), -1)
-
-    def raise_highest(self, pseudonym: str, number: int) -> None:
-        self._highest[_key(pseudonym)] = number
-
-    def dump(self) -> list[pa.Table]:
-        tables = []
-        for generation in self._generations:
-            columns = {name: pa.array(generation.table[name]) for name in ("high", "low", "digest")}
-            metadata = {"has_forgotten": str(int(self.has_forgotten))}
-            tables.append(pa.table(columns).replace_schema_metadata(metadata))
-        keys = np.array(list(self._highest), np.uint64).reshape(-1, 2)
-        highest = pa.array(list(self._highest.values()), pa.int64())
-        return [*tables, pa.table({"high": pa.array(keys[:, 0]), "low": pa.array(keys[:, 1]), "highest": highest})]
-
-    @staticmethod
-    def load(tables: Sequence[pa.Table], horizon: int = HORIZON) -> EventMemory:
-        memory = EventMemory(horizon)
-        for generation, table in zip(memory._generations, tables[:2], strict=True):
-            generation.add(*(table.column(name).to_numpy() for name in ("high", "low", "digest")))
-        memory.has_forgotten = tables[0].schema.metadata[b"has_forgotten"] == b"1"
-        keys = zip(*(tables[2].column(name).to_pylist() for name in ("high", "low")), strict=True)
-        memory._highest = dict(zip(keys, tables[2].column("highest").to_pylist(), strict=True))
-        return memory
-
-
-class _Generation:
-    def __init__(self) -> None:
-        self.index, self.table = Index(), Table(high="u8", low="u8", digest="u8")
-
-    def add(self, high: NDArray[np.uint64], low: NDArray[np.uint64], digest: NDArray[np.uint64]) -> None:
-        if len(high):
-            first = self.table.append(len(high), high=high, low=low, digest=digest)
-            self.index.add(high, low, np.arange(first, first + len(high)))
-
-
-def _key(pseudonym: str) -> tuple[int, int]:
-    return int(pseudonym[:16], 16), int(pseudonym[16:], 16)
-
-
-class SegmentCache:
-    """The newest segments read, up to a number of bytes: a wave mostly takes what has just come in. As they are stored,
-    because an Arrow table of a few rows takes several times the memory."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._segments = Tier[tuple[int, int]](max_bytes)
-        self._bodies: dict[tuple[int, int], bytes] = {}
-
-    def put(self, partition: int, segment: int, body: bytes) -> None:
-        self._bodies[partition, segment] = body
-        for gone in self._segments.put((partition, segment), len(body) + _OVERHEAD_BYTES):
-            del self._bodies[gone]
-
-    def get(self, partition: int, segment: int) -> bytes | None:
-        return self._bodies.get((partition, segment))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +99,7 @@ class Consumer:
         events = {}
         for position, payload in self._payloads(positions, catalog).items():
             with contextlib.suppress(Forgotten):
-                events[position] = self.seals.open(_row(*payload), position)
+                events[position] = self.seals.open(row_from(*payload), position)
         return events
 
     def forget(self, pseudonym: str) -> None:
@@ -282,7 +176,7 @@ class Consumer:
                 body = self.log.log.store.get(key)
                 self.cache.put(self.partition, segment, body)
             table = decode_rows(key, body)
-            found |= {(segment, row): _payload_at(table, row) for row in rows}
+            found |= {(segment, row): payload_at(table, row) for row in rows}
         return found
 
     def _read_snapshot(self, compaction: Compaction) -> Snapshot:
@@ -307,7 +201,7 @@ class Consumer:
             if catalog.is_forgotten(name):
                 continue
             if state == COMMAND:
-                logged = self._open(_row(*_payload_at(table, number)), position)
+                logged = self._open(row_from(*payload_at(table, number)), position)
                 if logged is not None and (name, logged.ref.tag) not in catalog.obeyed:
                     self.commands.append(logged)
             elif state == HELD or position > consumed[name]:
@@ -384,30 +278,3 @@ class Consumer:
         except (Damaged, ObjectNotFound) as error:  # of one user; everybody else goes on
             logger.error("%s, row %d, is passed over: %s", self.log.log.key(position[0]), position[1], error)
             return None
-
-
-class Snapshot:
-    """What a compaction kept, by position."""
-
-    def __init__(self, compaction: Compaction, tables: list[pa.Table]) -> None:
-        self.compaction, self.tables = compaction, tables
-        self._places = _packed(tables[0].column("segment").to_numpy(), tables[0].column("row").to_numpy())
-
-    def payload(self, position: Position) -> Payload:
-        place = _packed(np.array([position[0]]), np.array([position[1]]))[0]
-        number = int(np.searchsorted(self._places, place))
-        assert number < len(self._places) and self._places[number] == place, f"{position} is not in the snapshot"
-        return _payload_at(self.tables[0], number)
-
-
-def _packed(segment: NDArray[np.integer], row: NDArray[np.integer]) -> NDArray[np.uint64]:
-    return (segment.astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64)
-
-
-def _payload_at(table: pa.Table, number: int) -> Payload:
-    pseudonym, tag, sealed = (table.column(name)[number].as_py() for name in ("pseudonym", "tag", "sealed"))
-    return pseudonym, tag, sealed
-
-
-def _row(pseudonym: str, tag: str, sealed: bytes) -> Row:
-    return {"pseudonym": pseudonym, "tag": tag, "sealed": sealed}

@@ -17,12 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from populace.population.experience import Demonstration, Experience, Task, Trajectory, check_user
-from populace.population.producer import CheckedEvent, Producer, check_events
+from populace.population.experience.checks import CheckedEvent, check_events, check_user
+from populace.population.experience.events import Demonstration, Experience, Task, Trajectory
+from populace.population.experience.producer import Producer
 from populace.storage.canonical import canonical_json
 from populace.storage.errors import InvalidInput
 
 ROWS_PER_CALL = 2048
+
 COLUMNS = {
     "user": "whose event it is",
     "kind": "task, trajectory or demonstration; follows from `reward` when it is left out",
@@ -38,11 +40,13 @@ COLUMNS = {
     "expert_ids": "of a trajectory: experts of every completion token, [token][layer][k]; -1 where unknown",
 }
 """Column -> what it holds. Columns with nothing in them count as left out."""
+
 _FIELDS = {
     "task": ("prompt", "reward", "reward_args"),
     "trajectory": ("prompt", "completion", "reward", "revision", "completion_ids", "logprobs", "expert_ids"),
     "demonstration": ("prompt", "completion"),
 }
+
 _CLASSES: dict[str, type[Any]] = {"task": Task, "trajectory": Trajectory, "demonstration": Demonstration}
 
 

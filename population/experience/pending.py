@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from populace.population.scheduler import Candidates
 from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.log.records import Position, Record, Settled, WaveManifest
 
 PENDING, CLASH, OUT_OF_ORDER, HELD = 1, 2, 3, 4
 """States of an event: to be trained on; to be settled because its id was used before with other content, or is an
 integer that doesn't increase; kept for evaluation."""
+
 REASONS = {
     CLASH: "event id reused with other content",
     OUT_OF_ORDER: "event id does not increase: integer ids of a user must",
@@ -303,3 +303,27 @@ class PendingIndex:
             users[first][user] = users[last][user] = NONE
         for name in ("num_waiting", "num_pending", "num_held", "tokens", "is_candidate"):
             users[name][user] = 0
+
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Everybody who may be in the next wave: rows of columns that hold others too."""
+
+    row_U: NDArray[np.int64]
+    since: Floats
+    """Seconds; when the user got in line."""
+    num_events: NDArray[np.uint32]
+    """To be trained on."""
+    tokens: NDArray[np.uint32]
+    """Of the next update, estimated."""
+    tenant: NDArray[np.uint16]
+    rank: NDArray[np.uint32]
+    """Of the adapter, or of the one that the user will get."""
+    is_hot: NDArray[np.bool_]
+    updated: Floats
+    """Seconds; the last update, minus infinity for none."""
+    load_bytes_per_rank: float = 0.0
+    """What an adapter that isn't hot costs to page in."""

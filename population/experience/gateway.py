@@ -21,15 +21,18 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from populace.configs.schema import StreamSettings
-from populace.population.experience import LogEvent
-from populace.population.producer import CheckedEvent, Producer, check_events
+from populace.population.experience.checks import CheckedEvent, check_events
+from populace.population.experience.events import LogEvent
+from populace.population.experience.producer import Producer
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError
 from populace.storage.keys.keyring import Keyring
 from populace.storage.objects.open import open_store
 
 NAMESPACE = "populace"
+
 MAX_CALLS = 1000
 """Calls that the actor holds at a time; more wait at their callers."""
+
 MAX_TRIES = 20
 
 Checked = Mapping[str, Sequence[CheckedEvent]]
