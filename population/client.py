@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from populace.configs.schema import RolloutSettings, Settings, problems
@@ -22,25 +22,24 @@ from populace.population.experience.consumer import Reading
 from populace.population.experience.events import Command, Forget, LogEvent, Messages, Pin, Rollback, estimate_tokens
 from populace.population.experience.producer import Producer
 from populace.population.experience.segments import partition_of
-from populace.population.ledger import Ledger
-from populace.storage.catalog.catalog import Catalog
+from populace.population.ledger.ledger import Ledger
+from populace.population.ledger.queries import (
+    ParkedEvent,
+    PopulationStatus,
+    RevisionInfo,
+    _verdicts,
+    parked_events,
+    parked_in,
+    revision_number,
+    settling_records,
+)
 from populace.storage.catalog.repack import RepackReport, RetentionRule
 from populace.storage.catalog.states import AdapterState, Note, RevisionState
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.identity import PopulationMeta, check_name, verify_digest
 from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.log.manifest import payload_of
-from populace.storage.log.reader import RevisionLogReader
-from populace.storage.log.records import (
-    Position,
-    Record,
-    Rotate,
-    Settled,
-    SettledEvent,
-    Verdict,
-    WaveManifest,
-    parts_of,
-)
+from populace.storage.log.records import Rotate, SettledEvent, Verdict
 from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
@@ -52,57 +51,6 @@ from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.prepare import PreparedBase, find_base, find_prepared
 from populace.workers.residency import ResidencyBudget
 from populace.workers.train_step import TrainerSettings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PopulationStatus:
-    """Counts over the whole population, from the logs alone."""
-
-    name: str
-    base: str
-    users: int
-    adapters: int
-    revisions: int
-    promoted: int
-    rejected: int
-    pending_events: int
-    oldest_wait_s: float
-    """Of the user who has waited longest for an update."""
-    heldout_tasks: int
-    settled_events: int
-    forgotten: int
-    """Users of whom nothing can be read any more."""
-    running: bool
-    """Whether a controller holds the partitions, or died without releasing them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RevisionInfo:
-    """One revision of one adapter."""
-
-    revision: int
-    parent: int | None
-    is_tip: bool
-    is_serving: bool
-    is_kept: bool
-    """Whether its weights are still in the store; a retention rule drops old ones."""
-    committed_at: float | None
-    """Seconds since 1970 by its controller's clock; None for revision 0, and in logs of before this was recorded."""
-    num_events: int
-    metrics: Mapping[str, float]
-    verdicts: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParkedEvent:
-    """An event that was given up, and why."""
-
-    user: str
-    position: Position
-    """Its place in the experience log of the user's partition."""
-    reason: str
-    detail: str
-    """What the user's reward said."""
 
 
 class Population:
@@ -454,30 +402,6 @@ def reading_of(settings: Settings) -> Reading:
     )
 
 
-def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> Iterator[tuple[str, SettledEvent]]:
-    """(pseudonym, event) of everything that was parked in a partition, oldest first."""
-    reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
-    for _, record in reader.read_new():
-        yield from parked_in(record)
-
-
-def settling_records(catalog: Catalog, adapter: AdapterState) -> list[int]:
-    """Numbers of the records that may have settled something of this adapter, oldest first."""
-    settled = {note.seq for note in catalog.notes_of(adapter.pseudonym) if note.decision == "settled"}
-    return sorted(settled | {state.seq for state in catalog.revisions_of(adapter.pseudonym)})
-
-
-def parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
-    """(pseudonym, event) of everything that one record parks."""
-    for record in parts_of(whole):
-        settled: list[tuple[str, SettledEvent]] = []
-        if isinstance(record, WaveManifest):
-            settled = [(entry.pseudonym, item) for entry in record.revisions for item in entry.settled]
-        elif isinstance(record, Settled):
-            settled = [(record.pseudonym, item) for item in record.events]
-        yield from ((pseudonym, item) for pseudonym, item in settled if item.reason.startswith("parked: "))
-
-
 def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     unknown = set(fields) - set(Settings.__dataclass_fields__)
     if unknown:
@@ -486,20 +410,3 @@ def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     if found := problems(settings):
         raise InvalidInput("; ".join(found))
     return settings
-
-
-def revision_number(catalog: Catalog, adapter: AdapterState, revision: int | str) -> int:
-    match revision:
-        case "serving":
-            return adapter.serving
-        case "tip":
-            return adapter.tip
-        case int():
-            return catalog.loadable(adapter, revision)
-        case _ if str(revision).isdigit():
-            return catalog.loadable(adapter, int(revision))
-    raise InvalidInput(f"revision is {revision!r}; use serving, tip or a number")
-
-
-def _verdicts(notes: Sequence[Note], revision: int) -> tuple[str, ...]:
-    return tuple(note.decision for note in notes if note.decision != "settled" and note.judged == revision)

@@ -27,7 +27,7 @@ from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.exams import Examiner
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.population.outcomes import MemberOutcome, account_for
 from populace.population.planner import PlannedWave, Planner
 from populace.population.publish import Publication, Publisher

@@ -9,7 +9,7 @@ from typing import Any
 
 from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.experience.sealing import LoggedEvent
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.population.prepare import task_request
 from populace.population.rewards import Reply
 from populace.population.trials import Trials, task_of

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from populace.population.client import Population, revision_number
-from populace.population.ledger import exports_folder
+from populace.population.client import Population
+from populace.population.ledger.commands import exports_folder
+from populace.population.ledger.queries import revision_number
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import load_wave
 from populace.workers.families import dims_of

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from populace.population.controller import Controller
+from populace.population.ledger.heartbeat import controllers_folder
 from populace.population.live import View
-from populace.population.partitions import controllers_folder
 from populace.population.wave_report import WaveReport, change_of
 from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.log.records import Tombstone, Verdict

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from populace.population.figures import controllers_of
-from populace.population.partitions import stop_key
+from populace.population.ledger.heartbeat import stop_key
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.contract import ObjectStore
 

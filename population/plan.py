@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from populace.population.partitions import HEARTBEAT_S
+from populace.population.ledger.heartbeat import HEARTBEAT_S
 from populace.storage.errors import InvalidInput
 from populace.workers.layout import BaseDims, layout_of, stored_rank
 from populace.workers.placement import is_expert, place_shards

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from populace.configs.schema import Settings
 from populace.population.chat import Chat
 from populace.population.experience.pending import PENDING, REASONS
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.population.outcomes import MAX_TRIES
 from populace.population.prepare import Prepared, prepare_member
 from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of

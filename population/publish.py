@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.population.outcomes import MemberOutcome
 from populace.population.scheduler import Wave
 from populace.storage.catalog.states import AdapterState, RevisionState

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from populace.population.experience.events import Demonstration, Forget, Task
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring

@@ -20,7 +20,7 @@ from populace.population.experience.log import ExperienceLog
 from populace.population.experience.memory import EventMemory
 from populace.population.experience.pending import CLASH, HELD, PENDING, PendingIndex
 from populace.population.experience.segments import partition_of
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.storage.errors import Damaged, StoreUnavailable
 from populace.storage.log.records import Compaction
 from populace.storage.objects.cloud import MemoryStore

@@ -17,7 +17,7 @@ from populace.population.cli import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Demonstration, Forget, Task
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import Forgotten, InvalidInput
 from populace.storage.keys.keyring import Keyring

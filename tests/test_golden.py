@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.storage.errors import Forgotten
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring

@@ -20,10 +20,10 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Task
 from populace.population.figures import Beacon, ControllerFigures, SeenController, controllers_of
+from populace.population.ledger.heartbeat import controller_key, stop_key
 from populace.population.live import LogView, View, Views
 from populace.population.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
 from populace.population.operate import stop_run
-from populace.population.partitions import controller_key, stop_key
 from populace.population.top import Watch
 from populace.population.wave_report import WaveReport
 from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, StoreUnavailable

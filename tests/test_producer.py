@@ -18,7 +18,7 @@ from populace.configs.schema import StreamSettings
 from populace.population.experience.events import Demonstration
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.producer import Producer
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.storage.errors import Forgotten, InvalidInput, OutcomeUnknown, Overloaded
 from populace.storage.identity import PopulationMeta
 from populace.storage.objects.cloud import MemoryStore

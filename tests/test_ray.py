@@ -20,7 +20,7 @@ from populace.configs.schema import StreamSettings
 from populace.population.client import Population
 from populace.population.experience.events import Demonstration, Task
 from populace.population.experience.gateway import Gateway
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.population.rewards import Reply, RewardRequest, score_on_ray
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
 from populace.storage.identity import PopulationMeta

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from populace.population.cli import app
 from populace.population.experience.files import COLUMNS, enqueue_file, event_from_row, read_rows
 from populace.population.experience.producer import Producer
-from populace.population.ledger import Ledger
+from populace.population.ledger.ledger import Ledger
 from populace.storage.errors import InvalidInput
 from populace.storage.identity import PopulationMeta
 from populace.storage.objects.files import FileStore

@@ -21,21 +21,15 @@ from dataclasses import replace
 from typing import Any
 
 from populace.population.experience.consumer import Consumer, Reading
-from populace.population.experience.events import Forget, LogEvent, Pin, Rollback
+from populace.population.experience.events import Forget, LogEvent
 from populace.population.experience.pending import PendingIndex
 from populace.population.experience.producer import Producer
 from populace.population.experience.sealing import LoggedEvent
 from populace.population.experience.segments import partition_of
 from populace.population.experience.snapshot import SegmentCache
-from populace.population.partitions import (
-    HEARTBEAT_S,
-    Heartbeat,
-    controller_key,
-    owner_key,
-    read_life,
-    share_out,
-    stop_key,
-)
+from populace.population.ledger.commands import _answer, exports_folder
+from populace.population.ledger.heartbeat import HEARTBEAT_S, Heartbeat, controller_key, owner_key, read_life, stop_key
+from populace.population.ledger.sharing import share_out
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.checkpoint import restore, write_checkpoint
 from populace.storage.catalog.repack import RepackReport, RetentionRule, repack
@@ -466,36 +460,3 @@ class Ledger:
 
     def _life(self, partition: int) -> str:
         return read_life(self.store, owner_key(self.meta.name, partition))
-
-
-def _answer(catalog: Catalog, adapter: AdapterState, logged: LoggedEvent) -> Verdict:
-    """The record that answers a command about a revision; what can't be done changes nothing and says why."""
-    event, reason, tip, serving = logged.event, "", adapter.tip, adapter.serving
-    assert isinstance(event, (Rollback, Pin))
-    target = event.to if isinstance(event, Rollback) else event.revision
-    try:
-        catalog.loadable(adapter, target)
-    except InvalidInput as error:
-        decision, reason = "refused", str(error)
-    else:
-        match event:
-            case Rollback():
-                decision, reason, tip, serving = "rollback", f"asked for revision {target}", target, target
-            case Pin(pinned=True):
-                decision, reason = "pin", "to be kept whatever the retention rule says"
-            case _:
-                decision, reason = "unpin", "under the retention rule again"
-    return Verdict(
-        pseudonym=adapter.pseudonym,
-        decision=decision,
-        judged=target,
-        tip=tip,
-        serving=serving,
-        reason=reason,
-        command=logged.ref.tag,
-    )
-
-
-def exports_folder(population: str, pseudonym: str) -> str:
-    """Where a user's shared exports lie."""
-    return f"{population}/exports/{pseudonym}"
