@@ -95,9 +95,9 @@ def simulate(
 ) -> None:
     """Try scheduler settings on synthetic users before deploying them: waits, fairness, throughput."""
     from populace.configs.load import load_settings
-    from populace.population.scheduler import policy_of
     from populace.population.simulate import Load
     from populace.population.simulate import simulate as run
+    from populace.population.waves.scheduler import policy_of
 
     settings = load_settings(config, overrides or ())
     num_tenants = 1 + len(settings.scheduler.tenants)

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from typing import Any
 
 from populace.configs.schema import RolloutSettings, Settings, problems
-from populace.population.chat import Chat
 from populace.population.experience.checks import check_prompt, check_user
 from populace.population.experience.consumer import Reading
 from populace.population.experience.events import Command, Forget, LogEvent, Messages, Pin, Rollback, estimate_tokens
@@ -33,6 +32,7 @@ from populace.population.ledger.queries import (
     revision_number,
     settling_records,
 )
+from populace.population.waves.chat import Chat
 from populace.storage.catalog.repack import RepackReport, RetentionRule
 from populace.storage.catalog.states import AdapterState, Note, RevisionState
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound, OwnerAlive

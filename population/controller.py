@@ -21,32 +21,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.exams import Examiner
 from populace.population.ledger.ledger import Ledger
-from populace.population.outcomes import MemberOutcome, account_for
-from populace.population.planner import PlannedWave, Planner
-from populace.population.publish import Publication, Publisher
-from populace.population.trials import Rollout, Score, Trials, Workers
-from populace.population.wave_report import Clock, WaveReport, report_of
+from populace.population.waves.chat import Chat
+from populace.population.waves.outcomes import account_for
+from populace.population.waves.planner import Planner
+from populace.population.waves.publisher import Publisher
+from populace.population.waves.report import Clock, WaveReport, report_of
+from populace.population.waves.rollouts import Rollout, Score, Trials, Workers
+from populace.population.waves.wave import MemberOutcome, PlannedWave, Publication, RollingWave
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Settled, Tombstone, Verdict
 from populace.workers.batch import AdapterBatch, AdapterKey, Paging, ScoredSample, TrainGroup, WaveBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RollingWave:
-    """A wave whose rollouts are under way, or done."""
-
-    planned: PlannedWave
-    rollouts: Future[list[Rollout]]
-    paging: list[Paging]
-    """One, once the adapters are hot."""
 
 
 class Controller:

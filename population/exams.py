@@ -10,9 +10,9 @@ from typing import Any
 from populace.population.evaluation import VerdictPolicy, verdict
 from populace.population.experience.sealing import LoggedEvent
 from populace.population.ledger.ledger import Ledger
-from populace.population.prepare import task_request
-from populace.population.rewards import Reply
-from populace.population.trials import Trials, task_of
+from populace.population.waves.prepare import task_request
+from populace.population.waves.rewards import Reply
+from populace.population.waves.rollouts import Trials, task_of
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import Verdict
 from populace.workers.batch import AdapterKey

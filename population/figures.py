@@ -16,7 +16,7 @@ from typing import Any
 from populace.population.controller import Controller
 from populace.population.ledger.heartbeat import controllers_folder
 from populace.population.live import View
-from populace.population.wave_report import WaveReport, change_of
+from populace.population.waves.report import WaveReport, change_of
 from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.contract import ObjectStore

@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from populace.population.controller import Controller
-from populace.population.wave_report import WaveReport
+from populace.population.waves.report import WaveReport
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 

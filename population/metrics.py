@@ -17,7 +17,7 @@ import ray.util.metrics as ray_metrics
 
 from populace.population.controller import Controller
 from populace.population.live import View
-from populace.population.wave_report import WaveReport, change_of
+from populace.population.waves.report import WaveReport, change_of
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.counted import Calls, add_calls

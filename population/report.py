@@ -26,7 +26,7 @@ from rich.table import Table
 from populace.population.controller import Controller
 from populace.population.experience.events import encode_event, messages_of
 from populace.population.experience.sealing import LoggedEvent
-from populace.population.rewards import Reply
+from populace.population.waves.rewards import Reply
 from populace.storage.canonical import canonical_json
 from populace.storage.catalog.states import AdapterState
 

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import ray
 
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.gateway import Gateway
@@ -25,7 +24,9 @@ from populace.population.figures import Beacon
 from populace.population.live import View, Views
 from populace.population.metrics import RayMetrics
 from populace.population.report import write_report
-from populace.population.rewards import find_reward, score_on_ray
+from populace.population.waves.chat import Chat
+from populace.population.waves.reward_tasks import score_on_ray
+from populace.population.waves.rewards import find_reward
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from populace.configs.schema import Settings
 from populace.population.experience.pending import Candidates
-from populace.population.scheduler import Budget, Policy, Served, form_wave
+from populace.population.waves.scheduler import Budget, Policy, Served, form_wave
 from populace.storage.errors import InvalidInput
 from populace.storage.lru import Tier
 

@@ -27,10 +27,10 @@ from populace.configs.schema import (
     Settings,
     TrainSettings,
 )
-from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.rewards import RewardOutcome, RewardRequest, score_replies
+from populace.population.waves.chat import Chat
+from populace.population.waves.rewards import RewardOutcome, RewardRequest, score_replies
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.train_step import TrainerSettings

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from populace.population.rewards import Reply
+from populace.population.waves.rewards import Reply
 
 
 def letters(reply: Reply, *, letter: str = "e") -> float:

@@ -25,7 +25,7 @@ from populace.population.live import LogView, View, Views
 from populace.population.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
 from populace.population.operate import stop_run
 from populace.population.top import Watch
-from populace.population.wave_report import WaveReport
+from populace.population.waves.report import WaveReport
 from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.counted import CountedStore, add_calls

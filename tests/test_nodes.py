@@ -144,8 +144,8 @@ class OldController:
     """A controller that is about to commit when its node is lost."""
 
     def __init__(self, config: str, folder: str) -> None:
-        from populace.population.chat import Chat
         from populace.population.controller import Controller
+        from populace.population.waves.chat import Chat
         from populace.workers.engine import ShardEngine
         from tests.conftest import score_here
 

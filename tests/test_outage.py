@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
 from populace.population.live import View
 from populace.population.run import StopSignal, _Run
+from populace.population.waves.chat import Chat
 from populace.storage.errors import OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.engine import ShardEngine

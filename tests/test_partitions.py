@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.ledger.ledger import Ledger
 from populace.population.ledger.sharing import share_out
+from populace.population.waves.chat import Chat
 from populace.storage.errors import OutcomeUnknown, OwnerAlive, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.engine import ShardEngine

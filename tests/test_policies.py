@@ -176,7 +176,7 @@ MAY_IMPORT_RAY = {
     "population/experience/gateway.py",
     "population/metrics.py",
     "population/page.py",
-    "population/rewards.py",
+    "population/waves/rewards.py",
     "population/run.py",
 }
 

@@ -21,7 +21,8 @@ from populace.population.client import Population
 from populace.population.experience.events import Demonstration, Task
 from populace.population.experience.gateway import Gateway
 from populace.population.ledger.ledger import Ledger
-from populace.population.rewards import Reply, RewardRequest, score_on_ray
+from populace.population.waves.reward_tasks import score_on_ray
+from populace.population.waves.rewards import Reply, RewardRequest
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
 from populace.storage.identity import PopulationMeta
 from populace.storage.objects.files import FileStore
@@ -148,7 +149,7 @@ def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(
     def request(name: str) -> RewardRequest:
         return RewardRequest(target=f"tests.rewards:{name}", arguments={}, replies=(reply, reply))
 
-    monkeypatch.setattr("populace.population.rewards.START_GRACE_S", 8.0)
+    monkeypatch.setattr("populace.population.waves.reward_tasks.START_GRACE_S", 8.0)
     names = ["letters", "hanging", "raising", "dying", "letters", "missing", "hanging", "deaf", "letters"]
     outcomes = score_on_ray([request(name) for name in names], timeout_s=2.0)
     assert outcomes[0] == outcomes[4] == outcomes[8] == (0.6, 0.6)

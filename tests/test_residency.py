@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from populace.configs.schema import ResidencySettings, Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.trials import tip_ref
+from populace.population.waves.rollouts import tip_ref
 from populace.storage.lru import Tier
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import AdapterRef
@@ -63,7 +63,7 @@ def residency_of(population: Population, store: CountingStore, **budget: object)
 
 
 def chat_of(population: Population) -> object:
-    from populace.population.chat import Chat
+    from populace.population.waves.chat import Chat
 
     return Chat(population.base().folder)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from populace.configs.schema import SchedulerSettings, Settings, TenantSettings
 from populace.population.experience.pending import Candidates
-from populace.population.scheduler import Budget, Choice, Policy, Served, form_wave, policy_of
 from populace.population.simulate import Load, jain, simulate
+from populace.population.waves.scheduler import Budget, Choice, Policy, Served, form_wave, policy_of
 from populace.storage.errors import InvalidInput
 
 user = st.tuples(

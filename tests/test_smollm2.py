@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
-from populace.population.chat import Chat
+from populace.population.waves.chat import Chat
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest, WaveBatch
 from populace.workers.engine import ShardEngine, ShardSettings

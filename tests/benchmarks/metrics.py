@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.figures import Beacon
 from populace.population.live import Views
 from populace.population.metrics import KEEP_S, RayMetrics
 from populace.population.metrics import Figure as MetricFigure
-from populace.population.rewards import score_on_ray
+from populace.population.waves.chat import Chat
+from populace.population.waves.reward_tasks import score_on_ray
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store

@@ -41,7 +41,6 @@ from populace.configs.schema import (
     Settings,
     StreamSettings,
 )
-from populace.population.chat import Chat
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
 from populace.population.experience.events import LogEvent, Task, Trajectory
@@ -49,9 +48,10 @@ from populace.population.experience.gateway import Gateway
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.pending import PendingIndex
 from populace.population.experience.producer import Producer
-from populace.population.rewards import score_on_ray
-from populace.population.scheduler import Budget, Policy, Served, form_wave, policy_of
 from populace.population.simulate import Load, simulate
+from populace.population.waves.chat import Chat
+from populace.population.waves.reward_tasks import score_on_ray
+from populace.population.waves.scheduler import Budget, Policy, Served, form_wave, policy_of
 from populace.storage.keys.keyring import Keyring
 from populace.storage.lru import Tier
 from populace.storage.objects.bucket import Bucket

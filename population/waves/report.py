@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from populace.population.outcomes import REASONS_WITHOUT_UPDATE, MemberOutcome, kind_of
-from populace.population.scheduler import Wave
+from populace.population.waves.outcomes import kind_of
+from populace.population.waves.wave import REASONS_WITHOUT_UPDATE, MemberOutcome, Wave
 from populace.storage.log.records import Settled, Tombstone, Verdict
 from populace.workers.batch import Paging, StepResult
 

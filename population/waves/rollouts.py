@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.experience.events import Task, messages_of
 from populace.population.experience.sealing import LoggedEvent
-from populace.population.rewards import Reply, RewardOutcome, RewardRequest
+from populace.population.waves.chat import Chat
+from populace.population.waves.rewards import Reply, RewardOutcome, RewardRequest
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from populace.configs.schema import TrainSettings
-from populace.population.chat import Chat
 from populace.population.experience.events import Demonstration, LogEvent, Task, Trajectory
 from populace.population.experience.sealing import LoggedEvent
-from populace.population.scheduler import WaveMember
+from populace.population.waves.chat import Chat
+from populace.population.waves.wave import Prepared, WaveMember
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import SettledEvent
-from populace.workers.batch import (
-    AdapterKey,
-    ExpertIds,
-    RolloutRequest,
-    Sample,
-    ScoredSample,
-    TrainGroup,
-)
+from populace.workers.batch import AdapterKey, ExpertIds, RolloutRequest, Sample, ScoredSample, TrainGroup
 from populace.workers.layout import BaseDims
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """One adapter's events, sorted by what has to happen to them."""
-
-    adapter: AdapterKey
-    requests: tuple[RolloutRequest, ...]
-    groups: dict[str, TrainGroup]
-    """Event id -> group, for logged events."""
-    settled: tuple[SettledEvent, ...]
 
 
 def prepare_member(

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from populace.population.ledger.ledger import Ledger
-from populace.population.outcomes import MemberOutcome
-from populace.population.scheduler import Wave
+from populace.population.waves.wave import MemberOutcome, Publication, Wave
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.log.loading import blob_context
 from populace.storage.log.owner import Owner, RevisionDraft
 from populace.storage.log.records import Batch, Record, RecordHeader
 from populace.workers.batch import AdapterKey, AdapterUpdate, StepResult, encode_evidence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """`records` grows while it is being written: what is in it has landed, whatever becomes of the rest."""
-
-    written: Future[None]
-    records: list[tuple[RecordHeader, Record]]
-    renamed: list[tuple[AdapterKey, AdapterKey]]
-    """Slots whose content is another revision once everything is written."""
-    pseudonyms: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,7 @@ Suffixes: U users with something waiting, G tenants.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from populace.configs.schema import SchedulerSettings
-from populace.population.experience.events import UserId
 from populace.population.experience.pending import Candidates, Floats
-from populace.population.experience.sealing import LoggedEvent
-from populace.storage.log.records import Position, SettledEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,38 +198,3 @@ def _without_credit(time_G: Floats, tenant: NDArray[np.uint16]) -> Floats:
         level = time_G[is_waiting].min()
         time_G = np.where(is_waiting, time_G, np.maximum(time_G, level)) - level  # only differences count
     return time_G
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaveMember:
-    """One adapter's share of a wave."""
-
-    user: UserId
-    pseudonym: str
-    partition: int
-    events: tuple[LoggedEvent, ...]
-    rejected: tuple[SettledEvent, ...]
-    """Events in the same prefix that are settled without a try."""
-
-    @property
-    def consumed(self) -> Position:
-        """Everything of this user up to here is accounted for once the wave commits."""
-        positions = [event.ref.position for event in self.events]
-        return max(positions + [item.event.position for item in self.rejected])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wave:
-    """The adapters that one fused step updates. No adapter is in it twice."""
-
-    wave_id: str
-    members: tuple[WaveMember, ...]
-
-
-def wave_of(members: Iterable[WaveMember]) -> Wave:
-    """A wave under a name that only this set of adapters and events can have."""
-    members = tuple(members)
-    digest = hashlib.blake2b(digest_size=12)
-    for member in members:
-        digest.update(f"{member.pseudonym}:{member.consumed};".encode())
-    return Wave(wave_id=digest.hexdigest(), members=members)

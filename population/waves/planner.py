@@ -8,33 +8,21 @@ An attempt is in the log before anything of it is tried, so that an event that k
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
 
 from populace.configs.schema import Settings
-from populace.population.chat import Chat
 from populace.population.experience.pending import PENDING, REASONS
 from populace.population.ledger.ledger import Ledger
-from populace.population.outcomes import MAX_TRIES
-from populace.population.prepare import Prepared, prepare_member
-from populace.population.scheduler import Budget, Served, Wave, WaveMember, form_wave, policy_of, wave_of
-from populace.population.trials import Trials
+from populace.population.waves.chat import Chat
+from populace.population.waves.outcomes import MAX_TRIES
+from populace.population.waves.prepare import prepare_member
+from populace.population.waves.rollouts import Trials
+from populace.population.waves.scheduler import Budget, Served, form_wave, policy_of
+from populace.population.waves.suspects import SUSPECTS_SHARE
+from populace.population.waves.wave import PlannedWave, Prepared, Wave, WaveMember, wave_of
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import AdapterCreated, Attempt, EventRef, Record, Settled, SettledEvent
-from populace.workers.batch import AdapterKey, AdapterRef
+from populace.workers.batch import AdapterKey
 from populace.workers.layout import AdapterSpec, BaseDims, layout_of
-
-SUSPECTS_SHARE = 8
-"""What died in a full wave is tried again in waves of this part of one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedWave:
-    """A wave whose attempt is logged."""
-
-    wave: Wave
-    adapters: dict[str, AdapterState]
-    prepared: tuple[Prepared, ...]
-    refs: tuple[AdapterRef, ...]
 
 
 class Planner:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from populace.population.experience.sealing import LoggedEvent
-from populace.population.prepare import Prepared
-from populace.population.scheduler import WaveMember
+from populace.population.waves.wave import MemberOutcome, Prepared, WaveMember
 from populace.storage.catalog.attempts import Tries
-from populace.storage.log.records import EventRef, Failed, Position, Settled, SettledEvent
+from populace.storage.log.records import EventRef, Failed, SettledEvent
 from populace.workers.batch import TrainGroup
 
 MAX_TRIES = 3
 """An event that failed this often, or that this many attempts with it alone didn't survive, is parked."""
-REASONS_WITHOUT_UPDATE = {"no_signal": "no signal", "non_finite": "gradient not finite"}
 
 
 def kind_of(reason: str) -> str:
@@ -22,28 +19,6 @@ def kind_of(reason: str) -> str:
     if reason.startswith(("parked", "stale")):
         return reason.partition(":")[0]
     return {"no signal": "no signal", "gradient not finite": "not finite"}.get(reason, "rejected")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberOutcome:
-    """A prefix of the member's events is accounted for; it ends before the first one that failed and may be tried
-    again."""
-
-    member: WaveMember
-    groups: tuple[TrainGroup, ...]
-    trained: tuple[EventRef, ...]
-    """What `groups` were made from."""
-    settled: tuple[SettledEvent, ...]
-    consumed: Position | None
-    """None: nothing is accounted for."""
-    failed: Failed | None
-
-    def without_update(self, status: str) -> Settled | None:
-        """The record of a user whose events end without a revision; None if none does."""
-        if self.consumed is None:
-            return None
-        rest = [SettledEvent(event=ref, reason=REASONS_WITHOUT_UPDATE[status]) for ref in self.trained]
-        return Settled(pseudonym=self.member.pseudonym, events=[*self.settled, *rest], consumed=self.consumed)
 
 
 def account_for(

@@ -1,0 +1,1 @@
+"""A wave from the choice of its users to its publication."""
