@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
-from populace.population.exams import Examiner
+from populace.population.evaluation.examiner import Examiner
 from populace.population.ledger.ledger import Ledger
 from populace.population.waves.chat import Chat
 from populace.population.waves.outcomes import account_for

@@ -13,7 +13,7 @@ import torch
 
 from populace.configs.load import load_settings
 from populace.configs.schema import Settings
-from populace.population.evaluation import VerdictPolicy, verdict
+from populace.population.evaluation.verdict import VerdictPolicy, verdict
 from populace.population.experience.events import is_held_out
 from populace.population.experience.segments import partition_of
 from populace.storage.catalog.states import AdapterState

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
-from populace.population.evaluation import VerdictPolicy, verdict
+from populace.population.evaluation.verdict import VerdictPolicy, verdict
 from populace.population.experience.sealing import LoggedEvent
 from populace.population.ledger.ledger import Ledger
 from populace.population.waves.prepare import task_request

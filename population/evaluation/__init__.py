@@ -1,0 +1,1 @@
+"""Held-out evidence is measured, and tips are judged by it."""
