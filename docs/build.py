@@ -20,7 +20,7 @@ import typer.main
 from populace.configs import schema
 from populace.configs.schema import Settings
 from populace.population.cli import app
-from populace.population.metrics import METRICS, Metric
+from populace.population.watching.metrics import METRICS, Metric
 
 HERE = Path(__file__).parent
 REFERENCE = HERE / "reference"
@@ -35,7 +35,7 @@ wins. An unknown key or an impossible value ends the command before anything is 
 METRICS_INTRODUCTION = """\
 # Metrics
 
-Made from [population/metrics.py](../../population/metrics.py) by `make docs`; don't edit it here. A run exports these
+Made from [population/watching/metrics.py](../../population/metrics.py) by `make docs`; don't edit it here. A run exports these
 to Ray's metrics unless `run.metrics=false`. The names are those that Prometheus shows. All carry the labels
 `population` and `controller` besides the one named here and Ray's own; none names a user. Counters start at almost zero
 when a run starts, so that a rate has something to rise from.

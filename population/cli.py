@@ -91,8 +91,9 @@ def run(
     from populace.configs.load import load_settings
 
     settings = load_settings(config, overrides or ())
-    from populace.population.live import ConsoleView, LogView
     from populace.population.run import run_population
+    from populace.population.watching.console import ConsoleView
+    from populace.population.watching.views import LogView
 
     if log == "json":
         run_population(settings, LogView())

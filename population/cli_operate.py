@@ -27,7 +27,7 @@ def stop(
     store: Store = "build/store",
 ) -> None:
     """End a run after its wave, from any machine that sees the store. Running it again continues."""
-    from populace.population.operate import stop_run
+    from populace.population.watching.stop import stop_run
 
     opened, meta = find_population(store, name)
     with console.status("asked; waiting for the wave to end") as status:
@@ -57,8 +57,8 @@ def top(
     """Live figures of a population's controllers, until Ctrl-C. Needs the store alone, no key and no Ray."""
     from rich.live import Live
 
-    from populace.population.figures import controllers_of
-    from populace.population.top import Watch, top_table
+    from populace.population.watching.beacon import controllers_of
+    from populace.population.watching.rates import Watch, top_table
 
     opened, meta = find_population(store, name)
     if as_json:

@@ -14,10 +14,10 @@ import numpy as np
 
 from populace.population.client import Population
 from populace.population.diff import ModuleNorms, diff_revisions
-from populace.population.figures import NAME_DIGITS, SeenController, controllers_of
 from populace.population.ledger.ledger import Ledger
 from populace.population.ledger.queries import ParkedEvent, parked_in, settling_records
-from populace.population.top import ControllerRates, Watch, last_wave, tiers
+from populace.population.watching.beacon import NAME_DIGITS, SeenController, controllers_of
+from populace.population.watching.rates import ControllerRates, Watch, last_wave, tiers
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.records import Record, RecordHeader, SettledEvent, Verdict, WaveManifest, parts_of

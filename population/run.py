@@ -20,10 +20,10 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.gateway import Gateway
-from populace.population.figures import Beacon
-from populace.population.live import View, Views
-from populace.population.metrics import RayMetrics
 from populace.population.report import write_report
+from populace.population.watching.beacon import Beacon
+from populace.population.watching.metrics import RayMetrics
+from populace.population.watching.views import View, Views
 from populace.population.waves.chat import Chat
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.population.waves.rewards import find_reward

@@ -19,12 +19,12 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Task
-from populace.population.figures import Beacon, ControllerFigures, SeenController, controllers_of
 from populace.population.ledger.heartbeat import controller_key, stop_key
-from populace.population.live import LogView, View, Views
-from populace.population.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
-from populace.population.operate import stop_run
-from populace.population.top import Watch
+from populace.population.watching.beacon import Beacon, ControllerFigures, SeenController, controllers_of
+from populace.population.watching.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
+from populace.population.watching.rates import Watch
+from populace.population.watching.stop import stop_run
+from populace.population.watching.views import LogView, View, Views
 from populace.population.waves.report import WaveReport
 from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore
@@ -127,8 +127,8 @@ def test_gauges_are_said_again_while_nothing_happens(monkeypatch: pytest.MonkeyP
 
         set = observe = inc
 
-    monkeypatch.setattr("populace.population.metrics._export", lambda metric: Exported(metric.name))
-    monkeypatch.setattr("populace.population.metrics.KEEP_S", 0.05)
+    monkeypatch.setattr("populace.population.watching.metrics._export", lambda metric: Exported(metric.name))
+    monkeypatch.setattr("populace.population.watching.metrics.KEEP_S", 0.05)
     with RayMetrics("people", "main", dict) as metrics:
         metrics.paused(StoreUnavailable("it is away"))
         wait_until(lambda: said.count(("populace_paused", True)) > 3, "a repetition")
@@ -265,7 +265,7 @@ def test_a_run_is_asked_to_stop_through_the_store(settings: Settings) -> None:
 
 
 def test_stopping_a_run_that_is_dead_or_too_busy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("populace.population.operate.DEAD_S", 1.0)
+    monkeypatch.setattr("populace.population.watching.stop.DEAD_S", 1.0)
     store = MemoryStore()
     make_population(store)
     show(store, "main", "a")

@@ -23,8 +23,8 @@ import yaml
 
 from populace.population.client import Population
 from populace.population.experience.events import Task
-from populace.population.figures import controllers_of
-from populace.population.metrics import METRICS
+from populace.population.watching.beacon import controllers_of
+from populace.population.watching.metrics import METRICS
 from populace.storage.objects.open import open_store
 from tests.accounting import account
 from tests.browser import chromium

@@ -13,8 +13,8 @@ import pytest
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller, WaveReport
-from populace.population.live import View
 from populace.population.run import StopSignal, _Run
+from populace.population.watching.views import View
 from populace.population.waves.chat import Chat
 from populace.storage.errors import OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore

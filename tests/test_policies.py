@@ -174,7 +174,7 @@ MAY_IMPORT_RAY = {
     "workers/shard.py",
     "workers/group.py",
     "population/experience/gateway.py",
-    "population/metrics.py",
+    "population/watching/metrics.py",
     "population/page.py",
     "population/waves/rewards.py",
     "population/run.py",

@@ -17,10 +17,10 @@ from pathlib import Path
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.figures import Beacon
-from populace.population.live import Views
-from populace.population.metrics import KEEP_S, RayMetrics
-from populace.population.metrics import Figure as MetricFigure
+from populace.population.watching.beacon import Beacon
+from populace.population.watching.metrics import KEEP_S, RayMetrics
+from populace.population.watching.metrics import Figure as MetricFigure
+from populace.population.watching.views import Views
 from populace.population.waves.chat import Chat
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.storage.objects.cloud import MemoryStore

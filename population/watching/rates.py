@@ -11,11 +11,13 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from populace.population.figures import SeenController
+from populace.population.watching.beacon import SeenController
 
 WINDOW_S = 60.0
 """Rates are over this much time, as soon as somebody has looked for as long."""
+
 SILENT_S = 5.0
+
 LONG_AGO_S = 60.0
 
 

@@ -8,14 +8,15 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from populace.population.figures import controllers_of
 from populace.population.ledger.heartbeat import stop_key
+from populace.population.watching.beacon import controllers_of
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.contract import ObjectStore
 
 DEAD_S = 30.0
 """A controller beats every second, and comes back some seconds after its store does; one that is silent for this long
 isn't there any more."""
+
 LOOK_S = 0.5
 
 

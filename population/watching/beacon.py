@@ -15,15 +15,17 @@ from typing import Any
 
 from populace.population.controller import Controller
 from populace.population.ledger.heartbeat import controllers_folder
-from populace.population.live import View
+from populace.population.watching.views import View
 from populace.population.waves.report import WaveReport, change_of
 from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.contract import ObjectStore
 
 logger = logging.getLogger(__name__)
+
 MAX_HOT = 256
 """Hot adapters that are named."""
+
 NAME_DIGITS = 12
 """Of their pseudonyms."""
 

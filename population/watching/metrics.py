@@ -16,16 +16,19 @@ from typing import Any, NamedTuple, Self
 import ray.util.metrics as ray_metrics
 
 from populace.population.controller import Controller
-from populace.population.live import View
+from populace.population.watching.views import View
 from populace.population.waves.report import WaveReport, change_of
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.counted import Calls, add_calls
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
 KEEP_S = 1.0
+
 ALMOST_ZERO = 1e-9
 """A rate needs a value to rise from, and Ray's counters refuse zero."""
+
 ADAPTERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
 

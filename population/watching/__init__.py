@@ -1,0 +1,1 @@
+"""Observers of a run, and what they leave for others to see."""
