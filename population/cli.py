@@ -106,7 +106,7 @@ def run(
         f"{figures.rejected} rejected, {figures.pending_events} events pending"
     )
     if settings.report is not None and reported:
-        from populace.population.report import print_report
+        from populace.population.tools.report import print_report
 
         print_report(Path(settings.report), console)
 
@@ -216,7 +216,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What a population would need: memory, time, bytes, requests, and what would limit it."""
-    from populace.population import plan as planner
+    from populace.population.tools import capacity as planner
     from populace.workers.families import dims_of_config
     from populace.workers.footprint import config_of, tensors_of
 
@@ -306,7 +306,7 @@ def export(
     name: Name = None,
 ) -> None:
     """Write a user's adapter as a PEFT folder."""
-    from populace.population.export import export_peft, share_export
+    from populace.population.tools.peft import export_peft, share_export
 
     population = open_population(store, name)
     if link_hours is not None and not population.store.url.startswith("s3:"):
@@ -380,7 +380,7 @@ def verify(
 def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
     from dataclasses import asdict
 
-    from populace.population.replay import replay
+    from populace.population.tools.replay import replay
 
     user, at, number = revision.rpartition("@")
     if not at or not number.isdecimal():

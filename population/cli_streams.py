@@ -95,8 +95,8 @@ def simulate(
 ) -> None:
     """Try scheduler settings on synthetic users before deploying them: waits, fairness, throughput."""
     from populace.configs.load import load_settings
-    from populace.population.simulate import Load
-    from populace.population.simulate import simulate as run
+    from populace.population.tools.simulate import Load
+    from populace.population.tools.simulate import simulate as run
     from populace.population.waves.scheduler import policy_of
 
     settings = load_settings(config, overrides or ())

@@ -32,8 +32,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from populace.configs.schema import BaseSettings
 from populace.population.client import Population
-from populace.population.diff import largest
 from populace.population.page_views import PopulationReader, UserView, live_rows, tree_of
+from populace.population.tools.diff import largest
 from populace.storage.errors import InvalidInput, PopulaceError
 from populace.storage.keys.keyring import Keyring
 

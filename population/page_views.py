@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 import numpy as np
 
 from populace.population.client import Population
-from populace.population.diff import ModuleNorms, diff_revisions
 from populace.population.ledger.ledger import Ledger
 from populace.population.ledger.queries import ParkedEvent, parked_in, settling_records
+from populace.population.tools.diff import ModuleNorms, diff_revisions
 from populace.population.watching.beacon import NAME_DIGITS, SeenController, controllers_of
 from populace.population.watching.rates import ControllerRates, Watch, last_wave, tiers
 from populace.storage.catalog.states import AdapterState, RevisionState

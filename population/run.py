@@ -20,7 +20,7 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.gateway import Gateway
-from populace.population.report import write_report
+from populace.population.tools.report import write_report
 from populace.population.watching.beacon import Beacon
 from populace.population.watching.metrics import RayMetrics
 from populace.population.watching.views import View, Views

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from populace.configs.schema import BaseSettings, Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.export import export_peft, peft_config, peft_tensors
+from populace.population.tools.peft import export_peft, peft_config, peft_tensors
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.attention import PackedAttention

@@ -22,11 +22,11 @@ from starlette.routing import Route
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.diff import norms_of
 from populace.population.experience.events import Task
 from populace.population.experience.segments import partition_of
 from populace.population.page import Page, PageSetup, digest_token
 from populace.population.page_views import RevisionView, tree_of
+from populace.population.tools.diff import norms_of
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.records import AdapterCreated, Batch
 from populace.workers.layout import AdapterSpec, BaseDims, initial_weights, layout_of

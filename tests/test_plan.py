@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from populace.population.plan import Plan, Request, plan, readable
+from populace.population.tools.capacity import Plan, Request, plan, readable
 from populace.storage.errors import InvalidInput
 from populace.workers.families import dims_of_config
 from populace.workers.footprint import config_of, tensors_of

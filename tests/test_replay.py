@@ -16,12 +16,12 @@ from populace.configs.schema import (
     Settings,
     TrainSettings,
 )
-from populace.population import replay as replay_module
 from populace.population.cli import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Pin, Rollback, Trajectory
-from populace.population.replay import DIFFERENT, NOT_KEPT, REFUSED, SAME, Route, replay, route_to
+from populace.population.tools import replay as replay_module
+from populace.population.tools.replay import DIFFERENT, NOT_KEPT, REFUSED, SAME, Route, replay, route_to
 from tests.streams import WORDS, experience
 
 Start = Callable[..., Controller]

@@ -18,7 +18,7 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Demonstration
-from populace.population.export import export_peft, share_export
+from populace.population.tools.peft import export_peft, share_export
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.parquet import export_catalog
 from populace.storage.errors import Forgotten, InvalidInput

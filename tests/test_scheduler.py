@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from populace.configs.schema import SchedulerSettings, Settings, TenantSettings
 from populace.population.experience.pending import Candidates
-from populace.population.simulate import Load, jain, simulate
+from populace.population.tools.simulate import Load, jain, simulate
 from populace.population.waves.scheduler import Budget, Choice, Policy, Served, form_wave, policy_of
 from populace.storage.errors import InvalidInput
 

@@ -48,7 +48,7 @@ from populace.population.experience.gateway import Gateway
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.pending import PendingIndex
 from populace.population.experience.producer import Producer
-from populace.population.simulate import Load, simulate
+from populace.population.tools.simulate import Load, simulate
 from populace.population.waves.chat import Chat
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.population.waves.scheduler import Budget, Policy, Served, form_wave, policy_of

@@ -29,6 +29,7 @@ from populace.workers.optimizer import optimizer_name
 from populace.workers.train_step import TrainerSettings
 
 SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = "same bytes", "DIFFERENT", "not kept", "refused", "damaged"
+
 _MACHINE = ("device", "cpu", "dtype", "torch", "transformers", "kernels", "backend", "numerics")
 """What of a numerics fingerprint must agree, beside the optimizer, which is set as the manifest says."""
 

@@ -19,6 +19,7 @@ from populace.workers.layout import BaseDims, layout_of, stored_rank
 from populace.workers.placement import is_expert, place_shards
 
 DAYS_PER_YEAR = 365.25
+
 FP32, BF16 = 4, 2
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from populace.population.client import Population
-from populace.population.export import load_weights
+from populace.population.tools.peft import load_weights
 from populace.workers.families import dims_of
 from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, layout_of
 
