@@ -85,7 +85,7 @@ def page(
     name: Name = None,
 ) -> None:
     """Serve the population page until Ctrl-C, with or without a run. POPULACE_PAGE_TOKEN allows actions."""
-    from populace.population.page import serving_page
+    from populace.population.page.serve import serving_page
     from populace.population.run import start_ray
 
     population, stopped = open_population(store, name), threading.Event()

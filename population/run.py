@@ -110,7 +110,7 @@ def _page(settings: Settings, population: Population, view: View) -> Iterator[No
     if not page.enabled:
         yield
         return
-    from populace.population.page import serving_page  # Ray Serve takes a second to import
+    from populace.population.page.serve import serving_page  # Ray Serve takes a second to import
 
     with contextlib.ExitStack() as stack:
         try:

@@ -24,8 +24,10 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Task
 from populace.population.experience.segments import partition_of
-from populace.population.page import Page, PageSetup, digest_token
-from populace.population.page_views import RevisionView, tree_of
+from populace.population.page.access import PageSetup, digest_token
+from populace.population.page.app import Page
+from populace.population.page.reader import RevisionView
+from populace.population.page.tree import tree_of
 from populace.population.tools.diff import norms_of
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.records import AdapterCreated, Batch

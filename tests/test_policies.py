@@ -175,7 +175,7 @@ MAY_IMPORT_RAY = {
     "workers/group.py",
     "population/experience/gateway.py",
     "population/watching/metrics.py",
-    "population/page.py",
+    "population/page/app.py",
     "population/waves/rewards.py",
     "population/run.py",
 }

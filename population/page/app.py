@@ -6,46 +6,44 @@ are rendered here and load nothing from anywhere else.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import hmac
 import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import pbkdf2_hmac, sha256
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import jinja2
-import ray
-from ray import serve
-from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 
 from populace.configs.schema import BaseSettings
 from populace.population.client import Population
-from populace.population.page_views import PopulationReader, UserView, live_rows, tree_of
+from populace.population.page.access import (
+    COOKIE,
+    SESSION_S,
+    TOKEN_VARIABLE,
+    Denied,
+    PageSetup,
+    _cookie,
+    digest_token,
+    route_of,
+)
+from populace.population.page.reader import PopulationReader, UserView, live_rows
+from populace.population.page.tree import tree_of
 from populace.population.tools.diff import largest
 from populace.storage.errors import InvalidInput, PopulaceError
-from populace.storage.keys.keyring import Keyring
 
 logger = logging.getLogger(__name__)
-PAGES = Path(__file__).parent / "pages"
+
+TEMPLATES = Path(__file__).parent / "templates"
+
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "page.svg": "image/svg+xml"}
-COOKIE = "populace-session"
-SESSION_S = 8 * 3600.0
-MIN_TOKEN = 16
-MAX_FORM_BYTES = 10_000
-FORM_S = 5.0
-TOKEN_VARIABLE = "POPULACE_PAGE_TOKEN"
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
@@ -55,34 +53,13 @@ HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageSetup:
-    """What the page's replica is told; readable in Ray's dashboard, so there is no secret in it."""
-
-    store_url: str
-    population: str
-    base: str
-    keys_folder: str
-    hosts: tuple[str, ...]
-    """Names that browsers may call it by."""
-    token_salt: bytes = b""
-    token_digest: bytes = b""
-    """PBKDF2 of the token; empty: no actions."""
-    report: str = ""
-    """Folder with a run's report, for the specialisation matrix."""
-
-
-class Denied(Exception):
-    """An action without what it needs."""
-
-
 class Page:
     """Answers requests; free of Ray Serve."""
 
     def __init__(self, setup: PageSetup) -> None:
         self.setup = setup
         self.reader = PopulationReader(self._open())
-        loader = jinja2.FileSystemLoader(PAGES)
+        loader = jinja2.FileSystemLoader(TEMPLATES)
         self._templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
         self._sessions: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -141,7 +118,7 @@ class Page:
             case "sign-in":
                 return self._render("sign_in.html", headers)
             case _ if path in FILES:
-                return Response((PAGES / path).read_bytes(), media_type=FILES[path])
+                return Response((TEMPLATES / path).read_bytes(), media_type=FILES[path])
         return self._message(f"there is no page {path!r}", headers, status=404)
 
     def _user(self, user: str, headers: Mapping[str, str], fields: Mapping[str, str]) -> Response:
@@ -258,11 +235,6 @@ def _number(fields: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def digest_token(token: str, salt: bytes) -> bytes:
-    """Slow, so that whoever sees the digest can't try many tokens."""
-    return pbkdf2_hmac("sha256", token.encode(), salt, 200_000)
-
-
 def _what_was_done(fields: Mapping[str, str], view: UserView) -> str:
     """After an action; never words out of the address, and nothing that isn't so."""
     if "done" in fields and _number(fields, "done") == view.tip:
@@ -270,95 +242,3 @@ def _what_was_done(fields: Mapping[str, str], view: UserView) -> str:
     if "asked" in fields:
         return f"Asked for revision {_number(fields, 'asked')}. The run obeys between two of this user's waves."
     return ""
-
-
-def _cookie(headers: Mapping[str, str]) -> str:
-    pairs = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
-    return next((value for name, _, value in pairs if name == COOKIE), "")
-
-
-@serve.deployment(max_ongoing_requests=100)
-class PageServer:
-    """`Page` behind Ray Serve."""
-
-    def __init__(self, setup: PageSetup) -> None:
-        self._page = Page(setup)
-        self._prefix = route_of(setup.population)
-
-    async def __call__(self, request: Request) -> Response:
-        body = b""
-        if request.method == "POST":
-            try:
-                async with asyncio.timeout(FORM_S):  # who sends slowly must not keep others out
-                    async for part in request.stream():
-                        body += part
-                        if len(body) > MAX_FORM_BYTES:
-                            return PlainTextResponse("the form is too long", 413)
-            except TimeoutError:
-                return PlainTextResponse("the form came too slowly", 408)
-        path = request.url.path.removeprefix(self._prefix)
-        if not path:  # what pages link to is beside them, so the overview must end with a slash
-            return RedirectResponse(f"{self._prefix}/", 308)
-        answer = functools.partial(self._page.answer, request.method, path, request.url.query, request.headers, body)
-        response = await asyncio.get_running_loop().run_in_executor(None, answer)
-        if response.status_code == 403:
-            await asyncio.sleep(1.0)  # guessing is slow
-        return response
-
-
-def route_of(population: str) -> str:
-    """Populations of one Ray cluster share its proxy, which takes plain names only."""
-    return f"/{population if population.isascii() else sha256(population.encode()).hexdigest()[:12]}"
-
-
-@contextmanager
-def serving_page(population: Population, host: str, port: int, hosts: tuple[str, ...], report: str) -> Iterator[str]:
-    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised, and host and
-    port are those of its Serve: where that runs already, its own count. `InvalidInput` if the port is taken, or the
-    page is served already."""
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    if token and len(token) < MIN_TOKEN:
-        raise InvalidInput(
-            f"{TOKEN_VARIABLE} has {len(token)} characters; use at least {MIN_TOKEN}: `openssl rand -hex 16`"
-        )
-    salt = secrets.token_bytes(16)
-    setup = PageSetup(
-        store_url=population.store.url,
-        population=population.meta.name,
-        base=population.meta.base,
-        keys_folder=str(Keyring().folder),
-        hosts=(host, "localhost", "127.0.0.1", *hosts),
-        token_salt=salt,
-        token_digest=digest_token(token, salt) if token else b"",
-        report=str(Path(report).absolute()) if report else "",
-    )
-    route = route_of(population.meta.name)
-    name = f"populace:{route[1:]}"
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    running = serve.status()
-    if name in running.applications:
-        raise InvalidInput(
-            f"this Ray cluster serves {route} already, by a run that lives or was killed; look there, or end it "
-            f"with `python -c 'import ray, ray.serve as s; ray.init(); s.delete(\"{name}\")'`"
-        )
-    if not running.proxies:  # Serve's own would share the port with whatever has it
-        _require_free(host, port)
-    serve.start(http_options={"host": host, "port": port})
-    # Here: the keys, the base and maybe the store are this machine's.
-    options = {"num_cpus": 0, "resources": {f"node:{ray.util.get_node_ip_address()}": 0.001}}
-    try:
-        served = PageServer.options(ray_actor_options=options).bind(setup)  # type: ignore[attr-defined]
-        serve.run(served, name=name, route_prefix=route)
-        yield f"http://{host}:{port}{route}/"
-    finally:
-        try:
-            serve.delete(name)
-        except Exception as error:  # somebody shut Serve down meanwhile
-            logger.warning("the population page could not be removed: %s", error)
-
-
-def _require_free(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise InvalidInput(f"page.port is {port} and can't be had at {host} ({error}); choose another one") from None

@@ -1,0 +1,1 @@
+"""The population page: HTML over HTTP, served by Ray Serve."""
