@@ -19,7 +19,7 @@ import typer.main
 
 from populace.configs import schema
 from populace.configs.schema import Settings
-from populace.population.cli import app
+from populace.population.cli.app import app
 from populace.population.watching.metrics import METRICS, Metric
 
 HERE = Path(__file__).parent

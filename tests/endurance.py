@@ -28,7 +28,7 @@ import psutil
 from populace.population.experience.events import Demonstration, LogEvent, Task, Trajectory
 
 ROOT = Path(__file__).parent.parent
-POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
+POPULACE = [sys.executable, "-c", "from populace.population.cli.app.app import main; main()"]
 WORDS = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
 BATCH = 25
 """Events of one call."""

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from populace.configs.schema import EvaluationSettings, Settings
-from populace.population.cli import app
+from populace.population.cli.app import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Demonstration, Rollback, Task, Trajectory

@@ -29,7 +29,7 @@ import typer.main
 import yaml
 
 from populace.configs.load import load_settings
-from populace.population.cli import app
+from populace.population.cli.app import app
 from populace.workers.prepare import digest_folder
 from tests import tiny
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from populace.configs.schema import Settings
-from populace.population.cli import app
+from populace.population.cli.app import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Demonstration, Forget, Task

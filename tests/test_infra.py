@@ -92,7 +92,7 @@ def test_what_the_image_copies_is_enough_to_build_populace(tmp_path: Path) -> No
     )
     assert wheel.returncode == 0, wheel.stderr
     names = run(sys.executable, "-m", "zipfile", "-l", *tmp_path.glob("populace-*.whl")).stdout
-    for name in ("population/cli.py", "kernels/", "storage/", "workers/", "configs/tiny.yaml", "configs/bases/"):
+    for name in ("population/cli/app.py", "kernels/", "storage/", "workers/", "configs/tiny.yaml", "configs/bases/"):
         assert f"populace/{name}" in names, name
 
 

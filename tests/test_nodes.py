@@ -25,7 +25,7 @@ from tests.heads import without_tokens
 from tests.streams import experience, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
-POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
+POPULACE = [sys.executable, "-c", "from populace.population.cli.app.app import main; main()"]
 
 
 @pytest.fixture

@@ -328,7 +328,7 @@ def test_the_dev_store_prints_how_to_use_it_and_ends_with_ctrl_c() -> None:
     import signal
 
     process = subprocess.Popen(
-        [sys.executable, "-c", "from populace.population.cli import main; main()", "store", "dev"],
+        [sys.executable, "-c", "from populace.population.cli.app.app import main; main()", "store", "dev"],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -91,7 +91,7 @@ def test_bad_input_names_the_field_the_value_and_the_way_out(changes: dict[str, 
 
 
 def test_the_command_prints_a_table_and_writes_json() -> None:
-    command = [sys.executable, "-c", "from populace.population.cli import main; main()", "plan"]
+    command = [sys.executable, "-c", "from populace.population.cli.app.app import main; main()", "plan"]
     command += ["--base", "qwen3-30b-a3b", "--users", "1e6"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "hours to refresh every user" in table and "bottleneck:" in table and "data sheet" not in table

@@ -31,7 +31,7 @@ from tests.heads import on_head, ray_head, ray_here, submit
 from tests.streams import experience, make_population, open_population, write_config
 
 ROOT = Path(__file__).parent.parent
-POPULACE = [sys.executable, "-c", "from populace.population.cli import main; main()"]
+POPULACE = [sys.executable, "-c", "from populace.population.cli.app.app import main; main()"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from populace.population.cli import app
+from populace.population.cli.app import app
 from populace.population.experience.files import COLUMNS, enqueue_file, event_from_row, read_rows
 from populace.population.experience.producer import Producer
 from populace.population.ledger.ledger import Ledger

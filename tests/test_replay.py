@@ -16,7 +16,7 @@ from populace.configs.schema import (
     Settings,
     TrainSettings,
 )
-from populace.population.cli import app
+from populace.population.cli.app import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Pin, Rollback, Trajectory

@@ -1,4 +1,4 @@
-"""Commands about experience: `populace enqueue`, `parked` and `simulate`."""
+"""Commands that need no population: `populace base prepare`, `plan` and `simulate`."""
 
 from __future__ import annotations
 
@@ -8,69 +8,77 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from populace.population.console import Name, Store, console, find_population, open_population
+from populace.population.cli.app import app, base_app
+from populace.population.cli.console import console
+from populace.population.cli.experience import commands
 from populace.storage.errors import InvalidInput
 
-commands = typer.Typer()
+
+@base_app.command()
+def prepare(model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging Face MoE folder.")]) -> None:
+    """Make or register a base, so that configurations can name it."""
+    with console.status("starting") as status:
+        from populace.workers.prepare import prepare_base
+
+        def show(stage: str) -> None:
+            status.update(stage)
+            if not console.is_terminal:
+                console.print(stage)
+
+        base = prepare_base(model, show)
+    console.print(f"base [bold]{base.name}[/]  sha256 {base.digest[:16]}…  {base.folder}", soft_wrap=True)
 
 
-@commands.command()
-def enqueue(
-    path: Annotated[Path, typer.Argument(help="FILE.jsonl, FILE.parquet, or a folder of Hugging Face `datasets`.")],
-    user: Annotated[str | None, typer.Option(help="Whose events rows without a user are.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given again.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Check tasks against the rewards of this YAML file.")] = None,
-    rejects: Annotated[Path | None, typer.Option(help="Where bad rows go; FILE.rejects.jsonl by default.")] = None,
-    store: Store = "build/store",
-    name: Name = None,
-) -> None:
-    """Make a file's experience durable. Needs no running trainer; the same file again changes nothing."""
-    from populace.configs.load import load_settings
-    from populace.population.experience.files import enqueue_file, num_rows
-    from populace.population.experience.producer import Producer
-
-    rewards = None if config is None else load_settings(config).rewards.functions
-    opened, meta = find_population(store, name)
-    producer = Producer(opened, meta, rewards=rewards)
-    rejects = rejects or path.with_name(f"{path.name}.rejects.jsonl")
-    columns = (TextColumn("enqueueing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-
-        def tick(rows: int) -> None:
-            progress.update(bar, completed=rows)
-
-        bar = progress.add_task("enqueueing", total=num_rows(path) if path.exists() else None)
-        report = enqueue_file(producer, path, rejects, user=user, ignore=ignore or (), tick=tick)
-        progress.update(bar, completed=report.num_events + report.num_rejected)
-    producer.close()
-    console.print(f"{report.num_events} events of {report.num_users} users are durable in {meta.name}")
-    if report.num_rejected:
-        text = f"{report.num_rejected} rows were rejected; line, reason and row of each: {rejects}"
-        console.print(text, soft_wrap=True, markup=False)
-        raise typer.Exit(1)
-
-
-@commands.command()
-def parked(
-    user: Annotated[str | None, typer.Argument(help="One user; everybody without.")] = None,
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")],
+    device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    devices: Annotated[int, typer.Option(help="Of one shard group.")] = 8,
+    users: Annotated[float, typer.Option(help="1e6 is a million.")] = 1e6,
+    updates_per_user_and_day: float = 1.0,
+    rank: int = 8,
+    expert_rank: int = 1,
+    events_per_update: int = 4,
+    samples_per_event: int = 8,
+    prompt_tokens: int = 256,
+    completion_tokens: int = 256,
+    slots: Annotated[int, typer.Option(help="Adapters in device memory, over the whole group.")] = 256,
+    kept_revisions: int = 8,
+    efficiency: Annotated[float, typer.Option(help="Share of the data sheet's rates that is reached.")] = 0.4,
+    store_bandwidth: Annotated[float, typer.Option(help="Bytes per second of the object store.")] = 10e9,
+    partitions: int = 64,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-    store: Store = "build/store",
-    name: Name = None,
 ) -> None:
-    """Events that were given up because they failed too often, and why."""
-    found = open_population(store, name).parked(user)
+    """What a population would need: memory, time, bytes, requests, and what would limit it."""
+    from populace.population.tools import capacity as planner
+    from populace.workers.families import dims_of_config
+    from populace.workers.footprint import config_of, tensors_of
+
+    request = planner.Request(
+        device=device, devices=devices, users=users, updates_per_user_and_day=updates_per_user_and_day, rank=rank,
+        expert_rank=expert_rank, events_per_update=events_per_update, samples_per_event=samples_per_event,
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, slots=slots, kept_revisions=kept_revisions,
+        efficiency=efficiency, store_bandwidth=store_bandwidth, partitions=partitions,
+    )  # fmt: skip
+    planner.check(request)
+    config = config_of(base)
+    found = planner.plan(dims_of_config(config), tensors_of(config), request)
     if as_json:
-        print(json.dumps([dataclasses.asdict(item) for item in found], indent=1))
+        print(json.dumps(dataclasses.asdict(found), indent=1))
         return
-    table = Table("user", "segment, row", "reason")
-    for item in found:
-        reason = item.reason + (f": {item.detail}" if item.detail else "")
-        table.add_row(escape(item.user), f"{item.position[0]}, {item.position[1]}", escape(reason))
-    console.print(table if found else "nothing is parked")
+    table = Table("", "figure", "value", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users")
+    section = ""
+    for line in found.lines:
+        is_new, section = line.section != section, line.section
+        if is_new:
+            table.add_section()
+        value = planner.readable(line.value, line.unit)
+        table.add_row(section if is_new else "", line.name, value, f"[dim]{line.source}[/]")
+    console.print(table)
+    console.print(f"{'[green]fits[/]' if found.fits else '[red]does not fit[/]'}; bottleneck: {found.bottleneck}")
+    console.print(f"what moves it: {found.knob}", soft_wrap=True)
 
 
 @commands.command()

@@ -9,16 +9,18 @@ from rich.console import Console
 
 from populace.storage.errors import InvalidInput
 
-if TYPE_CHECKING:  # torch and ray take seconds to import; `--help` needs neither
+if TYPE_CHECKING:
     from populace.population.client import Population
     from populace.storage.identity import PopulationMeta
     from populace.storage.objects.contract import ObjectStore
 
 console = Console()
+
 TEMPORARY = 75
 """Exit code where the same may work later; EX_TEMPFAIL of sysexits.h."""
 
 Store = Annotated[str, typer.Option(help="Where the population lives.", envvar="POPULACE_STORE")]
+
 Name = Annotated[str | None, typer.Option(help="The population; needed when the store has several.")]
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from populace.population.console import TEMPORARY, Name, Store, console, find_population, open_population
+from populace.population.cli.console import TEMPORARY, Name, Store, console, find_population, open_population
 
 commands = typer.Typer()
 
