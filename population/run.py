@@ -30,7 +30,7 @@ from populace.population.waves.rewards import find_reward
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
-from populace.workers.group import ShardGroup, ShardGroupLost
+from populace.workers.actors.group import ShardGroup, ShardGroupLost
 from populace.workers.prepare import PreparedBase, prepare_base
 
 Result = TypeVar("Result")

@@ -32,7 +32,7 @@ from populace.population.controller import Controller
 from populace.population.waves.chat import Chat
 from populace.population.waves.rewards import RewardOutcome, RewardRequest, score_replies
 from populace.storage.objects.cloud import MemoryStore
-from populace.workers.engine import ShardEngine, ShardSettings
+from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.train_step import TrainerSettings
 from tests import tiny
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from populace.storage.errors import InvalidInput
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel
 from populace.workers.checkpoint import Checkpoint
-from populace.workers.engine import ShardEngine
 from populace.workers.families import dims_of, dims_of_config
 from populace.workers.footprint import PRESETS, config_of, tensors_of
 from populace.workers.placement import place_shards

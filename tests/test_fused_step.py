@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -17,7 +18,6 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.engine import ShardEngine
 from populace.workers.layout import AdapterSpec
 from tests import tiny
 

@@ -10,6 +10,7 @@ import torch
 
 from populace.kernels import grouped
 from populace.kernels.lora import FrozenProduct
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -19,7 +20,6 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.engine import ShardEngine
 from populace.workers.numerics import probe_invariance
 from tests.test_fused_step import admit, batch_of
 from tests.test_rollout import request

@@ -146,7 +146,7 @@ class OldController:
     def __init__(self, config: str, folder: str) -> None:
         from populace.population.controller import Controller
         from populace.population.waves.chat import Chat
-        from populace.workers.engine import ShardEngine
+        from populace.workers.actors.engine import ShardEngine
         from tests.conftest import score_here
 
         population = open_population(Path(config))

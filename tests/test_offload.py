@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.batch import AdapterRef, WaveBatch
-from populace.workers.engine import ShardEngine
 from tests.test_fused_step import admit, batch_of, spec_of, tensors
 
 Make = Callable[..., ShardEngine]

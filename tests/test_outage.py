@@ -18,7 +18,7 @@ from populace.population.watching.views import View
 from populace.population.waves.chat import Chat
 from populace.storage.errors import OutcomeUnknown, PopulaceError, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore
-from populace.workers.engine import ShardEngine
+from populace.workers.actors.engine import ShardEngine
 from tests.accounting import account
 from tests.conftest import score_here
 from tests.streams import experience

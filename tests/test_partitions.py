@@ -17,7 +17,7 @@ from populace.population.ledger.sharing import share_out
 from populace.population.waves.chat import Chat
 from populace.storage.errors import OutcomeUnknown, OwnerAlive, StoreUnavailable
 from populace.storage.objects.cloud import MemoryStore
-from populace.workers.engine import ShardEngine
+from populace.workers.actors.engine import ShardEngine
 from tests.accounting import account
 from tests.conftest import score_here
 from tests.streams import experience, wait_until

@@ -171,8 +171,8 @@ ALLOWED = {
     "population": ("population", "workers", "kernels", "storage", "configs"),
 }
 MAY_IMPORT_RAY = {
-    "workers/shard.py",
-    "workers/group.py",
+    "workers/actors/shard.py",
+    "workers/actors/group.py",
     "population/experience/gateway.py",
     "population/watching/metrics.py",
     "population/page/app.py",

@@ -17,8 +17,8 @@ from populace.population.controller import Controller
 from populace.population.waves.rollouts import tip_ref
 from populace.storage.lru import Tier
 from populace.storage.objects.cloud import MemoryStore
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.batch import AdapterRef
-from populace.workers.engine import ShardEngine
 from populace.workers.residency import NearTier, Residency, ResidencyBudget
 from tests.streams import experience
 

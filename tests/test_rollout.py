@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.attention import PackedAttention
 from populace.workers.base import token_logprobs
 from populace.workers.batch import (
@@ -20,7 +21,6 @@ from populace.workers.batch import (
     StepResult,
     WaveBatch,
 )
-from populace.workers.engine import ShardEngine
 from populace.workers.rows import SequenceGroup, pack_rows
 from populace.workers.step import Step
 from tests import tiny

@@ -17,10 +17,10 @@ from ray.util.placement_group import placement_group_table
 from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
 from populace.storage.errors import InvalidInput, PopulaceError
 from populace.storage.objects.cloud import MemoryStore
+from populace.workers.actors.engine import ShardEngine, ShardSettings
+from populace.workers.actors.group import NAMESPACE, ShardGroup, ShardGroupLost
+from populace.workers.actors.shard import NotTheOwner
 from populace.workers.batch import AdapterKey, AdapterRef, StepResult, WaveBatch
-from populace.workers.engine import ShardEngine, ShardSettings
-from populace.workers.group import NAMESPACE, ShardGroup, ShardGroupLost
-from populace.workers.shard import NotTheOwner
 from populace.workers.train_step import TrainerSettings
 from tests import tiny
 from tests.heads import ray_here

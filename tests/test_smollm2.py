@@ -10,8 +10,8 @@ import pytest
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.waves.chat import Chat
 from populace.storage.objects.cloud import MemoryStore
+from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest, WaveBatch
-from populace.workers.engine import ShardEngine, ShardSettings
 from populace.workers.layout import AdapterSpec
 from populace.workers.numerics import probe_invariance
 from populace.workers.prepare import PreparedBase, digest_folder, prepare_base

@@ -15,6 +15,7 @@ from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import RevisionEntry, WaveManifest
+from populace.workers.actors.engine import ShardEngine
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -24,7 +25,6 @@ from populace.workers.batch import (
     decode_evidence,
     revision_ref,
 )
-from populace.workers.engine import ShardEngine
 from populace.workers.optimizer import optimizer_name
 from populace.workers.train_step import TrainerSettings
 

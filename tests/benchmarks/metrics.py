@@ -26,7 +26,7 @@ from populace.population.waves.reward_tasks import score_on_ray
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
-from populace.workers.group import ShardGroup
+from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.streams import build_base, local_ray, overlap_events, overlap_settings
 

@@ -21,6 +21,8 @@ import ray
 
 from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
+from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
+from populace.workers.actors.group import NAMESPACE, ShardGroup
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -28,10 +30,8 @@ from populace.workers.batch import (
     RolloutRequest,
     WaveBatch,
 )
-from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.families import dims_of
 from populace.workers.footprint import config_of, tensors_of
-from populace.workers.group import NAMESPACE, ShardGroup
 from populace.workers.layout import AdapterSpec
 from populace.workers.placement import place_shards
 from populace.workers.prepare import find_prepared

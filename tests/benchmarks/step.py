@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers import train_step
+from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.base import resolve_dtype
 from populace.workers.batch import (
     AdapterBatch,
@@ -39,7 +40,6 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.layout import AdapterSpec
 from populace.workers.optimizer import update_adapters
 from populace.workers.train_step import TrainerSettings

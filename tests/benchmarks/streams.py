@@ -57,7 +57,7 @@ from populace.storage.lru import Tier
 from populace.storage.objects.bucket import Bucket
 from populace.storage.objects.dev import DevStore
 from populace.storage.objects.open import open_store
-from populace.workers.group import ShardGroup
+from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.streams import make_population
 from tests.tiny import tokenizer

@@ -10,7 +10,7 @@ import ray
 import torch
 
 from populace.storage.errors import PopulaceError
-from populace.workers.engine import ShardEngine, ShardSettings, keep_freed_memory
+from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.exchange import ALONE, DeepSpeedExchange, Rendezvous
 from populace.workers.numerics import NUMERICS_REVISION
 

@@ -21,17 +21,14 @@ import ray
 from ray import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from populace.configs.schema import GroupSettings
 from populace.storage.errors import InvalidInput, PopulaceError
 from populace.storage.objects.counted import add_calls
+from populace.workers.actors.engine import ShardSettings, join_shares
+from populace.workers.actors.shard import NotTheOwner, RemoteShard, versions
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
@@ -43,14 +40,15 @@ from populace.workers.batch import (
     WaveBatch,
     join_steps,
 )
-from populace.workers.engine import ShardSettings, join_shares
 from populace.workers.exchange import ExchangeBroken
 from populace.workers.layout import BaseDims
-from populace.workers.shard import NotTheOwner, RemoteShard, versions
 
 NAMESPACE = "populace"
+
 _ATTACH_TIMEOUT_S = 10.0
+
 _STRAGGLER_TIMEOUT_S = 10.0
+
 logger = logging.getLogger(__name__)
 
 
