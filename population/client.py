@@ -45,11 +45,11 @@ from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
 from populace.storage.objects.probe import require_safe
 from populace.workers.actors.engine import ShardEngine, ShardSettings
+from populace.workers.adapters.residency import ResidencyBudget
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.layout import AdapterSpec
 from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.prepare import PreparedBase, find_base, find_prepared
-from populace.workers.residency import ResidencyBudget
 from populace.workers.train_step import TrainerSettings
 
 

@@ -18,8 +18,9 @@ from populace.population.waves.rollouts import tip_ref
 from populace.storage.lru import Tier
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine
+from populace.workers.adapters.near import NearTier
+from populace.workers.adapters.residency import Residency, ResidencyBudget
 from populace.workers.batch import AdapterRef
-from populace.workers.residency import NearTier, Residency, ResidencyBudget
 from tests.streams import experience
 
 Start = Callable[..., Controller]

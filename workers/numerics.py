@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from populace.kernels.lora import FrozenProduct
+from populace.workers.adapters.slab import Slab
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, token_logprobs
 from populace.workers.batch import AdapterKey
 from populace.workers.layout import AdapterSpec
 from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.slab import Slab
 from populace.workers.step import Kernels, Step
 
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from populace.workers.adapters.slab import Slab
 from populace.workers.attention import CachedAttention, KvCache, PackedAttention
 from populace.workers.base import BaseModel
 from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
 from populace.workers.rows import PackedRows, SequenceGroup, pack_rows
-from populace.workers.slab import Slab
 from populace.workers.step import Kernels, Step
 
 _BLOCK = 256

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
+from populace.workers.adapters.slab import Slab
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, token_logprobs
 from populace.workers.batch import AdapterBatch, AdapterKey, ShardStep, ShardUpdate, WaveBatch
@@ -29,7 +30,6 @@ from populace.workers.losses import Baseline, LossSettings, WeightedGroup, token
 from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.optimizer import update_adapters
 from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.slab import Slab
 from populace.workers.step import Kernels, Step
 
 

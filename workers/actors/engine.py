@@ -20,6 +20,8 @@ from populace.storage.keys.user_keys import UserKeys
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
+from populace.workers.adapters.residency import Residency, ResidencyBudget
+from populace.workers.adapters.slab import Slab
 from populace.workers.attention import PackedAttention
 from populace.workers.base import BaseModel, resolve_dtype, token_logprobs
 from populace.workers.batch import (
@@ -38,10 +40,8 @@ from populace.workers.exchange import ALONE, Exchange
 from populace.workers.layout import BaseDims
 from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.optimizer import optimizer_name
-from populace.workers.residency import Residency, ResidencyBudget
 from populace.workers.rollout import roll_out
 from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.slab import Slab
 from populace.workers.step import Step
 from populace.workers.train_step import TrainerSettings, train_wave
 

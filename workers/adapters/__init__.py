@@ -1,0 +1,1 @@
+"""Adapters in memory: slots, tiers, sealed blobs on the local disk."""
