@@ -46,10 +46,10 @@ from populace.storage.objects.open import open_store
 from populace.storage.objects.probe import require_safe
 from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.adapters.residency import ResidencyBudget
+from populace.workers.base.registry import PreparedBase, find_base, find_prepared
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.layout import AdapterSpec
 from populace.workers.numerics import ROW_MULTIPLE
-from populace.workers.prepare import PreparedBase, find_base, find_prepared
 from populace.workers.train_step import TrainerSettings
 
 

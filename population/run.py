@@ -31,7 +31,7 @@ from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError,
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup, ShardGroupLost
-from populace.workers.prepare import PreparedBase, prepare_base
+from populace.workers.base.registry import PreparedBase, prepare_base
 
 Result = TypeVar("Result")
 

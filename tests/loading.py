@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from populace.workers.base import BaseModel
+from populace.workers.base.model import BaseModel
 
 
 def measure(folder: Path, rank: int, num_shards: int, tiny: Path) -> dict[str, int]:

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from populace.workers.base.gates import Gate
 from populace.workers.batch import AdapterBatch, RolloutGroup, ScoredSample, TrainGroup
-from populace.workers.gates import Gate
 
 
 class NoisyGate:

@@ -15,7 +15,7 @@ from populace.population.experience.events import Demonstration, Rollback, Task,
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.open import open_store
-from populace.workers.prepare import prepare_base
+from populace.workers.base.registry import prepare_base
 
 GOOD = Task(prompt="What is rain?", reward="letters")
 

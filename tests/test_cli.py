@@ -18,7 +18,7 @@ from populace.population.cli.app import app
 from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.storage.errors import InvalidInput
-from populace.workers.prepare import find_base, prepare_base
+from populace.workers.base.registry import find_base, prepare_base
 from tests.streams import experience
 
 POPULACE = [sys.executable, "-c", "from populace.population.cli.app.app import main; main()"]

@@ -30,7 +30,7 @@ import yaml
 
 from populace.configs.load import load_settings
 from populace.population.cli.app import app
-from populace.workers.prepare import digest_folder
+from populace.workers.base.registry import digest_folder
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -19,10 +19,10 @@ from populace.population.tools.peft import export_peft, peft_config, peft_tensor
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.adapters.slab import Slab
-from populace.workers.attention import PackedAttention
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.forward import Step
+from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterKey
-from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.step import Step
 from tests import tiny
 from tests.streams import experience
 

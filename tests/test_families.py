@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from populace.storage.errors import InvalidInput
 from populace.workers.actors.engine import ShardEngine
-from populace.workers.attention import PackedAttention
-from populace.workers.base import BaseModel
-from populace.workers.checkpoint import Checkpoint
-from populace.workers.families import dims_of, dims_of_config
-from populace.workers.footprint import PRESETS, config_of, tensors_of
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.checkpoint import Checkpoint
+from populace.workers.base.families import dims_of, dims_of_config
+from populace.workers.base.footprint import PRESETS, config_of, tensors_of
+from populace.workers.base.forward import Step
+from populace.workers.base.model import BaseModel
+from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.placement import place_shards
-from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.step import Step
 from tests import tiny
 from tests.loading import measure
 

@@ -12,8 +12,8 @@ import pytest
 
 from populace.population.tools.capacity import Plan, Request, plan, readable
 from populace.storage.errors import InvalidInput
-from populace.workers.families import dims_of_config
-from populace.workers.footprint import config_of, tensors_of
+from populace.workers.base.families import dims_of_config
+from populace.workers.base.footprint import config_of, tensors_of
 from populace.workers.layout import BaseDims
 
 REQUEST = Request(

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from populace.workers.actors.engine import ShardEngine
-from populace.workers.attention import PackedAttention
-from populace.workers.base import token_logprobs
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.forward import Step
+from populace.workers.base.logprobs import token_logprobs
+from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import (
     AdapterKey,
     RolloutGroup,
@@ -21,8 +23,6 @@ from populace.workers.batch import (
     StepResult,
     WaveBatch,
 )
-from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.step import Step
 from tests import tiny
 from tests.routing import NoisyGate, learn_from
 from tests.test_fused_step import admit

@@ -11,10 +11,10 @@ from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.waves.chat import Chat
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings
+from populace.workers.base.registry import PreparedBase, digest_folder, prepare_base
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest, WaveBatch
 from populace.workers.layout import AdapterSpec
 from populace.workers.numerics import probe_invariance
-from populace.workers.prepare import PreparedBase, digest_folder, prepare_base
 from populace.workers.train_step import TrainerSettings
 from tests.test_fused_step import batch_of
 from tests.test_rollout import sampler_logprobs, trainer_logprobs

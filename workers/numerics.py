@@ -10,12 +10,13 @@ from torch import Tensor
 
 from populace.kernels.lora import FrozenProduct
 from populace.workers.adapters.slab import Slab
-from populace.workers.attention import PackedAttention
-from populace.workers.base import BaseModel, token_logprobs
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.forward import Kernels, Step
+from populace.workers.base.logprobs import token_logprobs
+from populace.workers.base.model import BaseModel
+from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterKey
 from populace.workers.layout import AdapterSpec
-from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.step import Kernels, Step
 
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}
 """Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths, with other bits, for

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from populace.workers.adapters.slab import Slab
-from populace.workers.attention import CachedAttention, KvCache, PackedAttention
-from populace.workers.base import BaseModel
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.forward import Kernels, Step
+from populace.workers.base.kv_cache import CachedAttention, KvCache
+from populace.workers.base.model import BaseModel
+from populace.workers.base.rows import PackedRows, SequenceGroup, pack_rows
 from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
-from populace.workers.rows import PackedRows, SequenceGroup, pack_rows
-from populace.workers.step import Kernels, Step
 
 _BLOCK = 256
 

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.workers.adapters.slab import Slab
-from populace.workers.attention import PackedAttention
-from populace.workers.base import BaseModel, token_logprobs
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.forward import Kernels, Step
+from populace.workers.base.logprobs import token_logprobs
+from populace.workers.base.model import BaseModel
+from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterBatch, AdapterKey, ShardStep, ShardUpdate, WaveBatch
 from populace.workers.losses import Baseline, LossSettings, WeightedGroup, token_losses, weigh_groups
 from populace.workers.numerics import ROW_MULTIPLE
 from populace.workers.optimizer import update_adapters
-from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.step import Kernels, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

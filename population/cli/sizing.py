@@ -20,7 +20,7 @@ from populace.storage.errors import InvalidInput
 def prepare(model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging Face MoE folder.")]) -> None:
     """Make or register a base, so that configurations can name it."""
     with console.status("starting") as status:
-        from populace.workers.prepare import prepare_base
+        from populace.workers.base.registry import prepare_base
 
         def show(stage: str) -> None:
             status.update(stage)
@@ -53,8 +53,8 @@ def plan(
 ) -> None:
     """What a population would need: memory, time, bytes, requests, and what would limit it."""
     from populace.population.tools import capacity as planner
-    from populace.workers.families import dims_of_config
-    from populace.workers.footprint import config_of, tensors_of
+    from populace.workers.base.families import dims_of_config
+    from populace.workers.base.footprint import config_of, tensors_of
 
     request = planner.Request(
         device=device, devices=devices, users=users, updates_per_user_and_day=updates_per_user_and_day, rank=rank,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from populace.population.client import Population
 from populace.population.tools.peft import load_weights
-from populace.workers.families import dims_of
+from populace.workers.base.families import dims_of
 from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, layout_of
 
 

@@ -26,7 +26,7 @@ from populace.population.ledger.queries import revision_number
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import load_wave
 from populace.workers.adapters.slab import unpack_weights
-from populace.workers.families import dims_of
+from populace.workers.base.families import dims_of
 from populace.workers.layout import AdapterLayout, AdapterSpec, layout_of
 
 

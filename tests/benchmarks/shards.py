@@ -23,6 +23,9 @@ from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSetti
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.actors.group import NAMESPACE, ShardGroup
+from populace.workers.base.families import dims_of
+from populace.workers.base.footprint import config_of, tensors_of
+from populace.workers.base.registry import find_prepared
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -30,11 +33,8 @@ from populace.workers.batch import (
     RolloutRequest,
     WaveBatch,
 )
-from populace.workers.families import dims_of
-from populace.workers.footprint import config_of, tensors_of
 from populace.workers.layout import AdapterSpec
 from populace.workers.placement import place_shards
-from populace.workers.prepare import find_prepared
 from populace.workers.train_step import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.step import build_base, demonstration

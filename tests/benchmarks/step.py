@@ -29,7 +29,7 @@ from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers import train_step
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
-from populace.workers.base import resolve_dtype
+from populace.workers.base.model import resolve_dtype
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,

@@ -381,9 +381,9 @@ def bench_s3(folder: Path) -> list[Figure]:
 
 def real_adapter_bytes() -> int:
     """Bytes of a `smollm2-moe` adapter of rank 4, expert rank 1, in fp32."""
-    from populace.workers.families import dims_of
+    from populace.workers.base.families import dims_of
+    from populace.workers.base.registry import prepare_base
     from populace.workers.layout import layout_of
-    from populace.workers.prepare import prepare_base
 
     base = prepare_base("smollm2-moe", print)
     return 4 * layout_of(dims_of(Path(base.folder)), 4, 1).size

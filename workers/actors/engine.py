@@ -22,8 +22,11 @@ from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
 from populace.workers.adapters.residency import Residency, ResidencyBudget
 from populace.workers.adapters.slab import Slab
-from populace.workers.attention import PackedAttention
-from populace.workers.base import BaseModel, resolve_dtype, token_logprobs
+from populace.workers.base.attention import PackedAttention
+from populace.workers.base.forward import Step
+from populace.workers.base.logprobs import token_logprobs
+from populace.workers.base.model import BaseModel, resolve_dtype
+from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
@@ -41,8 +44,6 @@ from populace.workers.layout import BaseDims
 from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.optimizer import optimizer_name
 from populace.workers.rollout import roll_out
-from populace.workers.rows import SequenceGroup, pack_rows
-from populace.workers.step import Step
 from populace.workers.train_step import TrainerSettings, train_wave
 
 Answer = TypeVar("Answer")

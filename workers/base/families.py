@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from populace.storage.errors import InvalidInput
-from populace.workers.gates import Gate, GroupLimitedGate, SoftmaxGate
+from populace.workers.base.gates import Gate, GroupLimitedGate, SoftmaxGate
 from populace.workers.layout import BaseDims
 
 Shapes = tuple[tuple[str, int, int], ...]

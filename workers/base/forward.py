@@ -11,8 +11,8 @@ from torch import Tensor
 from populace.kernels.lora import LoraWeights
 from populace.kernels.plan import SegmentPlan, plan_segments
 from populace.workers.adapters.slab import Slab
-from populace.workers.attention import Attention
-from populace.workers.rows import PackedRows
+from populace.workers.base.attention import Attention
+from populace.workers.base.rows import PackedRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from populace.kernels.lora import FrozenProduct, lora_product
 from populace.kernels.plan import SegmentPlan, order_by_expert, plan_segments
+from populace.workers.base.forward import Step, StepHolder
+from populace.workers.base.gates import Gate
 from populace.workers.exchange import Exchange
-from populace.workers.gates import Gate
 from populace.workers.placement import Placement
-from populace.workers.step import Step, StepHolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

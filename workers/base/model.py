@@ -18,13 +18,12 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from populace.kernels.lora import FrozenProduct, lora_product
 from populace.storage.errors import InvalidInput
-from populace.workers.checkpoint import Checkpoint
+from populace.workers.base.checkpoint import Checkpoint
+from populace.workers.base.families import FAMILIES, Family, check_checkpoint, dims_of
+from populace.workers.base.forward import Step, StepHolder
+from populace.workers.base.moe import Experts, MoeBlock
 from populace.workers.exchange import ALONE, Exchange, partition_dense
-from populace.workers.families import FAMILIES, Family, check_checkpoint, dims_of
-from populace.workers.moe import Experts, MoeBlock
 from populace.workers.placement import place_shards
-from populace.workers.rows import PackedRows
-from populace.workers.step import Step, StepHolder
 
 _INTERFACE = "populace"
 
@@ -193,54 +192,3 @@ def _attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     out_THX = holder.step.attention.attend(layer, query[0], key[0], value[0], scaling)
     return out_THX.unsqueeze(0), None
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log-softmax of the head at the target tokens, in row chunks: the [N, V] logits never exist at once.
-
-    d logprob / d hidden = head[token] - softmax · head does not depend on the loss: forward computes it while the
-    chunk's logits are there, and backward only scales it.
-    """
-
-    CHUNK = 256
-
-    @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, rows: PackedRows, row_multiple: int) -> Tensor:
-        num_targets, wants_grad = len(rows.target_row_N), ctx.needs_input_grad[0]
-        # Dividing the hidden state is dividing the logits by the temperature.
-        inverse_N1 = (1 / rows.temperature_N)[:, None].to(hidden_TD.dtype)
-        logprob_N = torch.empty(num_targets)
-        slope_ND = hidden_TD.new_empty(num_targets if wants_grad else 0, hidden_TD.shape[1])
-        logits_CV = head_VD.new_empty(_TokenLogprobs.CHUNK, len(head_VD))
-        logsoft_CV = torch.empty_like(logits_CV, dtype=torch.float32)
-        for start in range(0, num_targets, _TokenLogprobs.CHUNK):
-            part = slice(start, min(start + _TokenLogprobs.CHUNK, num_targets))
-            size = part.stop - start
-            padded = -(-size // row_multiple) * row_multiple
-            hidden_CD = hidden_TD.new_zeros(padded, hidden_TD.shape[1])
-            hidden_CD[:size] = hidden_TD.index_select(0, rows.target_row_N[part]).mul_(inverse_N1[part])
-            logits, logsoft = logits_CV[:padded], logsoft_CV[:padded]
-            torch.mm(hidden_CD, head_VD.T, out=logits)
-            torch.log_softmax(logits, 1, dtype=torch.float32, out=logsoft)
-            logprob_N[part] = logsoft[:size].gather(1, rows.target_token_N[part, None]).squeeze(1)
-            if wants_grad:
-                mean_CD = logsoft.exp_().to(head_VD.dtype) @ head_VD
-                slope = head_VD.index_select(0, rows.target_token_N[part]).sub_(mean_CD[:size])
-                torch.mul(slope, inverse_N1[part], out=slope_ND[part])
-        ctx.save_for_backward(slope_ND)
-        ctx.num_rows, ctx.row_N = len(hidden_TD), rows.target_row_N
-        return logprob_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope_ND,) = ctx.saved_tensors
-        grad_ND = (slope_ND * grads[0].unsqueeze(1)).to(slope_ND.dtype)
-        # A prompt's last row predicts the first token of every branch: index_add_ adds them in order.
-        grad_TD = slope_ND.new_zeros(ctx.num_rows, slope_ND.shape[1]).index_add_(0, ctx.row_N, grad_ND)
-        return grad_TD, None, None, None
-
-
-def token_logprobs(base: BaseModel, hidden_TD: Tensor, step: Step) -> Tensor:
-    """Log-probability of every target token of the step's rows, [N] fp32; differentiable."""
-    logprob_N: Tensor = _TokenLogprobs.apply(hidden_TD, base.head_VD, step.rows, step.kernels.row_multiple)  # type: ignore[no-untyped-call]
-    return logprob_N

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from populace.storage.errors import InvalidInput
-from populace.workers.families import FAMILIES, check_checkpoint, dims_of_config
+from populace.workers.base.families import FAMILIES, check_checkpoint, dims_of_config
 
 PRESETS = ("qwen3-30b-a3b", "deepseek-v3", "kimi-k2")
 """Public dimensions of well-known bases, in configs/bases/."""

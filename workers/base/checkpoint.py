@@ -16,6 +16,7 @@ from torch import Tensor
 from populace.storage.errors import InvalidInput
 
 _INDEX = "model.safetensors.index.json"
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
