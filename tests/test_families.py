@@ -22,7 +22,7 @@ from populace.workers.base.footprint import PRESETS, config_of, tensors_of
 from populace.workers.base.forward import Step
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
-from populace.workers.placement import place_shards
+from populace.workers.shards.placement import place_shards
 from tests import tiny
 from tests.loading import measure
 

@@ -21,8 +21,8 @@ from populace.configs.schema import OptimizerSettings
 from populace.storage.errors import PopulaceError
 from populace.workers.adapters.slab import Slab, Slot
 from populace.workers.batch import AdapterKey
-from populace.workers.exchange import ALONE, Exchange
 from populace.workers.layout import AdapterLayout
+from populace.workers.shards.exchange import ALONE, Exchange
 
 BLOCK = 4096
 """Elements per partial sum: short enough that one thread adds it, whatever the number of threads."""

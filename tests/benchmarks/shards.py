@@ -34,7 +34,7 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.layout import AdapterSpec
-from populace.workers.placement import place_shards
+from populace.workers.shards.placement import place_shards
 from populace.workers.train_step import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.step import build_base, demonstration

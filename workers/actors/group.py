@@ -40,8 +40,8 @@ from populace.workers.batch import (
     WaveBatch,
     join_steps,
 )
-from populace.workers.exchange import ExchangeBroken
 from populace.workers.layout import BaseDims
+from populace.workers.shards.exchange import ExchangeBroken
 
 NAMESPACE = "populace"
 

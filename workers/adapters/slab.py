@@ -31,7 +31,7 @@ from populace.workers.layout import (
     stored_rank,
     unpad,
 )
-from populace.workers.placement import Shard, place_shards
+from populace.workers.shards.placement import Shard, place_shards
 
 Blob = bytes | memoryview
 

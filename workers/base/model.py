@@ -22,8 +22,8 @@ from populace.workers.base.checkpoint import Checkpoint
 from populace.workers.base.families import FAMILIES, Family, check_checkpoint, dims_of
 from populace.workers.base.forward import Step, StepHolder
 from populace.workers.base.moe import Experts, MoeBlock
-from populace.workers.exchange import ALONE, Exchange, partition_dense
-from populace.workers.placement import place_shards
+from populace.workers.shards.exchange import ALONE, Exchange, partition_dense
+from populace.workers.shards.placement import place_shards
 
 _INTERFACE = "populace"
 

@@ -20,8 +20,8 @@ from populace.kernels.lora import FrozenProduct, lora_product
 from populace.kernels.plan import SegmentPlan, order_by_expert, plan_segments
 from populace.workers.base.forward import Step, StepHolder
 from populace.workers.base.gates import Gate
-from populace.workers.exchange import Exchange
-from populace.workers.placement import Placement
+from populace.workers.shards.exchange import Exchange
+from populace.workers.shards.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
