@@ -49,8 +49,8 @@ from populace.workers.adapters.residency import ResidencyBudget
 from populace.workers.base.registry import PreparedBase, find_base, find_prepared
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
 from populace.workers.layout import AdapterSpec
-from populace.workers.numerics import ROW_MULTIPLE
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step.numerics import ROW_MULTIPLE
+from populace.workers.step.train import TrainerSettings
 
 
 class Population:

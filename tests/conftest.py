@@ -33,7 +33,7 @@ from populace.population.waves.chat import Chat
 from populace.population.waves.rewards import RewardOutcome, RewardRequest, score_replies
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step.train import TrainerSettings
 from tests import tiny
 
 torch.set_num_threads(1)

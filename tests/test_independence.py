@@ -20,7 +20,7 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.numerics import probe_invariance
+from populace.workers.step.numerics import probe_invariance
 from tests.test_fused_step import admit, batch_of
 from tests.test_rollout import request
 

@@ -18,7 +18,7 @@ from populace.population.experience.events import is_held_out
 from populace.population.experience.segments import partition_of
 from populace.storage.catalog.states import AdapterState
 from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
-from populace.workers.losses import Baseline, LossSettings, token_losses, weigh_groups
+from populace.workers.step.losses import Baseline, LossSettings, token_losses, weigh_groups
 
 ROOT = Path(__file__).parent.parent
 LOSS = LossSettings(kl_coefficient=0.1, kl_in_reward=False, importance_cap=2.0, baseline_decay=0.9)

@@ -21,7 +21,7 @@ from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.actors.group import NAMESPACE, ShardGroup, ShardGroupLost
 from populace.workers.actors.shard import NotTheOwner
 from populace.workers.batch import AdapterKey, AdapterRef, StepResult, WaveBatch
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step.train import TrainerSettings
 from tests import tiny
 from tests.heads import ray_here
 from tests.test_fused_step import batch_of, spec_of

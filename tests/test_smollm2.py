@@ -14,8 +14,8 @@ from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.base.registry import PreparedBase, digest_folder, prepare_base
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest, WaveBatch
 from populace.workers.layout import AdapterSpec
-from populace.workers.numerics import probe_invariance
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step.numerics import probe_invariance
+from populace.workers.step.train import TrainerSettings
 from tests.test_fused_step import batch_of
 from tests.test_rollout import sampler_logprobs, trainer_logprobs
 

@@ -25,8 +25,8 @@ from populace.workers.batch import (
     decode_evidence,
     revision_ref,
 )
-from populace.workers.optimizer import optimizer_name
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step.optimizer import optimizer_name
+from populace.workers.step.train import TrainerSettings
 
 SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = "same bytes", "DIFFERENT", "not kept", "refused", "damaged"
 

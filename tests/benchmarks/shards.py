@@ -35,7 +35,7 @@ from populace.workers.batch import (
 )
 from populace.workers.layout import AdapterSpec
 from populace.workers.shards.placement import place_shards
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step.train import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.step import build_base, demonstration
 from tests.loading import measure

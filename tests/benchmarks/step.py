@@ -27,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
-from populace.workers import train_step
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.base.model import resolve_dtype
 from populace.workers.batch import (
@@ -41,8 +40,9 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.layout import AdapterSpec
-from populace.workers.optimizer import update_adapters
-from populace.workers.train_step import TrainerSettings
+from populace.workers.step import train as train_step
+from populace.workers.step.optimizer import update_adapters
+from populace.workers.step.train import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 
 VOCABULARY, HIDDEN, LAYERS, INNER, EXPERTS, TOP_K = 8192, 384, 6, 704, 8, 2

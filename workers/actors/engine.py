@@ -40,11 +40,11 @@ from populace.workers.batch import (
     join_steps,
 )
 from populace.workers.layout import BaseDims
-from populace.workers.numerics import NUMERICS_REVISION, probe_invariance
-from populace.workers.optimizer import optimizer_name
-from populace.workers.rollout import roll_out
 from populace.workers.shards.exchange import ALONE, Exchange
-from populace.workers.train_step import TrainerSettings, train_wave
+from populace.workers.step.numerics import NUMERICS_REVISION, probe_invariance
+from populace.workers.step.optimizer import optimizer_name
+from populace.workers.step.rollout import roll_out
+from populace.workers.step.train import TrainerSettings, train_wave
 
 Answer = TypeVar("Answer")
 

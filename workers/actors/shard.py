@@ -11,8 +11,8 @@ import torch
 
 from populace.storage.errors import PopulaceError
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
-from populace.workers.numerics import NUMERICS_REVISION
 from populace.workers.shards.exchange import ALONE, DeepSpeedExchange, Rendezvous
+from populace.workers.step.numerics import NUMERICS_REVISION
 
 
 class NotTheOwner(PopulaceError):

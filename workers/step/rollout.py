@@ -8,7 +8,6 @@ Suffixes: B sequences that still run, T rows, V vocabulary, L layers, K experts 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,8 +22,7 @@ from populace.workers.base.kv_cache import CachedAttention, KvCache
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import PackedRows, SequenceGroup, pack_rows
 from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
-
-_BLOCK = 256
+from populace.workers.step.sampling import _inverse_transform, _uniforms
 
 
 class _Sequence:
@@ -116,24 +114,6 @@ def _choose(
         item.finished = token in eos_ids or len(item.tokens) >= requests[item.request].max_new_tokens
 
 
-def _inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token whose interval of the cumulated probabilities holds the draw, [B]. Two levels, because a plain
-    cumulated sum over a vocabulary takes longer than its softmax: first the block, then the token inside."""
-    num_tokens = prob_BV.shape[1]
-    missing = -num_tokens % _BLOCK
-    prob_BKW = (pad(prob_BV, (0, missing)) if missing else prob_BV).view(len(prob_BV), -1, _BLOCK)
-    blocks_BK = prob_BKW.sum(-1).double().cumsum(1)
-    # The last sum is 1 only up to rounding: scale the draw to it, so that no draw falls off the end.
-    draw_B1 = (uniform_B * blocks_BK[:, -1]).unsqueeze(1)
-    block_B1 = torch.searchsorted(blocks_BK, draw_B1, right=True).clamp(max=blocks_BK.shape[1] - 1)
-    before_B1 = torch.where(block_B1 > 0, blocks_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    inside_BW = prob_BKW[torch.arange(len(prob_BV)), block_B1.squeeze(1)].double().cumsum(1)
-    # Rounding between the two levels must not step onto a token of probability zero.
-    draw_B1 = torch.minimum(draw_B1 - before_B1, inside_BW[:, -1:] * (1 - 1e-12))
-    place_B1 = torch.searchsorted(inside_BW, draw_B1, right=True).clamp(max=_BLOCK - 1)
-    return (block_B1 * _BLOCK + place_B1).squeeze(1).clamp(max=num_tokens - 1)
-
-
 def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels) -> PackedRows:
     """One row per sequence: its newest token at its next position."""
     filling = -len(running) % kernels.row_multiple if running else kernels.row_multiple
@@ -192,10 +172,3 @@ def _groups(
 def _slot(slab: Slab, request: RolloutRequest) -> tuple[int, int]:
     slot = slab.slots[request.adapter]
     return slot.arena, slot.row
-
-
-def _uniforms(slab: Slab, request: RolloutRequest, sample: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """One number in [0, 1) per position."""
-    name = f"{slab.slots[request.adapter].seed}/{request.adapter.revision}/{request.event_id}/{sample}"
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "big")
-    return np.random.Generator(np.random.Philox(key=key)).random(request.max_new_tokens)

@@ -21,8 +21,10 @@ from populace.workers.layout import AdapterSpec
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}
 """Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths, with other bits, for
 a few odd small counts only."""
+
 NUMERICS_REVISION = 2
 """Raised with every change to the order or kind of arithmetic in a step: older revisions can't be replayed then."""
+
 _COUNTS = (8, 16, 24, 40, 104, 264)
 
 

@@ -1,0 +1,1 @@
+"""The fused step: lessons, losses, forward and backward, the optimizer; and rollouts."""
