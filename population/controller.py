@@ -31,12 +31,13 @@ from populace.population.waves.outcomes import account_for
 from populace.population.waves.planner import Planner
 from populace.population.waves.publisher import Publisher
 from populace.population.waves.report import Clock, WaveReport, report_of
-from populace.population.waves.rollouts import Rollout, Score, Trials, Workers
+from populace.population.waves.rollouts import Rollout, Score, Trials
 from populace.population.waves.wave import MemberOutcome, PlannedWave, Publication, RollingWave
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Settled, Tombstone, Verdict
 from populace.workers.batch import AdapterBatch, AdapterKey, Paging, ScoredSample, TrainGroup, WaveBatch
+from populace.workers.interface import Workers
 
 
 class Controller:

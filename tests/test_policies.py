@@ -17,7 +17,8 @@ from populace.population.evaluation.verdict import VerdictPolicy, verdict
 from populace.population.experience.events import is_held_out
 from populace.population.experience.segments import partition_of
 from populace.storage.catalog.states import AdapterState
-from populace.workers.batch import Sample, ScoredSample, TrainGroup, decode_evidence, encode_evidence
+from populace.workers.batch import Sample, ScoredSample, TrainGroup
+from populace.workers.evidence import decode_evidence, encode_evidence
 from populace.workers.step.losses import Baseline, LossSettings, token_losses, weigh_groups
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from populace.population.experience.memory import EventMemory
 from populace.population.experience.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
 from populace.population.experience.sealing import LoggedEvent, Seals
 from populace.population.experience.segments import checked, decode_rows, enqueued_at, with_digest
-from populace.population.experience.snapshot import Payload, SegmentCache, Snapshot, payload_at
+from populace.population.experience.snapshot import Payload, SegmentCache, Snapshot, payload_at, row_from
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.identity import PopulationMeta

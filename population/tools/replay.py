@@ -16,15 +16,8 @@ from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import RevisionEntry, WaveManifest
 from populace.workers.actors.engine import ShardEngine
-from populace.workers.batch import (
-    AdapterBatch,
-    AdapterKey,
-    AdapterRef,
-    AdapterUpdate,
-    WaveBatch,
-    decode_evidence,
-    revision_ref,
-)
+from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, AdapterUpdate, WaveBatch, revision_ref
+from populace.workers.evidence import decode_evidence
 from populace.workers.step.optimizer import optimizer_name
 from populace.workers.step.train import TrainerSettings
 

@@ -14,7 +14,8 @@ from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.log.loading import blob_context
 from populace.storage.log.owner import Owner, RevisionDraft
 from populace.storage.log.records import Batch, Record, RecordHeader
-from populace.workers.batch import AdapterKey, AdapterUpdate, StepResult, encode_evidence
+from populace.workers.batch import AdapterKey, AdapterUpdate, StepResult
+from populace.workers.evidence import encode_evidence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

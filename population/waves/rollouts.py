@@ -6,7 +6,6 @@ Used by the loop, which learns from trials, and by evaluations, which only look.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -15,37 +14,13 @@ from populace.population.experience.events import Task, messages_of
 from populace.population.experience.sealing import LoggedEvent
 from populace.population.waves.chat import Chat
 from populace.population.waves.rewards import Reply, RewardOutcome, RewardRequest
-from populace.workers.batch import (
-    AdapterKey,
-    AdapterRef,
-    Floats,
-    Paging,
-    RolloutGroup,
-    RolloutRequest,
-    StepResult,
-    WaveBatch,
-)
-from populace.workers.layout import BaseDims
+from populace.workers.batch import AdapterKey, Floats, RolloutGroup, RolloutRequest
+from populace.workers.interface import Workers
 
 Score = Callable[[Sequence[RewardRequest], float], list[RewardOutcome]]
 
 Rollout = tuple[RolloutGroup, tuple[Floats, ...]]
 """A group and its samples' log-probabilities under the base."""
-
-
-class Workers(Protocol):
-    """A shard group, or one engine in this process."""
-
-    def describe(self) -> tuple[BaseDims, dict[str, str]]: ...
-    def prefetch(self, refs: Sequence[AdapterRef]) -> None: ...
-    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging: ...
-    def evict(self, keys: Sequence[AdapterKey]) -> None: ...
-    def committed(self, pairs: Sequence[tuple[AdapterKey, AdapterKey]]) -> None: ...
-    def forget(self, pseudonyms: Sequence[str]) -> None: ...
-    def num_hot(self) -> int: ...
-    def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]: ...
-    def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]: ...
-    def train_wave(self, batch: WaveBatch) -> StepResult: ...
 
 
 class Trials:

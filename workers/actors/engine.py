@@ -37,8 +37,8 @@ from populace.workers.batch import (
     ShardStep,
     StepResult,
     WaveBatch,
-    join_steps,
 )
+from populace.workers.joins import join_steps
 from populace.workers.layout import BaseDims
 from populace.workers.shards.exchange import ALONE, Exchange
 from populace.workers.step.numerics import NUMERICS_REVISION, probe_invariance

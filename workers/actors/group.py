@@ -38,8 +38,8 @@ from populace.workers.batch import (
     RolloutRequest,
     StepResult,
     WaveBatch,
-    join_steps,
 )
+from populace.workers.joins import join_steps
 from populace.workers.layout import BaseDims
 from populace.workers.shards.exchange import ExchangeBroken
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from populace.kernels.lora import LoraWeights
-from populace.workers.batch import AdapterKey, AdapterParts, join_parts
+from populace.workers.batch import AdapterKey, AdapterParts
+from populace.workers.joins import join_parts
 from populace.workers.layout import (
     EXPERT_MODULES,
     AdapterLayout,
