@@ -1,4 +1,5 @@
-"""YAML and command-line overrides become one validated `Settings`. `DictConfig` never leaves this file."""
+"""YAML and command-line overrides become one validated `Settings`. `DictConfig` never leaves this
+file."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class ConfigError(InvalidInput):
 
 
 def load_settings(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Read `path` (YAML) and apply `overrides` (`section.key=value`); unknown keys and bad values raise
-    `ConfigError` with the key, its value and what would be right."""
+    """Read `path` (YAML) and apply `overrides` (`section.key=value`); unknown keys and bad values
+    raise `ConfigError` with the key, its value and what would be right."""
     schema = OmegaConf.structured(Settings)
     OmegaConf.set_readonly(schema, False)
     for override in overrides:
@@ -57,7 +58,8 @@ def _layers(path: str | Path | None) -> list[Any]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(
-            f"no configuration file at {str(path)!r} ({error.strerror}); give the path of a YAML file"
+            f"no configuration file at {str(path)!r} ({error.strerror}); give the path of a YAML "
+            "file"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
@@ -68,7 +70,11 @@ def _layers(path: str | Path | None) -> list[Any]:
 
 def _unknown_key(key: str) -> str:
     close = difflib.get_close_matches(key, _known_keys(asdict(Settings())), n=1)
-    hint = f"did you mean {close[0]}?" if close else "see docs/reference/configuration.md for all settings"
+    hint = (
+        f"did you mean {close[0]}?"
+        if close
+        else "see docs/reference/configuration.md for all settings"
+    )
     return f"unknown setting {key!r}; {hint}"
 
 

@@ -23,12 +23,14 @@ class GroupSettings:
     """The shard group: the Ray actors that together hold the base."""
 
     count: int = 1
-    """Shards that the experts are split over; above 1 needs DeepSpeed (`pip install populace[deepspeed]`)."""
+    """Shards that the experts are split over; above 1 needs DeepSpeed (`pip install
+    populace[deepspeed]`)."""
     cpus: float = 1.0
     """Processors that Ray reserves for a shard. How many it uses is `run.threads`."""
     dense: str = "replicated"
-    """What is no expert's: `replicated` on every shard, or `zero3`: cut over the shards by DeepSpeed ZeRO-3 and
-    gathered layer by layer, which saves memory and costs time. Embeddings and head stay whole."""
+    """What is no expert's: `replicated` on every shard, or `zero3`: cut over the shards by
+    DeepSpeed ZeRO-3 and gathered layer by layer, which saves memory and costs time. Embeddings and
+    head stay whole."""
     max_restarts: int = 5
     """How often in a row a group that died is started again before the run gives up."""
     timeout_s: float = 300.0
@@ -39,14 +41,16 @@ class GroupSettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What a new adapter gets; fixed once it is created. `user_ranks` names users who get another rank."""
+    """What a new adapter gets; fixed once it is created. `user_ranks` names users who get another
+    rank."""
 
     rank: int = 8
     """Of the LoRA on attention."""
     expert_rank: int = 1
     """Of the LoRA on every expert."""
     alpha: float = 32.0
-    """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of rank)."""
+    """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of
+    rank)."""
     learning_rate: float = 1e-3
     """Of AdamW."""
     b_learning_rate_ratio: float = 1.0
@@ -56,13 +60,14 @@ class AdapterSettings:
 @dataclass(frozen=True)
 class TrainSettings:
     backend: str = "grouped"
-    """`grouped` (torch's batched products), `reference` (plain loops, the truth for tests) or `triton` (for CUDA
-    devices, on which shards can't compute yet)."""
+    """`grouped` (torch's batched products), `reference` (plain loops, the truth for tests) or
+    `triton` (for CUDA devices, on which shards can't compute yet)."""
     numerics: str = "invariant"
-    """`invariant`: a user's bits don't depend on who shares the batch, so that revisions can be replayed; `fast`: rows
-    are not filled up to what that needs."""
+    """`invariant`: a user's bits don't depend on who shares the batch, so that revisions can be
+    replayed; `fast`: rows are not filled up to what that needs."""
     max_rows_per_pass: int = 4096
-    """Rows that one forward and backward pass holds at most; a wave runs in as many passes as it needs."""
+    """Rows that one forward and backward pass holds at most; a wave runs in as many passes as it
+    needs."""
     max_sequence_length: int = 1024
     """Prompt and completion, in tokens."""
     over_long: str = "cut"
@@ -70,13 +75,15 @@ class TrainSettings:
     kl_coefficient: float = 0.05
     """Weight of the term that keeps a user's model near the base; 0 switches it off."""
     kl_in: str = "loss"
-    """`loss`: the k2 term per token; `reward`: subtracted from a rollout's reward before groups compare."""
+    """`loss`: the k2 term per token; `reward`: subtracted from a rollout's reward before groups
+    compare."""
     importance_cap: float = 2.0
     """C of truncated importance sampling, w = min(pi_trainer / pi_rollout, C)."""
     baseline_decay: float = 0.9
     """Of a user's running mean reward, the baseline for logged trajectories."""
     max_staleness: int = 8
-    """A logged trajectory of a revision that is more than this many behind the tip is settled as stale."""
+    """A logged trajectory of a revision that is more than this many behind the tip is settled as
+    stale."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ class OptimizerSettings:
     max_grad_norm: float = 1.0
     """Of a whole adapter; longer gradients are scaled down to it."""
     offload: bool = False
-    """Moments stay in host memory and are updated there by DeepSpeed's CPUAdam (`pip install populace[deepspeed]`)."""
+    """Moments stay in host memory and are updated there by DeepSpeed's CPUAdam (`pip install
+    populace[deepspeed]`)."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,8 @@ class SchedulerSettings:
 
 @dataclass(frozen=True)
 class ResidencySettings:
-    """Where adapters are kept besides the slots: in a shard's memory (warm), on its local disk (near), and in the store
-    (cold)."""
+    """Where adapters are kept besides the slots: in a shard's memory (warm), on its local disk
+    (near), and in the store (cold)."""
 
     warm_mb: float = 512.0
     """Memory of a shard for adapters that are not in a slot."""
@@ -164,16 +172,18 @@ class StreamSettings:
     """How experience gets in."""
 
     linger_ms: float = 0.0
-    """How long a segment waits for more events before it is written. Events that come while the one before is being
-    written share the next one anyway."""
+    """How long a segment waits for more events before it is written. Events that come while the one
+    before is being written share the next one anyway."""
     max_waiting_mb: float = 64.0
-    """More than this waiting to be written is refused with `Overloaded`, which says when to try again."""
+    """More than this waiting to be written is refused with `Overloaded`, which says when to try
+    again."""
     cache_mb: float = 64.0
     """Segments that a controller keeps in memory."""
     compact_every_segments: int = 2000
     """How far a partition's experience log grows before what is consumed is cut off."""
     gateway: bool = False
-    """Whether a run starts the gateway actor, which gathers many small producers inside the Ray cluster."""
+    """Whether a run starts the gateway actor, which gathers many small producers inside the Ray
+    cluster."""
 
 
 @dataclass(frozen=True)
@@ -227,9 +237,11 @@ class RunSettings:
     threads: int = 0
     """Threads of a shard's tensor operations; 0 means all processors."""
     pipelined: bool = True
-    """Plan, page and roll out the next waves while this one trains, and publish behind it. False: one after another."""
+    """Plan, page and roll out the next waves while this one trains, and publish behind it. False:
+    one after another."""
     controller: str = "main"
-    """Controllers of different names share a population's partitions, and take over from those that die."""
+    """Controllers of different names share a population's partitions, and take over from those that
+    die."""
     store_retry_s: float = 5.0
     """How often a run whose store is away looks whether it is back."""
     metrics: bool = True
@@ -257,12 +269,14 @@ class Settings:
     name: str = "population"
     """Of the population: the folder in the store that everything of it lies in."""
     store: str = "build/store"
-    """Where the population lives: `file://PATH`, a plain path, `s3://BUCKET[/PREFIX][?endpoint=URL]` or `memory://`."""
+    """Where the population lives: `file://PATH`, a plain path,
+    `s3://BUCKET[/PREFIX][?endpoint=URL]` or `memory://`."""
     seed: int = 0
-    """What initialisations, sampling noise and the choice of held-out tasks derive from; fixed when the population is
-    created."""
+    """What initialisations, sampling noise and the choice of held-out tasks derive from; fixed when
+    the population is created."""
     partitions: int = 4
-    """Buckets of users, and so the most controllers that can ever share the population; fixed when it is created."""
+    """Buckets of users, and so the most controllers that can ever share the population; fixed when
+    it is created."""
     experience: str | None = None
     """`module:function` that returns (user, events) pairs; enqueued at the start, twice is once."""
     report: str | None = None
@@ -359,28 +373,45 @@ def _scheduler_problems(settings: Settings) -> list[str]:
     """Budgets must have room for any one user, or somebody would wait for ever."""
     scheduler, found = settings.scheduler, []
     most = settings.train.max_sequence_length * scheduler.events_per_update
-    most += settings.rollout.samples_per_task * settings.rollout.max_new_tokens * scheduler.events_per_update
+    most += (
+        settings.rollout.samples_per_task
+        * settings.rollout.max_new_tokens
+        * scheduler.events_per_update
+    )
     if scheduler.max_tokens_per_wave < most:
         found.append(
-            f"scheduler.max_tokens_per_wave is {scheduler.max_tokens_per_wave}; one user's update can have {most} "
-            "tokens (events_per_update times the longest sequence and its samples), use at least that"
+            f"scheduler.max_tokens_per_wave is {scheduler.max_tokens_per_wave}; one user's update "
+            f"can have {most} "
+            "tokens (events_per_update times the longest sequence and its samples), use at least "
+            "that"
         )
     rank = max([settings.adapter.rank, *settings.user_ranks.values()])
     if scheduler.max_rank_per_wave is not None and scheduler.max_rank_per_wave < rank:
         found.append(
-            f"scheduler.max_rank_per_wave is {scheduler.max_rank_per_wave}; an adapter has rank {rank}, use that"
+            f"scheduler.max_rank_per_wave is {scheduler.max_rank_per_wave}; an adapter has rank "
+            f"{rank}, use that"
         )
     if scheduler.max_load_mb_per_wave is not None and not scheduler.max_load_mb_per_wave > 0:
-        found.append(f"scheduler.max_load_mb_per_wave is {scheduler.max_load_mb_per_wave}; use a number above zero")
+        found.append(
+            f"scheduler.max_load_mb_per_wave is {scheduler.max_load_mb_per_wave}; use a number "
+            "above zero"
+        )
     for name, tenant in scheduler.tenants.items():
         if not tenant.weight > 0:
-            found.append(f"scheduler.tenants[{name!r}].weight is {tenant.weight}; use a number above zero")
+            found.append(
+                f"scheduler.tenants[{name!r}].weight is {tenant.weight}; use a number above zero"
+            )
         if not name or "/" in name:
             found.append(
-                f"scheduler.tenants has {name!r}; a tenant's name has no slash, its users' ids begin with NAME/"
+                f"scheduler.tenants has {name!r}; a tenant's name has no slash, its users' ids "
+                "begin with NAME/"
             )
-    if not settings.run.controller or not all(char.isalnum() or char in "-_." for char in settings.run.controller):
-        found.append(f"run.controller is {settings.run.controller!r}; use letters, digits, '-', '_' and '.'")
+    if not settings.run.controller or not all(
+        char.isalnum() or char in "-_." for char in settings.run.controller
+    ):
+        found.append(
+            f"run.controller is {settings.run.controller!r}; use letters, digits, '-', '_' and '.'"
+        )
     return found
 
 
@@ -408,11 +439,15 @@ def problems(settings: Settings) -> list[str]:
         if not setting(settings, path) >= 0:  # type: ignore[operator]
             found.append(f"{path} is {setting(settings, path)}; use zero or more")
     if settings.shard.dense == "zero3" and settings.shard.count == 1:
-        found.append("shard.dense is 'zero3' and shard.count is 1; there is nothing to cut, use replicated")
+        found.append(
+            "shard.dense is 'zero3' and shard.count is 1; there is nothing to cut, use replicated"
+        )
     if settings.scheduler.slots < 2 * settings.scheduler.max_adapters_per_wave:
         found.append(
-            f"scheduler.slots is {settings.scheduler.slots}; use at least twice max_adapters_per_wave "
-            f"({settings.scheduler.max_adapters_per_wave}), so that a tip and its serving revision fit together"
+            f"scheduler.slots is {settings.scheduler.slots}; use at least twice "
+            "max_adapters_per_wave "
+            f"({settings.scheduler.max_adapters_per_wave}), so that a tip and its serving revision "
+            "fit together"
         )
     if settings.page.port > 65535:
         found.append(f"page.port is {settings.page.port}; use a port up to 65535")

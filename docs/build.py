@@ -1,6 +1,7 @@
 """Writes the reference pages from the code: `python docs/build.py`, or `make docs`.
 
-The dataclasses of configs/schema.py give every setting, `METRICS` every metric, the `populace` command every option.
+The dataclasses of configs/schema.py give every setting, `METRICS` every metric, the `populace`
+command every option.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ def configuration() -> str:
 
 def sections() -> Iterator[tuple[str, str, list[Row]]]:
     """(title, what the section is for, its settings)."""
-    own = [field for field in dataclasses.fields(Settings) if not dataclasses.is_dataclass(_type(Settings, field.name))]
+    own = [
+        field
+        for field in dataclasses.fields(Settings)
+        if not dataclasses.is_dataclass(_type(Settings, field.name))
+    ]
     yield "The population", about(Settings), [_row(Settings, field, "") for field in own]
     for field in dataclasses.fields(Settings):
         section = _type(Settings, field.name)
@@ -139,7 +144,9 @@ def docstrings(section: type) -> dict[str, str]:
     body, found = _source(section).body, {}
     for statement, below in itertools.pairwise(body):
         match statement, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(text))
+            ):
                 found[name] = " ".join(text.split())
     return found
 
@@ -149,12 +156,20 @@ def _type(section: type, name: str) -> Any:
 
 
 def _kind(hint: Any) -> str:
-    plain = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    plain = {
+        int: "integer",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     arguments = typing.get_args(hint)
     if isinstance(hint, UnionType):
         return " or ".join(_kind(argument) for argument in arguments)
     if typing.get_origin(hint) is dict:
-        return "section" if dataclasses.is_dataclass(arguments[1]) else f"name: {_kind(arguments[1])}"
+        return (
+            "section" if dataclasses.is_dataclass(arguments[1]) else f"name: {_kind(arguments[1])}"
+        )
     if typing.get_origin(hint) is tuple:
         return f"list of {_kind(arguments[0])}"
     return plain[hint]
@@ -180,13 +195,17 @@ def metrics() -> str:
         meaning = metric.meaning
         if metric.boundaries:
             meaning += f" Buckets up to {', '.join(f'{value:g}' for value in metric.boundaries)}."
-        rows.append(f"| {names} | {metric.kind} | {metric.unit} | {_cell(values)} | {_cell(meaning)} |\n")
+        rows.append(
+            f"| {names} | {metric.kind} | {metric.unit} | {_cell(values)} | {_cell(meaning)} |\n"
+        )
     return METRICS_INTRODUCTION + "".join(rows)
 
 
 def exported_names(metric: Metric) -> tuple[str, ...]:
     """As Ray hands them to Prometheus."""
-    suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}[metric.kind]
+    suffixes = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}[
+        metric.kind
+    ]
     return tuple(f"ray_{metric.name}{suffix}" for suffix in suffixes)
 
 
@@ -201,7 +220,9 @@ def commands() -> str:
         options = [each for each in command.params if each.param_type_name == "option"]
         usage = " ".join([words, *(_argument_name(argument) for argument in arguments)])
         parts += ["```text", usage + (" [OPTIONS]" if options else ""), "```", ""]
-        rows = [_argument(argument) for argument in arguments] + [_option(option, command) for option in options]
+        rows = [_argument(argument) for argument in arguments] + [
+            _option(option, command) for option in options
+        ]
         if rows:
             parts += ["| | default | |", "|---|---|---|", *rows, ""]
     return "\n".join(parts)

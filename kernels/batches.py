@@ -15,12 +15,13 @@ from torch import Tensor
 from populace.kernels.segments import Ints, Segments
 
 HEIGHTS = np.array([1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64])
-"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched product. 5 to 7 and 9
-to 11 are missing: MKL splits a lone product of so many rows over threads, with other bits."""
+"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched
+product. 5 to 7 and 9 to 11 are missing: MKL splits a lone product of so many rows over threads,
+with other bits."""
 
 LARGE_STEP = 32
-"""Longer segments of experts are filled up to multiples of this; longer dense ones, which mostly lie right as they are,
-not at all."""
+"""Longer segments of experts are filled up to multiples of this; longer dense ones, which mostly
+lie right as they are, not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +59,13 @@ class ArenaBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Segments put together into batched products. How a segment is filled up depends on its own length alone."""
+    """Segments put together into batched products. How a segment is filled up depends on its own
+    length alone."""
 
     arenas: tuple[ArenaBatches, ...]
     source_U: Tensor | None
-    """The row that each tile row is a copy of: what fills a segment up copies its own last row. Behind all tiles come
-    the rows without an adapter. None: the rows as they are."""
+    """The row that each tile row is a copy of: what fills a segment up copies its own last row.
+    Behind all tiles come the rows without an adapter. None: the rows as they are."""
     place_T: Tensor | None
     """The tile row of each row."""
     slot_U: Tensor
@@ -83,7 +85,11 @@ class Batches:
         height_G, arena_G, count_G = height_G[order_G], segments.arena_G[order_G], count_G[order_G]
         start_G = np.cumsum(height_G) - height_G
         num_tile_rows = int(height_G.sum())
-        bounds = [0, *(np.flatnonzero((np.diff(arena_G) != 0) | (np.diff(height_G) != 0)) + 1).tolist(), len(order_G)]
+        bounds = [
+            0,
+            *(np.flatnonzero((np.diff(arena_G) != 0) | (np.diff(height_G) != 0)) + 1).tolist(),
+            len(order_G),
+        ]
         arenas: list[ArenaBatches] = []
         by_arena: dict[int, list[tuple[int, int]]] = {}
         for first, last in itertools.pairwise(bounds):
@@ -91,14 +97,23 @@ class Batches:
         for arena, ranges in by_arena.items():
             begin, end = ranges[0][0], ranges[-1][1]
             batches = tuple(
-                Batch(start=int(start_G[first]), height=int(height_G[first]), first=first - begin, size=last - first)
+                Batch(
+                    start=int(start_G[first]),
+                    height=int(height_G[first]),
+                    first=first - begin,
+                    size=last - first,
+                )
                 for first, last in ranges
             )
             rows = slice(int(start_G[begin]), batches[-1].rows.stop)
             own_G = order_G[begin:end]
             arenas.append(
                 ArenaBatches(
-                    arena=arena, segment_G=own_G, index=segments.index(own_G, device), batches=batches, rows=rows
+                    arena=arena,
+                    segment_G=own_G,
+                    index=segments.index(own_G, device),
+                    batches=batches,
+                    rows=rows,
                 )
             )
         offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)

@@ -1,8 +1,10 @@
-"""The same on torch's batched products: segments of one height are one `bmm`. Short segments are filled up to few
-heights and copied together, the rows that they add to as well; long ones, and rows that lie right already, are used
-where they are. Either way a product adds in place, so what a segment gets depends on its own shape alone.
+"""The same on torch's batched products: segments of one height are one `bmm`. Short segments are
+filled up to few heights and copied together, the rows that they add to as well; long ones, and rows
+that lie right already, are used where they are. Either way a product adds in place, so what a
+segment gets depends on its own shape alone.
 
-Suffixes: G segments of an arena, U tile rows, D in, F out, R rank; B segments of a batch, M its height.
+Suffixes: G segments of an arena, U tile rows, D in, F out, R rank; B segments of a batch, M its
+height.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights
 
 
-def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
+def add_deltas(
+    y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan
+) -> list[Tensor]:
     """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
     batches = plan.batches
     x_UD, y_UF, shrunk = _to_tiles(x_TD, batches), _to_tiles(y_TF, batches), []
@@ -55,9 +59,15 @@ def add_gradients(
         for arena in batches.arenas:
             own, s_UR = weights[arena.arena], next(saved)
             a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
-            ds_UR, da_GRD, db_GFR = torch.empty_like(s_UR), torch.empty_like(a_GRD), torch.empty_like(b_GFR)
+            ds_UR, da_GRD, db_GFR = (
+                torch.empty_like(s_UR),
+                torch.empty_like(a_GRD),
+                torch.empty_like(b_GFR),
+            )
             for batch in arena.batches:
-                torch.bmm(_tiles(own_UF, batch), b_GFR[batch.members], out=_own(ds_UR, batch, arena))
+                torch.bmm(
+                    _tiles(own_UF, batch), b_GFR[batch.members], out=_own(ds_UR, batch, arena)
+                )
             ds_UR *= _scales(own, batches, arena)
             for batch in arena.batches:
                 ds_BMR, s_BMR = _own(ds_UR, batch, arena), _own(s_UR, batch, arena)

@@ -26,8 +26,8 @@ BACKENDS = {"grouped": "grouped", "reference": "reference", "triton": "triton_lo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraWeights:
-    """One module's tensors in one arena: views of its slab, [S, R, D] and [S, F, R], with an expert axis after
-    the slots for expert modules."""
+    """One module's tensors in one arena: views of its slab, [S, R, D] and [S, F, R], with an expert
+    axis after the slots for expert modules."""
 
     a: Tensor
     b: Tensor
@@ -39,7 +39,8 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenProduct:
-    """Y = X Wᵀ (+ bias): one [F, D] matrix for all rows, or one of [E, F, D] for the rows of each expert."""
+    """Y = X Wᵀ (+ bias): one [F, D] matrix for all rows, or one of [E, F, D] for the rows of each
+    expert."""
 
     w: Tensor
     bias_F: Tensor | None = None
@@ -52,18 +53,24 @@ class FrozenProduct:
         return grouped_mm(x_TD, self.w.transpose(1, 2), offs=self.ends_E)
 
     def backward(self, dy_TF: Tensor) -> Tensor:
-        return dy_TF @ self.w if self.ends_E is None else grouped_mm(dy_TF, self.w, offs=self.ends_E)
+        return (
+            dy_TF @ self.w if self.ends_E is None else grouped_mm(dy_TF, self.w, offs=self.ends_E)
+        )
 
 
 def lora_product(
-    x_TD: Tensor, base: FrozenProduct, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan, backend: str
+    x_TD: Tensor,
+    base: FrozenProduct,
+    modules: Sequence[Sequence[LoraWeights]],
+    plan: SegmentPlan,
+    backend: str,
 ) -> Tensor:
     """The frozen product of every row plus its own adapter's delta, [T, F].
 
-    `modules` share the product's columns evenly (a fused gate-and-up has two); `modules[m][i]` belongs to arena i of
-    the slab. Backward leaves the adapters' gradients in `grad_a` and `grad_b` (fp32) instead of returning them: a
-    slab is far larger than what one wave touches. Slots outside the plan are neither read nor written. Kept for
-    backward: X and S.
+    `modules` share the product's columns evenly (a fused gate-and-up has two); `modules[m][i]`
+    belongs to arena i of the slab. Backward leaves the adapters' gradients in `grad_a` and `grad_b`
+    (fp32) instead of returning them: a slab is far larger than what one wave touches. Slots outside
+    the plan are neither read nor written. Kept for backward: X and S.
     """
     if plan.is_empty and not (torch.is_grad_enabled() and x_TD.requires_grad):
         return base.forward(x_TD)

@@ -1,8 +1,9 @@
-"""Rows become segments, planned once: per pass for attention, per layer for experts, and used by every
-product, backward included.
+"""Rows become segments, planned once: per pass for attention, per layer for experts, and used by
+every product, backward included.
 
-Slots live in arenas, one per rank bucket, so nothing is padded to the largest rank of a batch. A row without an
-adapter has arena -1 and is in no segment. The plan is made on the host: it is a few thousand integers.
+Slots live in arenas, one per rank bucket, so nothing is padded to the largest rank of a batch. A
+row without an adapter has arena -1 and is in no segment. The plan is made on the host: it is a few
+thousand integers.
 
 Suffixes: T rows, G segments, R rows in the order of their experts, E experts.
 """
@@ -48,8 +49,8 @@ class SegmentPlan:
 def plan_segments(
     arena_T: Tensor, slot_T: Tensor, expert_T: Tensor | None = None, *, accumulates: bool = False
 ) -> SegmentPlan:
-    """Segments of rows of which those of one (arena, slot, expert) lie together; int64 [T]. `arena_T` is -1 for rows
-    without an adapter."""
+    """Segments of rows of which those of one (arena, slot, expert) lie together; int64 [T].
+    `arena_T` is -1 for rows without an adapter."""
     columns = [arena_T, slot_T] if expert_T is None else [arena_T, slot_T, expert_T]
     key_3T = torch.stack(columns).cpu().numpy()
     is_start_T = np.ones(key_3T.shape[1], np.bool_)
@@ -65,12 +66,14 @@ def plan_segments(
         slot_G=key_3T[1, start_G],
         expert_G=None if expert_T is None else key_3T[2, start_G],
     )
-    return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, device=arena_T.device, accumulates=accumulates)
+    return SegmentPlan(
+        num_rows=key_3T.shape[1], segments=segments, device=arena_T.device, accumulates=accumulates
+    )
 
 
 def order_by_expert(expert_T: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """(order_R, ends_E): row numbers by expert, otherwise in their order, each expert's part filled up with -1 to a
-    multiple of `multiple` rows; int32 ends of the experts' parts."""
+    """(order_R, ends_E): row numbers by expert, otherwise in their order, each expert's part filled
+    up with -1 to a multiple of `multiple` rows; int32 ends of the experts' parts."""
     expert = expert_T.cpu().numpy()
     order = np.argsort(expert, kind="stable")
     rows_E = np.bincount(expert, minlength=num_experts)
@@ -79,4 +82,6 @@ def order_by_expert(expert_T: Tensor, num_experts: int, multiple: int) -> tuple[
     padded = np.full(int(ends_E[-1]), -1)
     shift_E = (ends_E - padded_E) - (np.cumsum(rows_E) - rows_E)
     padded[np.arange(len(order)) + np.repeat(shift_E, rows_E)] = order
-    return torch.from_numpy(padded).to(expert_T.device), torch.from_numpy(ends_E.astype(np.int32)).to(expert_T.device)
+    return torch.from_numpy(padded).to(expert_T.device), torch.from_numpy(
+        ends_E.astype(np.int32)
+    ).to(expert_T.device)

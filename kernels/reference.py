@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from populace.kernels.lora import LoraWeights
 
 
-def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
-    """y += s · (x Aᵀ) Bᵀ in place, each module on its share of the columns; returns what backward needs. `plan` has
-    segments; the columns of a row of x or y lie side by side in memory."""
+def add_deltas(
+    y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan
+) -> list[Tensor]:
+    """y += s · (x Aᵀ) Bᵀ in place, each module on its share of the columns; returns what backward
+    needs. `plan` has segments; the columns of a row of x or y lie side by side in memory."""
     shrunk = []
     for own_TF, weights in zip(y_TF.chunk(len(modules), 1), modules, strict=True):
         for rows, arena, where in _segments(plan):
@@ -34,8 +36,8 @@ def add_gradients(
     modules: Sequence[Sequence[LoraWeights]],
     plan: SegmentPlan,
 ) -> None:
-    """dx += s · (dy B) A in place, each module from its share of the columns; dA and dB go into `grad_a` and
-    `grad_b`, added to what is there or in its place, as the plan says."""
+    """dx += s · (dy B) A in place, each module from its share of the columns; dA and dB go into
+    `grad_a` and `grad_b`, added to what is there or in its place, as the plan says."""
     saved = iter(shrunk)
     for own_TF, weights in zip(dy_TF.chunk(len(modules), 1), modules, strict=True):
         for rows, arena, where in _segments(plan):
@@ -54,6 +56,10 @@ def _segments(plan: SegmentPlan) -> Iterator[tuple[slice, int, tuple[int, ...]]]
     segments = plan.segments
     index = [segments.slot_G] if segments.expert_G is None else [segments.slot_G, segments.expert_G]
     wheres = zip(*(column.tolist() for column in index), strict=True)
-    starts, counts, arenas = segments.start_G.tolist(), segments.count_G.tolist(), segments.arena_G.tolist()
+    starts, counts, arenas = (
+        segments.start_G.tolist(),
+        segments.count_G.tolist(),
+        segments.arena_G.tolist(),
+    )
     for start, count, arena, where in zip(starts, counts, arenas, wheres, strict=True):
         yield slice(start, start + count), arena, where

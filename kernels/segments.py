@@ -28,7 +28,8 @@ class Segments:
     """None for dense modules."""
 
     def index(self, segment_G: Ints, device: torch.device) -> slice | tuple[Tensor, ...]:
-        """Which tensors of an arena these segments use; a slice where dense ones use neighbouring slots in order."""
+        """Which tensors of an arena these segments use; a slice where dense ones use neighbouring
+        slots in order."""
         slot_G = self.slot_G[segment_G]
         if self.expert_G is None and (np.diff(slot_G) == 1).all():
             return slice(int(slot_G[0]), int(slot_G[-1]) + 1)

@@ -1,16 +1,17 @@
-"""The same in Triton: three kernels, one launch per arena and tile height, whatever the number of adapters.
+"""The same in Triton: three kernels, one launch per arena and tile height, whatever the number of
+adapters.
 
     reduce    S = s · X Aᵀ   and   dS = s · dY B        tall input, narrow output
     spread    Y += S Bᵀ      and   dX += dS A           narrow input, added into what is there
     outer     dB = dYᵀ S     and   dA = dSᵀ X           one program per segment and block, rows in their order
 
-No atomics, no split of a reduction over programs, no autotuning: configurations are fixed by operation, tile height,
-rank and dtype, and a tile's height follows from its own segment's length, so a segment's bits are its own. Weights
-stay fp32 in the slab and are rounded to the rows' dtype on the way in; sums are fp32. docs/measurements/kernels.md has
-them on a GPU.
+No atomics, no split of a reduction over programs, no autotuning: configurations are fixed by
+operation, tile height, rank and dtype, and a tile's height follows from its own segment's length,
+so a segment's bits are its own. Weights stay fp32 in the slab and are rounded to the rows' dtype on
+the way in; sums are fp32. docs/measurements/kernels.md has them on a GPU.
 
-Suffixes: T rows, I tiles and G segments (of 5 columns: see `ArenaTiles`), S slots, U an arena's rows side by side,
-D in, F out, R rank.
+Suffixes: T rows, I tiles and G segments (of 5 columns: see `ArenaTiles`), S slots, U an arena's
+rows side by side, D in, F out, R rank.
 """
 
 from __future__ import annotations
@@ -47,14 +48,20 @@ class Config:
 
     @property
     def options(self) -> dict[str, int]:
-        """For Triton's compiler. Fusion of multiplications with additions is named because its default changes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """For Triton's compiler. Fusion of multiplications with additions is named because its
+        default changes."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
 
 def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Config:
     """Fixed for ever: another configuration may add in another order."""
     is_half = dtype.itemsize == 2
-    # fp32 has no tensor cores to feed; more warps and short steps along the rank keep its operands in registers.
+    # fp32 has no tensor cores to feed; more warps and short steps along the rank keep its operands
+    # in registers.
     num_warps = 8 if not is_half and (height == TALL or block_r > 32) else 4
     match kernel:
         case "reduce" if is_half:
@@ -63,7 +70,9 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
             stages = 3 if block_r <= 64 else 2
             return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=stages)
         case "reduce":
-            return Config(block=16 if block_r > 64 else 32, block_r=block_r, num_warps=num_warps, num_stages=2)
+            return Config(
+                block=16 if block_r > 64 else 32, block_r=block_r, num_warps=num_warps, num_stages=2
+            )
         case "spread":
             if not is_half:
                 return Config(block=32, block_r=16, num_warps=num_warps, num_stages=1)
@@ -75,16 +84,19 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
 
 
 def block_of_rank(rank: int) -> int:
-    """Ranks are computed as 16, 32, 64 or 128: `tl.dot` takes no fewer than 16, and more don't fit into registers."""
+    """Ranks are computed as 16, 32, 64 or 128: `tl.dot` takes no fewer than 16, and more don't fit
+    into registers."""
     if rank > MAX_RANK:
-        raise ValueError(f"rank is {rank}; these kernels take at most {MAX_RANK}, `grouped` takes any")
+        raise ValueError(
+            f"rank is {rank}; these kernels take at most {MAX_RANK}, `grouped` takes any"
+        )
     return max(16, 1 << (rank - 1).bit_length())
 
 
 @triton.jit
 def _tile(tiles, w_stride_s, w_stride_e):  # type: ignore[no-untyped-def]
-    """(row, own, count, slot) of this program's tile, see `ArenaTiles`, and where the slot's (and the expert's) tensor
-    lies."""
+    """(row, own, count, slot) of this program's tile, see `ArenaTiles`, and where the slot's (and
+    the expert's) tensor lies."""
     place = tiles + tl.program_id(0) * 5
     slot = tl.load(place + 3)
     weight = slot * w_stride_s + tl.load(place + 4) * w_stride_e
@@ -108,7 +120,9 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, num_k, BLOCK):
         k = start + tl.arange(0, BLOCK)
         x_ik = tl.load(x_rows + k[None, :], mask=in_rows & (k < num_k)[None, :], other=0.0)
-        w_kr = tl.load(w_rows + k[:, None] * w_stride_k, mask=in_rank & (k < num_k)[:, None], other=0.0)
+        w_kr = tl.load(
+            w_rows + k[:, None] * w_stride_k, mask=in_rank & (k < num_k)[:, None], other=0.0
+        )
         total = tl.dot(x_ik, w_kr.to(x_ik.dtype), total, input_precision="ieee")
     total = total * tl.load(scale_S + slot)
     places = out + (own + i)[:, None] * rank + r[None, :]
@@ -133,7 +147,9 @@ def spread_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         s_ir = tl.load(s_rows + r[None, :], mask=in_rows & (r < rank)[None, :], other=0.0)
-        w_rk = tl.load(w_columns + r[:, None] * w_stride_r, mask=(r < rank)[:, None] & in_k, other=0.0)
+        w_rk = tl.load(
+            w_columns + r[:, None] * w_stride_r, mask=(r < rank)[:, None] & in_k, other=0.0
+        )
         total = tl.dot(s_ir, w_rk.to(s_ir.dtype), total, input_precision="ieee")
     tl.store(places, total.to(y.dtype.element_ty), mask=in_rows & in_k)
 
@@ -144,8 +160,8 @@ def outer_kernel(  # type: ignore[no-untyped-def]
     p_stride, out_stride_s, out_stride_e, out_stride_r, out_stride_k, num_k, rank,
     ACCUMULATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out[weight + (k, r)] = Σ_t p[row + t, k] · s[own + t, r], chunk after chunk of rows, or that much more. A tile is
-    a whole segment."""
+    """out[weight + (k, r)] = Σ_t p[row + t, k] · s[own + t, r], chunk after chunk of rows, or that
+    much more. A tile is a whole segment."""
     row, own, count, _, weight = _tile(tiles, out_stride_s, out_stride_e)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, BLOCK_R)
@@ -164,7 +180,9 @@ def outer_kernel(  # type: ignore[no-untyped-def]
     tl.store(places, total, mask=inside)
 
 
-def add_deltas(y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan) -> list[Tensor]:
+def add_deltas(
+    y_TF: Tensor, x_TD: Tensor, modules: Sequence[Sequence[LoraWeights]], plan: SegmentPlan
+) -> list[Tensor]:
     """See `reference.add_deltas`; returns s · x Aᵀ, [U, R] by module and arena."""
     shrunk = []
     for own_TF, weights in zip(y_TF.chunk(len(modules), 1), modules, strict=True):
@@ -223,7 +241,8 @@ def _outer(p: Tensor, s_UR: Tensor, out: Tensor, accumulates: bool, tiles: Arena
     config = config_of("outer", TALL, block_of_rank(rank), p.dtype)
     outer_kernel[(len(tiles.whole_G5), triton.cdiv(num_k, config.block))](
         p, s_UR, out, tiles.whole_G5, p.stride(0), *_strides(out), num_k, rank,
-        ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=config.block_r, **config.options,
+        ACCUMULATES=accumulates, CHUNK=CHUNK, BLOCK=config.block, BLOCK_R=config.block_r,
+        **config.options,
     )  # fmt: skip
 
 

@@ -18,7 +18,15 @@ from typing import Any
 from populace.configs.schema import RolloutSettings, Settings, problems
 from populace.population.experience.checks import check_prompt, check_user
 from populace.population.experience.consumer import Reading
-from populace.population.experience.events import Command, Forget, LogEvent, Messages, Pin, Rollback, estimate_tokens
+from populace.population.experience.events import (
+    Command,
+    Forget,
+    LogEvent,
+    Messages,
+    Pin,
+    Rollback,
+    estimate_tokens,
+)
 from populace.population.experience.producer import Producer
 from populace.population.experience.segments import partition_of
 from populace.population.ledger.ledger import Ledger
@@ -58,17 +66,24 @@ class Population:
 
     def __init__(self, settings: Settings, store: ObjectStore, meta: PopulationMeta) -> None:
         self.settings, self.store, self.meta = settings, store, meta
-        self.producer = Producer(store, meta, rewards=settings.rewards.functions, settings=settings.stream)
+        self.producer = Producer(
+            store, meta, rewards=settings.rewards.functions, settings=settings.stream
+        )
         self._engine: ShardEngine | None = None
 
     @functools.cached_property
     def ledger(self) -> Ledger:
         """Logs and catalog; who only enqueues needs neither."""
-        return Ledger(self.store, self.meta, reading=reading_of(self.settings), producer=self.producer)
+        return Ledger(
+            self.store, self.meta, reading=reading_of(self.settings), producer=self.producer
+        )
 
     @staticmethod
-    def create(store: str | ObjectStore, settings: Settings | None = None, **fields: Any) -> Population:
-        """Make a population, or open it when it is there. `fields` are fields of `Settings`, e.g. `name=`."""
+    def create(
+        store: str | ObjectStore, settings: Settings | None = None, **fields: Any
+    ) -> Population:
+        """Make a population, or open it when it is there. `fields` are fields of `Settings`, e.g.
+        `name=`."""
         settings = _settings(settings, fields)
         check_name(settings.name)
         opened = open_store(store) if isinstance(store, str) else store
@@ -88,7 +103,9 @@ class Population:
         return Population(settings, opened, meta)
 
     @staticmethod
-    def open(store: str | ObjectStore, settings: Settings | None = None, **fields: Any) -> Population:
+    def open(
+        store: str | ObjectStore, settings: Settings | None = None, **fields: Any
+    ) -> Population:
         """Open an existing population; `InvalidInput` if there is none."""
         settings = _settings(settings, fields)
         opened = open_store(store) if isinstance(store, str) else store
@@ -97,7 +114,8 @@ class Population:
             require_safe(opened, settings.name)
         else:
             raise InvalidInput(
-                f"no population {settings.name!r} in {opened.url}; create it with `populace run CONFIG` "
+                f"no population {settings.name!r} in {opened.url}; create it with `populace run "
+                "CONFIG` "
                 "or Population.create"
             )
         return Population(settings, opened, meta)
@@ -161,7 +179,10 @@ class Population:
         )
         return [
             first,
-            *(self._info(adapter, state, notes) for state in self.ledger.catalog.revisions_of(adapter.pseudonym)),
+            *(
+                self._info(adapter, state, notes)
+                for state in self.ledger.catalog.revisions_of(adapter.pseudonym)
+            ),
         ]
 
     def manifest(self, user: str, revision: int) -> dict[str, Any]:
@@ -171,7 +192,9 @@ class Population:
         if type(revision) is not int or not adapter.exists(revision):
             self.ledger.catalog.loadable(adapter, revision)
         if revision == 0:
-            raise InvalidInput("revision 0 has no manifest: it is the initialisation from the adapter's seed")
+            raise InvalidInput(
+                "revision 0 has no manifest: it is the initialisation from the adapter's seed"
+            )
         sealed = self.ledger.readers[adapter.partition].log.read(
             self.ledger.catalog.revision_of(adapter.pseudonym, revision).seq
         )
@@ -179,8 +202,9 @@ class Population:
         return payload_of(sealed)
 
     def verify(self, user: str) -> Findings:
-        """Walk the history that `user` is part of from its first record, and read every blob of the user's
-        revisions. `Findings.problems` is empty when all is well. `populace verify --all` walks everybody's."""
+        """Walk the history that `user` is part of from its first record, and read every blob of the
+        user's revisions. `Findings.problems` is empty when all is well. `populace verify --all`
+        walks everybody's."""
         self.ledger.follow()
         adapter, findings = self.ledger.adapter(user), Findings()
         verify_partition(
@@ -194,21 +218,24 @@ class Population:
         return findings
 
     def rollback(self, user: str, to: int) -> bool:
-        """Move a user's tip and serving to revision `to`. A running controller obeys between two waves; with
-        none alive, this claims the population, does it, and releases it. Returns whether it is done already."""
+        """Move a user's tip and serving to revision `to`. A running controller obeys between two
+        waves; with none alive, this claims the population, does it, and releases it. Returns
+        whether it is done already."""
         self.ledger.follow()
         self.ledger.catalog.loadable(self.ledger.adapter(check_user(user)), to)
         return self._command(user, Rollback(to=to))
 
     def pin(self, user: str, revision: int, pinned: bool = True) -> bool:
-        """Keep a revision whatever the retention rule says; `pinned=False` takes it back. Obeyed like a rollback."""
+        """Keep a revision whatever the retention rule says; `pinned=False` takes it back. Obeyed
+        like a rollback."""
         self.ledger.follow()
         self.ledger.catalog.loadable(self.ledger.adapter(check_user(user)), revision)
         return self._command(user, Pin(revision=revision, pinned=pinned))
 
     def forget(self, user: str) -> bool:
-        """Make everything of a user unreadable for ever: their experience, their revisions, their name. Obeyed like
-        a rollback; from then on whoever asks for the user gets `Forgotten`. The bytes go with the next repack."""
+        """Make everything of a user unreadable for ever: their experience, their revisions, their
+        name. Obeyed like a rollback; from then on whoever asks for the user gets `Forgotten`. The
+        bytes go with the next repack."""
         self.ledger.follow()
         pseudonym = self.ledger.pseudonym(check_user(user))
         if self.ledger.catalog.is_forgotten(pseudonym):
@@ -216,11 +243,14 @@ class Population:
         try:
             self.ledger.keys.fetch(pseudonym)
         except ObjectNotFound:
-            raise InvalidInput(f"user {user!r} has never sent anything to population {self.meta.name!r}") from None
+            raise InvalidInput(
+                f"user {user!r} has never sent anything to population {self.meta.name!r}"
+            ) from None
         return self._command(user, Forget())
 
     def repack(self, rule: RetentionRule) -> RepackReport:
-        """Drop what the rule lets go and what is left of forgotten users. Needs the population to itself."""
+        """Drop what the rule lets go and what is left of forgotten users. Needs the population to
+        itself."""
         with self._claimed() as ledger:
             return ledger.repack(rule)
 
@@ -233,19 +263,21 @@ class Population:
         return key
 
     def rotate_master_key(self) -> str:
-        """Wrap the population's secrets and every user's key with a new master key; returns its name. When it was
-        interrupted, do it again."""
+        """Wrap the population's secrets and every user's key with a new master key; returns its
+        name. When it was interrupted, do it again."""
         with self._claimed() as ledger:
             master = ledger.rewrap_keys()
         self.producer.secrets = ledger.secrets
         return master
 
     def parked(self, user: str | None = None) -> list[ParkedEvent]:
-        """Events that were given up because they failed too often, of one user or of everybody, oldest first. For
-        everybody it reads the whole history."""
+        """Events that were given up because they failed too often, of one user or of everybody,
+        oldest first. For everybody it reads the whole history."""
         self.ledger.follow()
         if user is None:
-            every = (parked_events(self.store, self.meta, partition) for partition in self.ledger.readers)
+            every = (
+                parked_events(self.store, self.meta, partition) for partition in self.ledger.readers
+            )
             pairs = [pair for found in every for pair in found]
         else:
             adapter = self.ledger.catalog.get(self.ledger.pseudonym(check_user(user)))
@@ -258,15 +290,22 @@ class Population:
 
     def parked_event(self, pseudonym: str, item: SettledEvent) -> ParkedEvent:
         """What a record says of an event that was parked, with what only the user's key opens."""
-        detail, user = self.ledger.seals.detail(pseudonym, item), self.ledger.keys.get(pseudonym).user
-        return ParkedEvent(user=user, position=item.event.position, reason=item.reason, detail=detail)
+        detail, user = (
+            self.ledger.seals.detail(pseudonym, item),
+            self.ledger.keys.get(pseudonym).user,
+        )
+        return ParkedEvent(
+            user=user, position=item.event.position, reason=item.reason, detail=detail
+        )
 
     def _parked_of(self, adapter: AdapterState) -> list[tuple[str, SettledEvent]]:
         records = (
             self.ledger.readers[adapter.partition].read_at(seq)[1]
             for seq in settling_records(self.ledger.catalog, adapter)
         )
-        return [pair for record in records for pair in parked_in(record) if pair[0] == adapter.pseudonym]
+        return [
+            pair for record in records for pair in parked_in(record) if pair[0] == adapter.pseudonym
+        ]
 
     @contextlib.contextmanager
     def _claimed(self, user: str | None = None) -> Iterator[Ledger]:
@@ -291,11 +330,17 @@ class Population:
             return False
         tag = self.ledger.seals.tag(self.ledger.pseudonym(user), str(command.event_id))
         for record in done:
-            if isinstance(record, Verdict) and record.command == tag and record.decision == "refused":
+            if (
+                isinstance(record, Verdict)
+                and record.command == tag
+                and record.decision == "refused"
+            ):
                 raise InvalidInput(f"refused: {record.reason}")
         return any(record.command == tag for record in done)
 
-    def _info(self, adapter: AdapterState, state: RevisionState, notes: Sequence[Note]) -> RevisionInfo:
+    def _info(
+        self, adapter: AdapterState, state: RevisionState, notes: Sequence[Note]
+    ) -> RevisionInfo:
         header, wave = self.ledger.commit_of(adapter, state.revision)
         return RevisionInfo(
             revision=state.revision,
@@ -316,8 +361,8 @@ class Population:
         revision: int | str = "serving",
         rollout: RolloutSettings | None = None,
     ) -> str:
-        """An answer of a user's adapter: `serving`, `tip`, or a revision number. A user without an adapter gets
-        the base's answer."""
+        """An answer of a user's adapter: `serving`, `tip`, or a revision number. A user without an
+        adapter gets the base's answer."""
         self.ledger.follow()
         check_user(user)
         check_prompt("sample", messages)
@@ -347,8 +392,12 @@ class Population:
             return self.ledger.ref(adapter, revision_number(self.ledger.catalog, adapter, revision))
         spec = AdapterSpec.from_dict(asdict(self.settings.adapter))
         if revision not in (0, "0", "serving", "tip"):
-            raise InvalidInput(f"revision is {revision!r}; user {user!r} has no adapter yet, only revision 0")
-        return AdapterRef(key=AdapterKey(pseudonym, 0), spec=spec, seed=self.meta.adapter_seed(user))
+            raise InvalidInput(
+                f"revision is {revision!r}; user {user!r} has no adapter yet, only revision 0"
+            )
+        return AdapterRef(
+            key=AdapterKey(pseudonym, 0), spec=spec, seed=self.meta.adapter_seed(user)
+        )
 
     def base(self) -> PreparedBase:
         """The base of this population, checked against its digest."""
@@ -378,9 +427,13 @@ class Population:
         """An engine in this process that computes in `dtype` on `backend`."""
         base = self.base()
         settings = self.shard_settings(base, Chat(base.folder))
-        kernels = dataclasses.replace(settings.trainer.kernels, backend=backend, row_multiple=ROW_MULTIPLE["invariant"])
+        kernels = dataclasses.replace(
+            settings.trainer.kernels, backend=backend, row_multiple=ROW_MULTIPLE["invariant"]
+        )
         trainer = dataclasses.replace(settings.trainer, kernels=kernels)
-        return ShardEngine(dataclasses.replace(settings, dtype=dtype, slots=2, trainer=trainer), self.store)
+        return ShardEngine(
+            dataclasses.replace(settings, dtype=dtype, slots=2, trainer=trainer), self.store
+        )
 
     def _local_engine(self) -> tuple[ShardEngine, Chat]:
         base = self.base()
@@ -405,7 +458,10 @@ def reading_of(settings: Settings) -> Reading:
 def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     unknown = set(fields) - set(Settings.__dataclass_fields__)
     if unknown:
-        raise InvalidInput(f"unknown settings {sorted(unknown)}; see docs/reference/configuration.md for all of them")
+        raise InvalidInput(
+            f"unknown settings {sorted(unknown)}; see docs/reference/configuration.md for all of "
+            "them"
+        )
     settings = dataclasses.replace(settings or Settings(), **fields)
     if found := problems(settings):
         raise InvalidInput("; ".join(found))

@@ -4,16 +4,17 @@
                                                                                                |
                                         evaluate <- apply to the catalog <- publish <----------+
 
-`run_once` is this picture for one wave. Around it the next waves are already on their way and the last one is still
-being published:
+`run_once` is this picture for one wave. Around it the next waves are already on their way and the
+last one is still being published:
 
     wave n+2   plan, prefetch
     wave n+1                    roll out
     wave n                                 score, train
     wave n-1                                             publish
 
-A user is in one of these at most, so that no update waits for another. Calls to the workers go through one lane, in the
-order in which they are made. Every stage returns a value to `run_once`; no stage calls the next one.
+A user is in one of these at most, so that no update waits for another. Calls to the workers go
+through one lane, in the order in which they are made. Every stage returns a value to `run_once`; no
+stage calls the next one.
 """
 
 from __future__ import annotations
@@ -36,14 +37,23 @@ from populace.population.waves.wave import MemberOutcome, PlannedWave, Publicati
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Settled, Tombstone, Verdict
-from populace.workers.batch import AdapterBatch, AdapterKey, Paging, ScoredSample, TrainGroup, WaveBatch
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    Paging,
+    ScoredSample,
+    TrainGroup,
+    WaveBatch,
+)
 from populace.workers.interface import Workers
 
 
 class Controller:
     """Owns partitions of a population while it lives. `ledger` must have claimed or joined."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, workers: Workers, chat: Chat, score: Score) -> None:
+    def __init__(
+        self, settings: Settings, ledger: Ledger, workers: Workers, chat: Chat, score: Score
+    ) -> None:
         self.settings, self.ledger, self.workers, self.chat = settings, ledger, workers, chat
         self.trials = Trials(settings, workers, chat, score)
         self.examiner = Examiner(self.trials, ledger)
@@ -62,8 +72,9 @@ class Controller:
         """Users in an uncommitted wave."""
 
     def run_once(self) -> WaveReport | None:
-        """One wave from pending experience to revisions; None when nobody has any. When the run is pipelined the
-        wave may still be on its way into the store when this returns; `quiesce` waits for it."""
+        """One wave from pending experience to revisions; None when nobody has any. When the run is
+        pipelined the wave may still be on its way into the store when this returns; `quiesce` waits
+        for it."""
         clock = Clock()
         try:
             current, self._rolling = self._rolling or self._roll_out(self._plan()), None
@@ -95,7 +106,15 @@ class Controller:
             self.abandon()
             raise
         between, self._between = self._between, []
-        return report_of(current.planned.wave, current.paging[0], outcomes, result, verdicts, between, clock.seconds)
+        return report_of(
+            current.planned.wave,
+            current.paging[0],
+            outcomes,
+            result,
+            verdicts,
+            between,
+            clock.seconds,
+        )
 
     def take_answered(self) -> list[Verdict | Tombstone]:
         """Commands obeyed since somebody asked last; what a wave's report has is not among them."""
@@ -128,8 +147,8 @@ class Controller:
             renaming.result()
 
     def abandon(self) -> None:
-        """Forget what is under way; whatever isn't committed is still pending. A slot whose commit isn't known is
-        dirty: what is in it must not be trained on or served."""
+        """Forget what is under way; whatever isn't committed is still pending. A slot whose commit
+        isn't known is dirty: what is in it must not be trained on or served."""
         if self._rolling is not None:
             self._rolling.rollouts.cancel()
         with contextlib.suppress(PopulaceError):
@@ -142,7 +161,8 @@ class Controller:
         self._renaming = None  # of a group that may be gone
 
     def withdraw(self) -> None:
-        """Take back the attempts that haven't begun to train: an orderly end must not make them suspect."""
+        """Take back the attempts that haven't begun to train: an orderly end must not make them
+        suspect."""
         self.settle()
         if self._renaming is not None:
             self._renaming.exception()  # a group that is lost says so at the next call
@@ -168,8 +188,8 @@ class Controller:
     # Planning.
 
     def _look_ahead(self) -> None:
-        """Let the next wave's rollouts run and the one behind it be prefetched, as long as they are full: a wave that
-        waits a little gathers more users."""
+        """Let the next wave's rollouts run and the one behind it be prefetched, as long as they are
+        full: a wave that waits a little gathers more users."""
         # Before an evaluation or a repack nothing may be under way.
         if not self.settings.run.pipelined or self._is_upkeep_due(self.num_waves + 1):
             return
@@ -181,8 +201,8 @@ class Controller:
             self._planned = self._plan(ahead=True)
 
     def _plan(self, ahead: bool = False) -> PlannedWave | None:
-        """The next wave, its attempt logged, its adapters on their way; None when nobody has anything, or `ahead` and
-        it would not be full."""
+        """The next wave, its attempt logged, its adapters on their way; None when nobody has
+        anything, or `ahead` and it would not be full."""
         self.ledger.read_experience()
         self._obey_commands()
         self._between += self.planner.park_killers(self._busy)
@@ -194,7 +214,8 @@ class Controller:
         return planned
 
     def _obey_commands(self) -> None:
-        """Commands come between two waves of a user; neither the workers nor the exams may keep what is forgotten."""
+        """Commands come between two waves of a user; neither the workers nor the exams may keep
+        what is forgotten."""
         done = self.ledger.obey_commands(self._busy)
         self._between += done
         forgotten = [record.pseudonym for record in done if isinstance(record, Tombstone)]
@@ -218,14 +239,18 @@ class Controller:
 
         return RollingWave(planned=planned, rollouts=self._lane.submit(call), paging=paging)
 
-    def _score(self, planned: PlannedWave, rollouts: Sequence[Rollout]) -> Mapping[tuple[str, str], TrainGroup | str]:
+    def _score(
+        self, planned: PlannedWave, rollouts: Sequence[Rollout]
+    ) -> Mapping[tuple[str, str], TrainGroup | str]:
         """Rewarded rollouts by (user, event), or why an event's reward failed."""
         members = {member.pseudonym: member for member in planned.wave.members}
         requests = []
         for group, base in rollouts:
             member = members[group.adapter.pseudonym]
             logged = next(item for item in member.events if item.event_id == group.event_id)
-            requests.append(self.trials.reward_request(logged, self.trials.replies(logged, group, base)))
+            requests.append(
+                self.trials.reward_request(logged, self.trials.replies(logged, group, base))
+            )
         scored: dict[tuple[str, str], TrainGroup | str] = {}
         for (group, base), outcome in zip(rollouts, self.trials.judge(requests), strict=True):
             name = (group.adapter.pseudonym, group.event_id)

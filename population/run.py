@@ -1,4 +1,5 @@
-"""One run of a population: prepare the base, start Ray and the shard group, enqueue, loop, release, report."""
+"""One run of a population: prepare the base, start Ray and the shard group, enqueue, loop, release,
+report."""
 
 from __future__ import annotations
 
@@ -40,10 +41,12 @@ REBALANCE_S = 1.0
 
 
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
-    """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which all end after the
-    current wave. Also returns whether a report was written."""
+    """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which
+    all end after the current wave. Also returns whether a report was written."""
     started = time.monotonic()
-    sys.path.insert(0, os.getcwd())  # rewards and experience are modules of the directory the run starts in
+    sys.path.insert(
+        0, os.getcwd()
+    )  # rewards and experience are modules of the directory the run starts in
     for target in settings.rewards.functions.values():
         find_reward(target)
     experience = None if settings.experience is None else _import_target(settings.experience)
@@ -62,7 +65,8 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     view = Views(view, Beacon(ledger.show), metrics)
     with metrics, StopSignal(view) as stop:
         view.stage("claiming the population")
-        # First: only one controller of a name may take over, or remove, what a run that died has left in the cluster.
+        # First: only one controller of a name may take over, or remove, what a run that died has
+        # left in the cluster.
         ledger.join(run.controller, run.takeover_s, stop.ask)
         try:
             with _page(settings, population, view):
@@ -84,7 +88,9 @@ def _train(
     started: float,
 ) -> bool:
     """Place the shards, loop, report; returns whether a report was written."""
-    shards = ShardGroup(population.shard_settings(base, chat), settings.shard, settings.run.controller)
+    shards = ShardGroup(
+        population.shard_settings(base, chat), settings.shard, settings.run.controller
+    )
     group = _Group(shards, view)
     try:
         group.wait_until_ready()
@@ -124,7 +130,8 @@ def _page(settings: Settings, population: Population, view: View) -> Iterator[No
 
 
 class _Group:
-    """The shard group as a run sees it: it loads with a sign of life, and comes back when it dies."""
+    """The shard group as a run sees it: it loads with a sign of life, and comes back when it
+    dies."""
 
     def __init__(self, shards: ShardGroup, view: View) -> None:
         self.shards, self._view = shards, view
@@ -163,7 +170,8 @@ class _Group:
 
 
 class _Run:
-    """Waves until there is a reason to stop, whatever the store and the other controllers do meanwhile."""
+    """Waves until there is a reason to stop, whatever the store and the other controllers do
+    meanwhile."""
 
     def __init__(self, controller: Controller, group: _Group, view: View, stop: StopSignal) -> None:
         self._controller, self._group, self._view = controller, group, view
@@ -213,7 +221,8 @@ class _Run:
         return True
 
     def _wait_for_partitions(self) -> None:
-        """Until something is owned: what a dead run left is taken over, the others are asked to share."""
+        """Until something is owned: what a dead run left is taken over, the others are asked to
+        share."""
         while not self._stop.is_set():
             self._share_partitions(at_once=True)
             if self._ledger.owned():
@@ -227,13 +236,16 @@ class _Run:
             return
         self._looked_s = now
         claims, releases = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
-        self._controller.planner.forgive([partition for partition in claims if partition in self._given_up])
+        self._controller.planner.forgive(
+            [partition for partition in claims if partition in self._given_up]
+        )
         self._controller.planner.suspect_unfinished(claims)
         if releases or (claims and len(self._ledger.owned()) < len(self._ledger.readers)):
             self._view.stage(f"this controller owns partitions {self._ledger.owned()}")
 
     def _wait_for_store(self, error: PopulaceError) -> None:
-        """The store is away or full: nothing is lost and nothing can be done. Join anew once it is back."""
+        """The store is away or full: nothing is lost and nothing can be done. Join anew once it is
+        back."""
         self._given_up |= set(self._ledger.owned())
         self._view.paused(error)
         self._controller.abandon()
@@ -250,7 +262,8 @@ class _Run:
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag; a second one interrupts at once, and loses nothing committed."""
+    """Turns SIGINT and SIGTERM into a flag; a second one interrupts at once, and loses nothing
+    committed."""
 
     def __init__(self, view: View) -> None:
         self._view = view
@@ -288,10 +301,18 @@ def start_ray() -> None:
     if "POPULACE_KEYS" in os.environ:  # the folder, never a key itself: Ray shows these variables
         variables["POPULACE_KEYS"] = os.environ["POPULACE_KEYS"]
     environment = {"env_vars": variables}
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": environment}
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "warning",
+        "runtime_env": environment,
+    }
     if "RAY_ADDRESS" not in os.environ:
         # `local`: not whatever cluster happens to run on this machine.
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 1)}
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(2, os.cpu_count() or 1),
+        }
     ray.init(**options)
 
 
@@ -300,5 +321,7 @@ def _import_target(target: str) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InvalidInput(f"experience {target!r} can't be imported: {error}; write it as module:function") from None
+        raise InvalidInput(
+            f"experience {target!r} can't be imported: {error}; write it as module:function"
+        ) from None
     return function

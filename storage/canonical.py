@@ -10,7 +10,12 @@ from typing import Any
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value; dataclasses are their fields."""
     return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=fields_of
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+        default=fields_of,
     ).encode()
 
 

@@ -1,4 +1,5 @@
-"""The root of every error that Populace raises on purpose. Its text tells the user what to do next."""
+"""The root of every error that Populace raises on purpose. Its text tells the user what to do
+next."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ class PopulaceError(Exception):
 
 
 class InvalidInput(PopulaceError, ValueError):
-    """A value from outside is impossible. Names the field, the value and the way out; nothing was written."""
+    """A value from outside is impossible. Names the field, the value and the way out; nothing was
+    written."""
 
 
 class ObjectNotFound(PopulaceError):
@@ -35,7 +37,8 @@ class StoreUnavailable(PopulaceError):
 
 
 class Overloaded(PopulaceError):
-    """More was sent than can be written right now; nothing of it was written. Send it again after `retry_after_s`."""
+    """More was sent than can be written right now; nothing of it was written. Send it again after
+    `retry_after_s`."""
 
     is_temporary = True
 

@@ -44,14 +44,17 @@ class PopulationMeta:
         seed: int,
         heldout_share: float,
     ) -> PopulationMeta:
-        """Write a new population and the keys that are its own; of two at once, one wins and both use it."""
+        """Write a new population and the keys that are its own; of two at once, one wins and both
+        use it."""
         master = keyring.new_master_key()
         own_secrets = Secrets(master=master, pseudonym_key=secrets.token_hex(32))
         try:
             store.create(Secrets.path(name), own_secrets.wrap(name, keyring))
         except AlreadyExists:
             keyring.discard(master=master)
-            Secrets.read(store, name, keyring)  # before anything rests on secrets that can't be read here
+            Secrets.read(
+                store, name, keyring
+            )  # before anything rests on secrets that can't be read here
         root_key = keyring.new_signing_key()
         meta = PopulationMeta(
             format=FORMAT_VERSION,
@@ -72,7 +75,9 @@ class PopulationMeta:
             keyring.discard(signing=root_key)
             return PopulationMeta.read(store, name)
         logger.warning(
-            "the keys of population %r are in %s; back them up: nothing can be read without", name, keyring.folder
+            "the keys of population %r are in %s; back them up: nothing can be read without",
+            name,
+            keyring.folder,
         )
         return meta
 
@@ -81,7 +86,8 @@ class PopulationMeta:
         body = json.loads(store.get(f"{name}/population.json"))
         if body.get("format") != FORMAT_VERSION:
             raise InvalidInput(
-                f"population {name!r} has format {body.get('format')}; this version reads {FORMAT_VERSION}"
+                f"population {name!r} has format {body.get('format')}; this version reads "
+                f"{FORMAT_VERSION}"
             )
         return PopulationMeta(**{**body, "root_key": PublicKey(public=body["root_key"]["public"])})
 
@@ -104,7 +110,11 @@ class PopulationMeta:
 
 def check_name(name: str) -> str:
     """A population's name is a folder name in the store."""
-    if not name or not all(char.isalnum() or char in "-_." for char in name) or name.startswith("."):
+    if (
+        not name
+        or not all(char.isalnum() or char in "-_." for char in name)
+        or name.startswith(".")
+    ):
         raise InvalidInput(f"population name is {name!r}; use letters, digits, '-', '_' and '.'")
     return name
 
@@ -112,6 +122,7 @@ def check_name(name: str) -> str:
 def verify_digest(meta: PopulationMeta, digest: str) -> None:
     if meta.base_digest != digest:
         raise Damaged(
-            f"population {meta.name!r} lives on base {meta.base} with digest {meta.base_digest[:16]}…, but the base "
+            f"population {meta.name!r} lives on base {meta.base} with digest "
+            f"{meta.base_digest[:16]}…, but the base "
             f"given has {digest[:16]}…; name the base that the population was created on"
         )

@@ -1,4 +1,5 @@
-"""One tier of adapters: what is in it, and what goes when it is full. Policy only; the bytes are elsewhere."""
+"""One tier of adapters: what is in it, and what goes when it is full. Policy only; the bytes are
+elsewhere."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class Tier(Generic[Key]):
         self._sizes.move_to_end(key)
 
     def put(self, key: Key, size: float, keep: Collection[Key] = ()) -> list[Key]:
-        """Add `key`; returns what had to go for it, none of `keep`. A key that doesn't fit beside those stays out, and
-        is returned itself."""
+        """Add `key`; returns what had to go for it, none of `keep`. A key that doesn't fit beside
+        those stays out, and is returned itself."""
         self.drop(key)
         going: list[Key] = []
         room = self.capacity - self.size

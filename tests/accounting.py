@@ -1,4 +1,5 @@
-"""Where every acknowledged event ended, read from the logs alone and independently of the catalog."""
+"""Where every acknowledged event ended, read from the logs alone and independently of the
+catalog."""
 
 from __future__ import annotations
 
@@ -26,8 +27,11 @@ class Outcome:
     clashes: dict[Name, str]
 
     def is_exact(self) -> bool:
-        """Every acknowledged event is in exactly one of trained, settled, held out, and there once."""
-        everything = {(user, event) for user, events in self.acknowledged.items() for event in events}
+        """Every acknowledged event is in exactly one of trained, settled, held out, and there
+        once."""
+        everything = {
+            (user, event) for user, events in self.acknowledged.items() for event in events
+        }
         ends = self.trained + self.settled + Counter(self.heldout)
         return set(ends) == everything and set(ends.values()) <= {1}
 
@@ -53,7 +57,9 @@ def account(population: Population) -> Outcome:
         for record in (part for _, whole in reader.read_new() for part in parts_of(whole)):
             entries = []
             if isinstance(record, WaveManifest):
-                entries = [(entry.pseudonym, entry.trained, entry.settled) for entry in record.revisions]
+                entries = [
+                    (entry.pseudonym, entry.trained, entry.settled) for entry in record.revisions
+                ]
             elif isinstance(record, Settled):
                 entries = [(record.pseudonym, [], record.events)]
             for pseudonym, learned, out in entries:

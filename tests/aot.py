@@ -1,4 +1,5 @@
-"""Compiles every Triton kernel for GPUs that are not here, and checks what came out. `make aot` writes the table.
+"""Compiles every Triton kernel for GPUs that are not here, and checks what came out. `make aot`
+writes the table.
 
 Needs a process without TRITON_INTERPRET. No driver, no GPU.
 """
@@ -94,7 +95,9 @@ def compile_and_check(build: Build) -> Result:
             signature[name] = "constexpr"
         else:
             signature[name] = _type_of(name, build)
-            is_rank = name == "rank" or (name.endswith("stride_k") and PRODUCTS[build.product][1] == "r")
+            is_rank = name == "rank" or (
+                name.endswith("stride_k") and PRODUCTS[build.product][1] == "r"
+            )
             attributes[place,] = [] if is_rank and build.rank % 16 else [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
@@ -104,12 +107,23 @@ def compile_and_check(build: Build) -> Result:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))  # type: ignore[union-attr]
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = (
+        int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")
+    )  # type: ignore[union-attr]
     ptx = compiled.asm["ptx"]
     mma = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "fma")
     shared = compiled.metadata.shared
-    return Result(build, registers, stack, shared, mma, tuple(_problems(build, ptx, registers, stack, shared, mma)))
+    return Result(
+        build,
+        registers,
+        stack,
+        shared,
+        mma,
+        tuple(_problems(build, ptx, registers, stack, shared, mma)),
+    )
 
 
 def _type_of(name: str, build: Build) -> str:
@@ -123,7 +137,8 @@ def _type_of(name: str, build: Build) -> str:
 
 
 def expected_mma(build: Build) -> str:
-    """Tensor cores of the architecture wherever a tile is as tall as they want; fp32 stays exact."""
+    """Tensor cores of the architecture wherever a tile is as tall as they want; fp32 stays
+    exact."""
     if build.dtype == "fp32":
         return "fma"
     if build.architecture == 80 or build.height == SHORT:
@@ -131,7 +146,9 @@ def expected_mma(build: Build) -> str:
     return {90: "wgmma", 100: "tcgen05.mma"}[build.architecture]
 
 
-def _problems(build: Build, ptx: str, registers: int, stack: int, shared: int, mma: str) -> Iterator[str]:
+def _problems(
+    build: Build, ptx: str, registers: int, stack: int, shared: int, mma: str
+) -> Iterator[str]:
     if stack:
         yield f"{stack} bytes of stack: registers spill"
     if registers > MAX_REGISTERS:
@@ -162,17 +179,22 @@ def _table(results: Sequence[Result], failed: Sequence[Result]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Written by `make aot` with Triton {triton.__version__}: {len(results)} builds for GPUs that were not there, "
-        f"{len(failed)} with problems. Checked: no stack (no spills), at most {MAX_REGISTERS} registers, shared memory "
-        "within the architecture, no atomics, no TF32 in fp32, the expected matrix instructions. Nothing is timed.",
+        f"Written by `make aot` with Triton {triton.__version__}: {len(results)} builds for GPUs "
+        "that were not there, "
+        f"{len(failed)} with problems. Checked: no stack (no spills), at most {MAX_REGISTERS} "
+        "registers, shared memory "
+        "within the architecture, no atomics, no TF32 in fp32, the expected matrix instructions. "
+        "Nothing is timed.",
         "",
-        "| product | tile height | rank | dtype | sm | registers | stack | shared KiB | instructions | |",
+        "| product | tile height | rank | dtype | sm | registers | stack | shared KiB | "
+        "instructions | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         build = result.build
         lines.append(
-            f"| {build.product} | {build.height} | {build.rank} | {build.dtype} | {build.architecture} | "
+            f"| {build.product} | {build.height} | {build.rank} | {build.dtype} | "
+            f"{build.architecture} | "
             f"{result.registers} | {result.stack} | {result.shared / 1024:.0f} | {result.mma} | "
             f"{'; '.join(result.problems)} |"
         )

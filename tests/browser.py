@@ -29,7 +29,10 @@ class Tab:
         self.addresses: set[str] = set()
         self.errors: list[str] = []
         page.on("request", lambda request: self.addresses.add(urlsplit(request.url).netloc))
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: self.errors.append(message.text) if message.type == "error" else None,
+        )
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
 

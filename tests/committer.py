@@ -1,4 +1,5 @@
-"""A process that commits without end, to be killed. Says in a journal what it tries and what it was told."""
+"""A process that commits without end, to be killed. Says in a journal what it tries and what it was
+told."""
 
 from __future__ import annotations
 
@@ -35,9 +36,11 @@ def open_history(url: str, folder: Path) -> History:
     return history
 
 
-def commit_for_ever(url: str, folder: Path, journal: Path, life: int, environment: dict[str, str]) -> None:
-    """Claim, then waves, checkpoints, repacks and enqueues in turn. `environment`: the server that started this
-    process may be older than the store's credentials."""
+def commit_for_ever(
+    url: str, folder: Path, journal: Path, life: int, environment: dict[str, str]
+) -> None:
+    """Claim, then waves, checkpoints, repacks and enqueues in turn. `environment`: the server that
+    started this process may be older than the store's credentials."""
     os.environ.update(environment)
     history, chance = open_history(url, folder), random.Random(life)
     with open(journal, "a", buffering=1) as said:

@@ -7,7 +7,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run in NumPy, on this machine
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # before Triton is imported: its kernels run in NumPy, on this machine
+)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,8 +43,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Bases are registered in the user's cache, keys kept in the user's folder: tests, and the processes they start,
-    use their own."""
+    """Bases are registered in the user's cache, keys kept in the user's folder: tests, and the
+    processes they start, use their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POPULACE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("POPULACE_KEYS", str(tmp_path_factory.mktemp("keys")))
@@ -68,7 +70,9 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
         offload: bool = False,
         threads: int = 1,
     ) -> ShardEngine:
-        train = TrainSettings(backend=backend, max_rows_per_pass=max_rows, numerics=numerics, kl_coefficient=0.05)
+        train = TrainSettings(
+            backend=backend, max_rows_per_pass=max_rows, numerics=numerics, kl_coefficient=0.05
+        )
         trainer = TrainerSettings.of(train, OptimizerSettings(offload=offload))
         settings = ShardSettings(
             base_folder=str(bases[family]),
@@ -95,13 +99,25 @@ def settings(bases: dict[str, Path]) -> Settings:
         adapter=AdapterSettings(rank=4, expert_rank=1, learning_rate=1e-2),
         rollout=RolloutSettings(samples_per_task=4, max_new_tokens=6),
         scheduler=SchedulerSettings(
-            max_adapters_per_wave=4, events_per_update=2, slots=8, residency_bonus_s=0.0, evidence_bonus_s=0.0
+            max_adapters_per_wave=4,
+            events_per_update=2,
+            slots=8,
+            residency_bonus_s=0.0,
+            evidence_bonus_s=0.0,
         ),
         evaluation=EvaluationSettings(every_waves=2, heldout_share=0.25, samples_per_task=2),
         rewards=RewardSettings(
             functions={
                 name: f"tests.rewards:{name}"
-                for name in ("letters", "length", "constant", "raising", "hanging", "not_a_number", "dying")
+                for name in (
+                    "letters",
+                    "length",
+                    "constant",
+                    "raising",
+                    "hanging",
+                    "not_a_number",
+                    "dying",
+                )
             }
         ),
         run=RunSettings(takeover_s=0.1, pipelined=False),
@@ -120,7 +136,9 @@ def start(settings: Settings) -> Callable[..., Controller]:
     def start_controller(population: Population, engine: ShardEngine | None = None) -> Controller:
         chat = Chat(population.base().folder)
         if engine is None:
-            engine = ShardEngine(population.shard_settings(population.base(), chat), population.store)
+            engine = ShardEngine(
+                population.shard_settings(population.base(), chat), population.store
+            )
         population.ledger.refresh()
         population.ledger.claim(population.settings.run.takeover_s)
         return Controller(population.settings, population.ledger, engine, chat, score_here)

@@ -1,9 +1,11 @@
-"""A population under way for long: producers, gateway, controllers and shards, killed at random, and the account of it.
+"""A population under way for long: producers, gateway, controllers and shards, killed at random,
+and the account of it.
 
     python -m tests.endurance produce URL NAME WAY JOURNAL RATE SEED USERS     one producer, run by the test
 
-Two producers send every event, each through another way: one straight into the store, one through the gateway. What
-they send follows from the seed alone, so that a producer that is killed goes on from its journal.
+Two producers send every event, each through another way: one straight into the store, one through
+the gateway. What they send follows from the seed alone, so that a producer that is killed goes on
+from its journal.
 """
 
 from __future__ import annotations
@@ -29,14 +31,27 @@ from populace.population.experience.events import Demonstration, LogEvent, Task,
 
 ROOT = Path(__file__).parent.parent
 POPULACE = [sys.executable, "-c", "from populace.population.cli.app.app import main; main()"]
-WORDS = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
+WORDS = [
+    "rain",
+    "river",
+    "hills",
+    "sea",
+    "quiet",
+    "yes",
+    "no",
+    "what",
+    "the",
+    "runs",
+    "to",
+    "falls",
+]
 BATCH = 25
 """Events of one call."""
 
 
 def event_at(number: int, seed: int, num_users: int) -> tuple[str, LogEvent]:
-    """The `number`th event of the stream: users as in a population where few are busy (Zipf), kinds mixed, one in two
-    hundred with a reward that is broken."""
+    """The `number`th event of the stream: users as in a population where few are busy (Zipf), kinds
+    mixed, one in two hundred with a reward that is broken."""
     chance = random.Random(f"{seed}/{number}")
     user = f"user-{min(num_users, int(num_users ** chance.random())):05d}"
     prompt = " ".join(chance.choices(WORDS, k=4))
@@ -46,18 +61,28 @@ def event_at(number: int, seed: int, num_users: int) -> tuple[str, LogEvent]:
         case draw if draw < 0.005:
             return user, Task(prompt=prompt, reward="raising", event_id=event_id)
         case draw if draw < 0.2:
-            return user, Task(prompt=prompt, reward="letters", reward_args={"letter": "e"}, event_id=event_id)
+            return user, Task(
+                prompt=prompt, reward="letters", reward_args={"letter": "e"}, event_id=event_id
+            )
         case draw if draw < 0.8:
-            return user, Trajectory(prompt=prompt, completion=completion, reward=chance.random(), event_id=event_id)
+            return user, Trajectory(
+                prompt=prompt, completion=completion, reward=chance.random(), event_id=event_id
+            )
     return user, Demonstration(prompt=prompt, completion=completion, event_id=event_id)
 
 
-def produce(url: str, name: str, way: str, journal: Path, rate: float, seed: int, num_users: int) -> None:
+def produce(
+    url: str, name: str, way: str, journal: Path, rate: float, seed: int, num_users: int
+) -> None:
     """Send for ever; a line of the journal is the number of events acknowledged so far."""
     from populace.population.experience.producer import Producer
     from populace.storage.errors import PopulaceError
 
-    sent = int(journal.read_text().split()[-1]) if journal.exists() and journal.read_text().split() else 0
+    sent = (
+        int(journal.read_text().split()[-1])
+        if journal.exists() and journal.read_text().split()
+        else 0
+    )
     target: Any = Producer.open(url, name) if way == "direct" else None
     began, first = time.monotonic(), sent
     with open(journal, "a", buffering=1) as said:
@@ -104,13 +129,30 @@ class Life:
     def start(self, role: str) -> None:
         kind, _, name = role.partition(":")
         if kind == "controller":
-            command = [*POPULACE, "run", str(self.config), "run.until_drained=false", f"run.controller={name}"]
+            command = [
+                *POPULACE,
+                "run",
+                str(self.config),
+                "run.until_drained=false",
+                f"run.controller={name}",
+            ]
         else:
             journal = self.folder / f"journal-{name}"
             options = [str(option) for option in (journal, self.rate, self.seed, self.num_users)]
-            command = [sys.executable, "-m", "tests.endurance", "produce", self.url, "endure", name, *options]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.endurance",
+                "produce",
+                self.url,
+                "endure",
+                name,
+                *options,
+            ]
         log = open(self.folder / f"{role.replace(':', '-')}.log", "ab")  # noqa: SIM115
-        self.processes[role] = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=log, stderr=log)
+        self.processes[role] = subprocess.Popen(
+            command, env=self.environment, cwd=ROOT, stdout=log, stderr=log
+        )
 
     def keep_alive(self) -> None:
         """Start again whatever ended, by itself or by a kill."""
@@ -144,11 +186,17 @@ class Life:
     def memory(self) -> dict[str, float]:
         """Resident megabytes by role, without pages shared with others."""
         found: dict[str, float] = {}
-        roles = [(role, process.pid) for role, process in self.processes.items() if process.poll() is None]
+        roles = [
+            (role, process.pid)
+            for role, process in self.processes.items()
+            if process.poll() is None
+        ]
         roles += [(process.info["name"], process.pid) for process in actors()]
         for role, pid in roles:
             with suppress(psutil.NoSuchProcess):
-                found[role] = found.get(role, 0.0) + psutil.Process(pid).memory_full_info().uss / 1e6
+                found[role] = (
+                    found.get(role, 0.0) + psutil.Process(pid).memory_full_info().uss / 1e6
+                )
         return found
 
 
@@ -180,10 +228,13 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     }
     process = subprocess.Popen(
         [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.3",
-         "--port=26479", "--include-dashboard=false", "--num-cpus=4", "--object-store-memory=300000000",
-         "--dashboard-agent-listen-port=28366", "--dashboard-agent-grpc-port=28367", "--runtime-env-agent-port=28368",
+         "--port=26479", "--include-dashboard=false", "--num-cpus=4",
+         "--object-store-memory=300000000",
+         "--dashboard-agent-listen-port=28366", "--dashboard-agent-grpc-port=28367",
+         "--runtime-env-agent-port=28368",
          "--metrics-export-port=28180", f"--temp-dir={temporary}", "--disable-usage-stats"],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )  # fmt: skip
     try:
         time.sleep(12)
@@ -210,18 +261,25 @@ def endure(
     controllers: tuple[str, ...],
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Run for `duration_s` with random kills, then let everything be learned from; returns what was measured."""
+    """Run for `duration_s` with random kills, then let everything be learned from; returns what was
+    measured."""
     chance, samples = random.Random(seed), []
     with ray_head(folder) as environment:
         life = Life(
-            folder=folder, environment=environment, config=config, url=f"file://{folder}/store", seed=seed, rate=rate,
+            folder=folder, environment=environment, config=config, url=f"file://{folder}/store",
+            seed=seed, rate=rate,
             num_users=num_users, controllers=controllers,
         )  # fmt: skip
         for name in controllers:
             life.start(f"controller:{name}")
         deadline = time.monotonic() + 120
-        while "wave" not in _text(folder / f"controller-{controllers[0]}.log") and time.monotonic() < deadline:
-            if (folder / "store" / "endure" / "population.json").exists() and "producer:direct" not in life.processes:
+        while (
+            "wave" not in _text(folder / f"controller-{controllers[0]}.log")
+            and time.monotonic() < deadline
+        ):
+            if (
+                folder / "store" / "endure" / "population.json"
+            ).exists() and "producer:direct" not in life.processes:
                 life.start("producer:direct")
                 life.start("producer:gateway")
             time.sleep(0.5)
@@ -237,10 +295,14 @@ def endure(
             if time.monotonic() >= next_sample:
                 sample = {
                     "seconds": round(time.monotonic() - began, 1),
-                    "sent": max(_last_number(folder / f"journal-{way}") for way in ("direct", "gateway")),
+                    "sent": max(
+                        _last_number(folder / f"journal-{way}") for way in ("direct", "gateway")
+                    ),
                     "kills": sum(life.kills.values()),
                     "memory_mb": {name: round(size, 1) for name, size in life.memory().items()},
-                    "waves": sum(_text(path).count("  wave ") for path in folder.glob("controller-*.log")),
+                    "waves": sum(
+                        _text(path).count("  wave ") for path in folder.glob("controller-*.log")
+                    ),
                     "waiting": _waiting(folder),
                 }
                 samples.append(sample)
@@ -249,8 +311,16 @@ def endure(
             time.sleep(0.5)
         life.stop()
         (folder / "kills.json").write_text(json.dumps(life.kills))
-        drain = [*POPULACE, "run", str(config), "run.until_drained=true", f"run.controller={controllers[0]}"]
-        done = subprocess.run(drain, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=3600)
+        drain = [
+            *POPULACE,
+            "run",
+            str(config),
+            "run.until_drained=true",
+            f"run.controller={controllers[0]}",
+        ]
+        done = subprocess.run(
+            drain, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=3600
+        )
         (folder / "drain.log").write_text(done.stdout + done.stderr)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return samples

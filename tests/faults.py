@@ -1,4 +1,5 @@
-"""A store that fails on purpose: dropped, lost, repeated and delayed calls, and a process that dies in the middle."""
+"""A store that fails on purpose: dropped, lost, repeated and delayed calls, and a process that dies
+in the middle."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ class Crash(BaseException):
 
 @dataclass
 class FaultyStore:
-    """Passes everything on to `inner`, except for one call of the near future, which meets with `kind`."""
+    """Passes everything on to `inner`, except for one call of the near future, which meets with
+    `kind`."""
 
     inner: ObjectStore
     kind: str | None = None
@@ -24,7 +26,8 @@ class FaultyStore:
     url: str = "memory://"
 
     KINDS = ("dropped", "lost", "repeated", "delayed", "crash before", "crash after")
-    """Not done; done without an answer; done twice; done later without an answer; dead before it or after it."""
+    """Not done; done without an answer; done twice; done later without an answer; dead before it or
+    after it."""
 
     def plan(self, kind: str | None, countdown: int) -> None:
         """The call after `countdown` others fails."""

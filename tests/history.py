@@ -1,4 +1,5 @@
-"""A small population for tests of the store: its logs, its keys, and drafts of revisions, without models."""
+"""A small population for tests of the store: its logs, its keys, and drafts of revisions, without
+models."""
 
 from __future__ import annotations
 
@@ -56,7 +57,10 @@ class History:
 
     def open(self, through: ObjectStore | None = None) -> tuple[RevisionLogReader, Catalog]:
         """Newest checkpoint plus tail, as any process opens a partition."""
-        reader, catalog = RevisionLogReader(through or self.store, "pop", 0, self.root_key), Catalog()
+        reader, catalog = (
+            RevisionLogReader(through or self.store, "pop", 0, self.root_key),
+            Catalog(),
+        )
         restore(reader, catalog)
         for header, record in reader.read_new():
             catalog.apply(header, record)
@@ -73,7 +77,9 @@ class History:
         record = AdapterCreated(pseudonym=name_of(user), spec={"rank": 4}, seed=7)
         catalog.apply(owner.append(record), record)
 
-    def draft(self, catalog: Catalog, user: str, body: bytes = b"weights", at: int = 0) -> RevisionDraft:
+    def draft(
+        self, catalog: Catalog, user: str, body: bytes = b"weights", at: int = 0
+    ) -> RevisionDraft:
         """The next revision of `user`, sealed as the controller does it."""
         adapter, keys = catalog.require(name_of(user)), self.keys()
         revision = adapter.next_revision
@@ -82,10 +88,15 @@ class History:
             pseudonym=name_of(user),
             revision=revision,
             parent=adapter.tip,
-            parent_sha256=catalog.revision_of(adapter.pseudonym, adapter.tip).blobs["weights"].sha256
+            parent_sha256=catalog.revision_of(adapter.pseudonym, adapter.tip)
+            .blobs["weights"]
+            .sha256
             if adapter.tip
             else None,
-            blobs={part: keys.seal(name_of(user), blob, blob_context(part, revision)) for part, blob in parts.items()},
+            blobs={
+                part: keys.seal(name_of(user), blob, blob_context(part, revision))
+                for part, blob in parts.items()
+            },
             experts=[0, 2],
             trained=[event(at or revision)],
             settled=[SettledEvent(event=event(90 + revision), reason="too long")],

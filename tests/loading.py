@@ -1,4 +1,5 @@
-"""What loading a shard of a base adds to a process, which has loaded a tiny one before: in a process of its own."""
+"""What loading a shard of a base adds to a process, which has loaded a tiny one before: in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from populace.workers.base.model import BaseModel
 
 
 def measure(folder: Path, rank: int, num_shards: int, tiny: Path) -> dict[str, int]:
-    """Bytes: `grown`, the peak of memory above what was there before; `held` in tensors; `read` from the checkpoint."""
+    """Bytes: `grown`, the peak of memory above what was there before; `held` in tensors; `read`
+    from the checkpoint."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.loading", str(folder), str(rank), str(num_shards), str(tiny)],
         capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"},

@@ -1,4 +1,5 @@
-"""Products of many adapters to try kernels on, and what plain algebra says about them. Needs torch and NumPy alone."""
+"""Products of many adapters to try kernels on, and what plain algebra says about them. Needs torch
+and NumPy alone."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of adapters in several arenas, sorted as the step sorts them, and what a product needs."""
+    """Rows of adapters in several arenas, sorted as the step sorts them, and what a product
+    needs."""
 
     base: FrozenProduct
     modules: list[list[LoraWeights]]
@@ -34,7 +36,12 @@ class Case:
         def moved(record):
             values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
             return dataclasses.replace(
-                record, **{name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+                record,
+                **{
+                    name: value.to(device)
+                    for name, value in values.items()
+                    if isinstance(value, torch.Tensor)
+                },
             )
 
         modules = [[moved(w) for w in module] for module in self.modules]
@@ -42,26 +49,42 @@ class Case:
 
     def run(self, backend: str, *, accumulates: bool = False) -> list[torch.Tensor]:
         """Y, dX, and dA, dB of every module and arena."""
-        plan = plan_segments(self.arena, self.slot, self.expert if self.has_experts else None, accumulates=accumulates)
+        plan = plan_segments(
+            self.arena,
+            self.slot,
+            self.expert if self.has_experts else None,
+            accumulates=accumulates,
+        )
         x = self.x.clone().requires_grad_()
         y = lora_product(x, self.base, self.modules, plan, backend)
         y.backward(self.dy)
-        return [y.detach(), x.grad, *(g.clone() for m in self.modules for w in m for g in (w.grad_a, w.grad_b))]
+        return [
+            y.detach(),
+            x.grad,
+            *(g.clone() for m in self.modules for w in m for g in (w.grad_a, w.grad_b)),
+        ]
 
 
 def make_case(
-    counts: list[tuple[int, int, int, int]], ranks: list[int], slots: int, experts: int, inner: int, out: int,
+    counts: list[tuple[int, int, int, int]], ranks: list[int], slots: int, experts: int,
+    inner: int, out: int,
     dtype: torch.dtype, num_modules: int = 1, seed: int = 0,
 ) -> Case:  # fmt: skip
-    """`counts`: (expert, arena, slot, rows) of every segment; arena -1 for rows without an adapter."""
+    """`counts`: (expert, arena, slot, rows) of every segment; arena -1 for rows without an
+    adapter."""
     torch.manual_seed(seed)
     columns = [(e, a, s) for e, a, s, n in sorted(counts) for _ in range(n)]
-    expert, arena, slot = (torch.tensor([row[i] for row in columns], dtype=torch.int64) for i in range(3))
+    expert, arena, slot = (
+        torch.tensor([row[i] for row in columns], dtype=torch.int64) for i in range(3)
+    )
 
     def weights(rank: int) -> LoraWeights:
         lead = (slots, experts) if experts else (slots,)
         # fp16 has few exponents: values that keep sums near one.
-        a, b = torch.randn(*lead, rank, inner) / inner**0.5, torch.randn(*lead, out // num_modules, rank) / rank**0.5
+        a, b = (
+            torch.randn(*lead, rank, inner) / inner**0.5,
+            torch.randn(*lead, out // num_modules, rank) / rank**0.5,
+        )
         return LoraWeights(
             a=a, b=b, grad_a=torch.full_like(a, torch.nan), grad_b=torch.full_like(b, torch.nan),
             scale_S=torch.rand(slots) + 0.5,
@@ -69,9 +92,13 @@ def make_case(
 
     if experts:
         ends = torch.bincount(expert, minlength=experts).cumsum(0).to(torch.int32)
-        base = FrozenProduct(w=(torch.randn(experts, out, inner) / inner**0.5).to(dtype), ends_E=ends)
+        base = FrozenProduct(
+            w=(torch.randn(experts, out, inner) / inner**0.5).to(dtype), ends_E=ends
+        )
     else:
-        base = FrozenProduct(w=(torch.randn(out, inner) / inner**0.5).to(dtype), bias_F=torch.randn(out).to(dtype))
+        base = FrozenProduct(
+            w=(torch.randn(out, inner) / inner**0.5).to(dtype), bias_F=torch.randn(out).to(dtype)
+        )
     return Case(
         base=base,
         modules=[[weights(rank) for rank in ranks] for _ in range(num_modules)],
@@ -84,7 +111,8 @@ def make_case(
 
 
 def exact(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """What `Case.run` gives, by torch's own autograd, one segment at a time, in `dtype`. NaN where no segment is."""
+    """What `Case.run` gives, by torch's own autograd, one segment at a time, in `dtype`. NaN where
+    no segment is."""
     x = case.x.to(dtype).requires_grad_()
     rows = list(zip(case.expert.tolist(), case.arena.tolist(), case.slot.tolist(), strict=True))
     pieces, leaves, start = [], [], 0
@@ -100,15 +128,23 @@ def exact(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
             y = y + case.base.bias_F.to(dtype)
         if arena >= 0:
             where = (slot, expert) if case.has_experts else (slot,)
-            own = [tuple(t[where].to(dtype).requires_grad_() for t in (m[arena].a, m[arena].b)) for m in case.modules]
+            own = [
+                tuple(t[where].to(dtype).requires_grad_() for t in (m[arena].a, m[arena].b))
+                for m in case.modules
+            ]
             scale = [m[arena].scale_S[slot].to(dtype) for m in case.modules]
-            y = y + torch.cat([(s * (part @ a.T)) @ b.T for s, (a, b) in zip(scale, own, strict=True)], 1)
+            y = y + torch.cat(
+                [(s * (part @ a.T)) @ b.T for s, (a, b) in zip(scale, own, strict=True)], 1
+            )
             leaves.append((arena, where, own))
         pieces.append(y)
         start = end
     y = torch.cat(pieces)
     y.backward(case.dy.to(dtype))
-    grads = [[tuple(torch.full_like(t, torch.nan, dtype=dtype) for t in (w.a, w.b)) for w in m] for m in case.modules]
+    grads = [
+        [tuple(torch.full_like(t, torch.nan, dtype=dtype) for t in (w.a, w.b)) for w in m]
+        for m in case.modules
+    ]
     for arena, where, own in leaves:
         for module, leaf in zip(grads, own, strict=True):
             for grad, tensor in zip(module[arena], leaf, strict=True):
@@ -117,22 +153,33 @@ def exact(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def assert_accurate(got: list[torch.Tensor], case: Case, dtype: torch.dtype) -> None:
-    """Within 2 · error(torch, same dtype) + 1e-6 of fp64, and nothing written where no segment is."""
+    """Within 2 · error(torch, same dtype) + 1e-6 of fp64, and nothing written where no segment
+    is."""
     for name, value, want, plain in zip(
-        ["y", "dx", *["grad"] * 99], got, exact(case, torch.float64), exact(case, dtype), strict=False
+        ["y", "dx", *["grad"] * 99],
+        got,
+        exact(case, torch.float64),
+        exact(case, dtype),
+        strict=False,
     ):
         assert torch.equal(value.isnan(), want.isnan()), f"{name}: wrong places were written"
         error = (value.double() - want).abs().nan_to_num().max()
-        allowed = 2 * (plain.double() - want).abs().nan_to_num().max() + 1e-6 * want.nan_to_num().abs().max().clamp(
-            min=1
-        )
+        allowed = 2 * (
+            plain.double() - want
+        ).abs().nan_to_num().max() + 1e-6 * want.nan_to_num().abs().max().clamp(min=1)
         assert error <= allowed, (name, float(error), float(allowed))
 
 
-def random_counts(seed: int, num_segments: int, arenas: int, slots: int, experts: int, most: int) -> list:
+def random_counts(
+    seed: int, num_segments: int, arenas: int, slots: int, experts: int, most: int
+) -> list:
     random = np.random.default_rng(seed)
     keys = {
-        (int(random.integers(max(experts, 1))), int(random.integers(-1, arenas)), int(random.integers(slots)))
+        (
+            int(random.integers(max(experts, 1))),
+            int(random.integers(-1, arenas)),
+            int(random.integers(slots)),
+        )
         for _ in range(num_segments)
     }
     # Empty segments are those that no row names; one-row segments come first.

@@ -12,8 +12,8 @@ from populace.workers.batch import AdapterBatch, RolloutGroup, ScoredSample, Tra
 
 
 class NoisyGate:
-    """A gate with relative noise in its selection alone, as other kernels or another engine would disturb it: who is
-    chosen changes, not what the chosen count for."""
+    """A gate with relative noise in its selection alone, as other kernels or another engine would
+    disturb it: who is chosen changes, not what the chosen count for."""
 
     def __init__(self, gate: Gate, noise: float, seed: int) -> None:
         self.gate, self.noise, self.w_ED = gate, noise, gate.w_ED

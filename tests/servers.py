@@ -57,7 +57,8 @@ def moto() -> Iterator[str]:
 
 
 class DroppingProxy:
-    """A TCP proxy in front of an HTTP server. While `drops_answers`, requests arrive and their answers get lost."""
+    """A TCP proxy in front of an HTTP server. While `drops_answers`, requests arrive and their
+    answers get lost."""
 
     def __init__(self, endpoint: str) -> None:
         host, port = endpoint.removeprefix("http://").split(":")

@@ -18,10 +18,25 @@ from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring
 from populace.storage.objects.contract import ObjectStore
 
-WORDS = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
+WORDS = [
+    "rain",
+    "river",
+    "hills",
+    "sea",
+    "quiet",
+    "yes",
+    "no",
+    "what",
+    "the",
+    "runs",
+    "to",
+    "falls",
+]
 
 
-def experience(settings: Settings, num_users: int = 5, num_tasks: int = 10) -> Iterator[tuple[str, list[Task]]]:
+def experience(
+    settings: Settings, num_users: int = 5, num_tasks: int = 10
+) -> Iterator[tuple[str, list[Task]]]:
     for number in range(num_users):
         yield (
             f"user-{number}",
@@ -38,7 +53,8 @@ def experience(settings: Settings, num_users: int = 5, num_tasks: int = 10) -> I
 
 
 def write_config(path: Path, base: Path, name: str, **more: Any) -> Path:
-    """A run on a tiny base with a store beside `path`; `more` adds sections, or settings to a section."""
+    """A run on a tiny base with a store beside `path`; `more` adds sections, or settings to a
+    section."""
     sections: dict[str, Any] = {
         "name": name,
         "store": f"file://{path.parent}/store",
@@ -53,7 +69,9 @@ def write_config(path: Path, base: Path, name: str, **more: Any) -> Path:
         "run": {"takeover_s": 2.5, "threads": 1},
     }
     for section, settings in more.items():
-        sections[section] = {**sections.get(section, {}), **settings} if isinstance(settings, dict) else settings
+        sections[section] = (
+            {**sections.get(section, {}), **settings} if isinstance(settings, dict) else settings
+        )
     path.write_text(yaml.safe_dump(sections))
     return path
 
@@ -63,10 +81,19 @@ def open_population(config: Path) -> Population:
     return Population.open(settings.store, settings)
 
 
-def make_population(store: ObjectStore, *, name: str = "pop", partitions: int = 2) -> PopulationMeta:
+def make_population(
+    store: ObjectStore, *, name: str = "pop", partitions: int = 2
+) -> PopulationMeta:
     """A population without a base: enough to enqueue, nothing to train on."""
     return PopulationMeta.create(
-        store, Keyring(), name=name, base="none", base_digest="b" * 64, partitions=partitions, seed=0, heldout_share=0.0
+        store,
+        Keyring(),
+        name=name,
+        base="none",
+        base_digest="b" * 64,
+        partitions=partitions,
+        seed=0,
+        heldout_share=0.0,
     )
 
 
@@ -79,7 +106,9 @@ def run_to_the_end(controller: Controller) -> list[WaveReport]:
     return waves
 
 
-def wait_until(is_there: Callable[[], bool], what: str, timeout_s: float = 15.0, pause_s: float = 0.05) -> None:
+def wait_until(
+    is_there: Callable[[], bool], what: str, timeout_s: float = 15.0, pause_s: float = 0.05
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_there():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"

@@ -1,4 +1,5 @@
-"""The Triton kernels compile for GPUs that are not here. A few of the builds; `make aot` does all of them."""
+"""The Triton kernels compile for GPUs that are not here. A few of the builds; `make aot` does all
+of them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ for build in chosen:
 
 def test_every_kernel_compiles_for_every_architecture_without_spills_atomics_or_tf32() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.count(": ")]
     assert len(lines) == 48

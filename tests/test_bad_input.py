@@ -1,4 +1,5 @@
-"""Bad input: one clear error that names the field, the value and the way out, and nothing is written."""
+"""Bad input: one clear error that names the field, the value and the way out, and nothing is
+written."""
 
 from __future__ import annotations
 
@@ -23,15 +24,26 @@ BAD_EVENTS = {
     "unknown reward": (Task(prompt="hi", reward="nope"), "reward 'nope' is not registered"),
     "empty prompt": (Task(prompt="", reward="letters"), "prompt is empty"),
     "no messages": (Task(prompt=(), reward="letters"), "prompt has no messages"),
-    "strange role": (Task(prompt=({"role": "boss", "content": "x"},), reward="letters"), "role 'boss'"),
+    "strange role": (
+        Task(prompt=({"role": "boss", "content": "x"},), reward="letters"),
+        "role 'boss'",
+    ),
     "message without content": (
         Task(prompt=({"role": "user"},), reward="letters"),
         "exactly role and content",
     ),
-    "reward_args not JSON": (Task(prompt="hi", reward="letters", reward_args={"f": print}), "not JSON"),
-    "empty event id": (Task(prompt="hi", reward="letters", event_id=""), "event_id needs 1 to 256 bytes"),
+    "reward_args not JSON": (
+        Task(prompt="hi", reward="letters", reward_args={"f": print}),
+        "not JSON",
+    ),
+    "empty event id": (
+        Task(prompt="hi", reward="letters", event_id=""),
+        "event_id needs 1 to 256 bytes",
+    ),
     "fewer logprobs than tokens": (
-        Trajectory(prompt="hi", completion="yes", reward=1.0, completion_ids=[5, 6], logprobs=[-1.0]),
+        Trajectory(
+            prompt="hi", completion="yes", reward=1.0, completion_ids=[5, 6], logprobs=[-1.0]
+        ),
         "logprobs has 1 entries for 2 completion_ids",
     ),
     "logprobs without tokens": (
@@ -39,39 +51,69 @@ BAD_EVENTS = {
         "logprobs has 1 entries for 0 completion_ids",
     ),
     "fewer expert ids than tokens": (
-        Trajectory(prompt="hi", completion="yes", reward=1.0, completion_ids=[5, 6], expert_ids=[[[0, 1]]]),
+        Trajectory(
+            prompt="hi", completion="yes", reward=1.0, completion_ids=[5, 6], expert_ids=[[[0, 1]]]
+        ),
         "expert_ids has 1 entries for 2 completion_ids",
     ),
     "ragged expert ids": (
-        Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=[5, 6], expert_ids=[[[0, 1]], [[0]]]),
+        Trajectory(
+            prompt="hi",
+            completion="y",
+            reward=1.0,
+            completion_ids=[5, 6],
+            expert_ids=[[[0, 1]], [[0]]],
+        ),
         "same shape for every token",
     ),
     "positive logprob": (
         Trajectory(prompt="hi", completion="yes", reward=1.0, completion_ids=[5], logprobs=[0.5]),
         "at most 0",
     ),
-    "reward that is not a number": (Trajectory(prompt="hi", completion="y", reward=float("nan")), "finite"),
-    "negative revision": (Trajectory(prompt="hi", completion="y", reward=1.0, revision=-1), "start at 0"),
+    "reward that is not a number": (
+        Trajectory(prompt="hi", completion="y", reward=float("nan")),
+        "finite",
+    ),
+    "negative revision": (
+        Trajectory(prompt="hi", completion="y", reward=1.0, revision=-1),
+        "start at 0",
+    ),
     "empty completion": (Demonstration(prompt="hi", completion=""), "completion is ''"),
     "a command": (Rollback(to=1), "use Population.rollback"),
-    "content that is no text": (Task(prompt=({"role": "user", "content": None},), reward="letters"), "give a text"),
+    "content that is no text": (
+        Task(prompt=({"role": "user", "content": None},), reward="letters"),
+        "give a text",
+    ),
     "huge reward": (Trajectory(prompt="hi", completion="y", reward=1e308), "give a finite number"),
-    "reward that is text": (Trajectory(prompt="hi", completion="y", reward="0.5"), "reward is '0.5'"),  # type: ignore
+    "reward that is text": (
+        Trajectory(prompt="hi", completion="y", reward="0.5"),
+        "reward is '0.5'",
+    ),  # type: ignore
     "expert ids that are text": (
-        Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=[5], expert_ids=[["ab"]]),  # type: ignore
+        Trajectory(
+            prompt="hi", completion="y", reward=1.0, completion_ids=[5], expert_ids=[["ab"]]
+        ),  # type: ignore
         "expert_ids must be",
     ),
     "expert ids that are no integers": (
-        Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=[5], expert_ids=[[[1.5, 0]]]),  # type: ignore
+        Trajectory(
+            prompt="hi", completion="y", reward=1.0, completion_ids=[5], expert_ids=[[[1.5, 0]]]
+        ),  # type: ignore
         "expert_ids must be",
     ),
     "no completion ids": (
         Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=None),  # type: ignore
         "completion_ids is None; give a list",
     ),
-    "event id that is no integer": (Task(prompt="hi", reward="letters", event_id=3.5), "or an integer"),  # type: ignore
+    "event id that is no integer": (
+        Task(prompt="hi", reward="letters", event_id=3.5),
+        "or an integer",
+    ),  # type: ignore
     "negative event id": (Task(prompt="hi", reward="letters", event_id=-1), "counts up from 0"),  # type: ignore
-    "reward_args with NaN": (Task(prompt="hi", reward="letters", reward_args={"x": float("nan")}), "not JSON"),
+    "reward_args with NaN": (
+        Task(prompt="hi", reward="letters", reward_args={"x": float("nan")}),
+        "not JSON",
+    ),
     "negative token": (
         Trajectory(prompt="hi", completion="y", reward=1.0, completion_ids=[-5]),
         "integers from 0 up",
@@ -82,7 +124,9 @@ BAD_EVENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_EVENTS)
-def test_a_bad_event_is_refused_with_everything_sent_beside_it(settings: Settings, name: str) -> None:
+def test_a_bad_event_is_refused_with_everything_sent_beside_it(
+    settings: Settings, name: str
+) -> None:
     event, message = BAD_EVENTS[name]
     store = MemoryStore()
     population = Population.create(store, settings)
@@ -154,7 +198,9 @@ def test_a_folder_that_is_no_base_is_refused(
     assert message in str(error.value)
     store = MemoryStore()
     with pytest.raises(InvalidInput):
-        Population.create(store, dataclasses.replace(settings, base=BaseSettings(model=str(folder))))
+        Population.create(
+            store, dataclasses.replace(settings, base=BaseSettings(model=str(folder)))
+        )
     assert list(store.list("")) == []
 
 

@@ -50,7 +50,9 @@ def test_every_command_answers_about_a_population(store: str, tmp_path: Path) ->
     assert re.search(r"│ \d+[sm] ", chain), "how long ago"
     manifest = json.loads(populace("show", "user-0@1", "--store", store))
     assert manifest["predicateType"] == "https://slsa.dev/provenance/v1"
-    assert populace("sample", "user-0", "what is rain", "--max-new-tokens", "5", "--store", store).strip()
+    assert populace(
+        "sample", "user-0", "what is rain", "--max-new-tokens", "5", "--store", store
+    ).strip()
     assert "match their manifests" in populace("verify", "user-0", "--store", store)
     populace("rollback", "user-0", "1", "--store", store)
     assert "rollback" in populace("revisions", "user-0", "--store", store)
@@ -77,7 +79,9 @@ def test_misuse_is_one_clear_error(store: str, words: list[str], message: str) -
 def test_a_bad_configuration_prints_one_line_and_writes_nothing(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"store: file://{tmp_path}/store\nadaptr: {{rank: 4}}\n")
-    done = subprocess.run([*POPULACE, "run", str(config)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*POPULACE, "run", str(config)], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "unknown setting 'adaptr'; did you mean adapter?" in done.stderr

@@ -1,4 +1,5 @@
-"""Taking experience in: repetitions, ids that are integers, held-out events, and logs that are cut off behind."""
+"""Taking experience in: repetitions, ids that are integers, held-out events, and logs that are cut
+off behind."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def pending_ids(ledger: Ledger, user: str) -> list[tuple[str, int]]:
     """Ids and states of what waits, in order."""
     waiting = ledger.pending.waiting(ledger.pseudonym(user))
     events = ledger.events(0, [item.position for item in waiting])
-    return [(logged.event.event_id, item.state) for logged, item in zip(events, waiting, strict=True)]
+    return [
+        (logged.event.event_id, item.state) for logged, item in zip(events, waiting, strict=True)
+    ]
 
 
 def test_a_repetition_through_another_producer_falls_out(population: Population) -> None:
@@ -63,17 +66,23 @@ def test_integer_ids_fall_out_for_ever_and_must_increase(population: Population)
     population.enqueue("ada", [demo(5)])
     population.enqueue("ada", [demo(3)])
     ledger.refresh()
-    assert [state for _, state in pending_ids(ledger, "ada")] == [PENDING, 3], "all is remembered: it came out of order"
+    assert [state for _, state in pending_ids(ledger, "ada")] == [PENDING, 3], (
+        "all is remembered: it came out of order"
+    )
     for number in range(20):
         population.enqueue("bob", [demo(f"filler-{number}")])
     population.enqueue("ada", [demo(6), demo(5)])
     ledger.refresh()
     assert memory.has_forgotten
-    assert [name for name, _ in pending_ids(ledger, "ada")] == ["5", "3", "6"], "5 is a repetition, however old"
+    assert [name for name, _ in pending_ids(ledger, "ada")] == ["5", "3", "6"], (
+        "5 is a repetition, however old"
+    )
 
 
 @given(st.lists(st.integers(0, 60), max_size=200), st.integers(1, 16))
-def test_the_memory_knows_at_least_its_horizon_and_survives_being_saved(numbers: list[int], horizon: int) -> None:
+def test_the_memory_knows_at_least_its_horizon_and_survives_being_saved(
+    numbers: list[int], horizon: int
+) -> None:
     memory, order = EventMemory(horizon), []
     for number in numbers:
         tag = f"{number:032x}"
@@ -100,15 +109,23 @@ class Model:
 @given(
     st.lists(
         st.one_of(
-            st.tuples(st.just("add"), st.integers(0, 4), st.sampled_from([PENDING, PENDING, CLASH, HELD])),
+            st.tuples(
+                st.just("add"), st.integers(0, 4), st.sampled_from([PENDING, PENDING, CLASH, HELD])
+            ),
             st.tuples(st.just("consume"), st.integers(0, 4), st.integers(0, 60)),
             st.tuples(st.just("forget"), st.integers(0, 4), st.just(0)),
         ),
         max_size=60,
     )
 )
-def test_the_pending_index_is_what_a_list_per_user_would_be(steps: list[tuple[str, int, int]]) -> None:
-    index, models, segment = PendingIndex(events_per_update=2), [Model() for _ in range(5)], itertools.count()
+def test_the_pending_index_is_what_a_list_per_user_would_be(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    index, models, segment = (
+        PendingIndex(events_per_update=2),
+        [Model() for _ in range(5)],
+        itertools.count(),
+    )
     rows = [index.add_user(f"{user:032x}", 0) for user in range(5)]
     for verb, user, value in steps:
         model = models[user]
@@ -149,7 +166,9 @@ def compacting(settings: Settings, every: int = 3) -> Settings:
     return dataclasses.replace(settings, stream=stream, evaluation=evaluation, partitions=1)
 
 
-def test_a_compacted_log_opens_the_same_and_repetitions_still_fall_out(settings: Settings, start: Start) -> None:
+def test_a_compacted_log_opens_the_same_and_repetitions_still_fall_out(
+    settings: Settings, start: Start
+) -> None:
     settings = compacting(settings)
     store = MemoryStore()
     population = Population.create(store, settings)
@@ -163,7 +182,10 @@ def test_a_compacted_log_opens_the_same_and_repetitions_still_fall_out(settings:
         controller.run_once()
     compaction = controller.ledger.catalog.compactions[0]
     assert compaction.floor > 3 and compaction.previous < compaction.floor
-    before = {name: controller.ledger.pending.heldout(name) for name in controller.ledger.pending.pseudonyms()}
+    before = {
+        name: controller.ledger.pending.heldout(name)
+        for name in controller.ledger.pending.pseudonyms()
+    }
     population.ledger.release()
     floor = f"test/experience/0/{compaction.floor:020d}"
     assert all(key >= floor for key in store.list("test/experience/0")), "old segments are gone"
@@ -173,11 +195,17 @@ def test_a_compacted_log_opens_the_same_and_repetitions_still_fall_out(settings:
     controller.ledger.read_experience()
     after = {name: again.ledger.pending.heldout(name) for name in before}
     assert after == before and sum(map(len, before.values())) > 5
-    assert 0 < again.ledger.pending.oldest_wait_s() < 600, "a snapshot doesn't say since when its events wait"
+    assert 0 < again.ledger.pending.oldest_wait_s() < 600, (
+        "a snapshot doesn't say since when its events wait"
+    )
     run_to_the_end(controller)
     tags = outcome_tags(again)
     ledger = again.ledger
-    expected = {ledger.seals.tag(ledger.pseudonym(user), event) for user, ids in sent.items() for event in ids}
+    expected = {
+        ledger.seals.tag(ledger.pseudonym(user), event)
+        for user, ids in sent.items()
+        for event in ids
+    }
     assert tags == dict.fromkeys(expected, 1)
     again.ledger.release()
 
@@ -206,9 +234,15 @@ def test_a_reader_that_was_overtaken_by_a_compaction_reads_on_from_the_snapshot(
     run_to_the_end(controller)
     population.ledger.release()
     assert reader.status().pending_events == 0
-    assert reader.status().heldout_tasks == Population.open(store, settings).status().heldout_tasks >= before
+    assert (
+        reader.status().heldout_tasks
+        == Population.open(store, settings).status().heldout_tasks
+        >= before
+    )
     name = next(n for n in reader.ledger.pending.pseudonyms() if reader.ledger.pending.heldout(n))
-    assert reader.ledger.events(0, reader.ledger.pending.heldout(name)), "payloads come from the snapshot now"
+    assert reader.ledger.events(0, reader.ledger.pending.heldout(name)), (
+        "payloads come from the snapshot now"
+    )
 
 
 class Interrupted(Exception):
@@ -259,7 +293,9 @@ def test_a_compaction_that_dies_half_way_is_finished_or_forgotten(
     again.ledger.release()
 
 
-def test_a_floor_that_was_not_written_is_written_before_the_next_one(settings: Settings, start: Start) -> None:
+def test_a_floor_that_was_not_written_is_written_before_the_next_one(
+    settings: Settings, start: Start
+) -> None:
     settings = compacting(settings, every=3)
     store = MemoryStore()
     population = Population.create(store, settings)
@@ -286,11 +322,15 @@ def test_a_floor_that_was_not_written_is_written_before_the_next_one(settings: S
     population.ledger.release()
 
 
-def test_the_longest_log_is_compacted_first_and_a_backlog_is_not_copied_for_ever(settings: Settings) -> None:
+def test_the_longest_log_is_compacted_first_and_a_backlog_is_not_copied_for_ever(
+    settings: Settings,
+) -> None:
     settings = dataclasses.replace(settings, partitions=2)
     population = Population.create(MemoryStore(), settings)
     ledger = population.ledger
-    users = [next(f"user-{n}" for n in range(99) if partition_of(f"user-{n}", 2) == p) for p in (0, 1)]
+    users = [
+        next(f"user-{n}" for n in range(99) if partition_of(f"user-{n}", 2) == p) for p in (0, 1)
+    ]
     ledger.claim(0.05)
     for turn in range(12):
         for user in users:
@@ -301,8 +341,12 @@ def test_the_longest_log_is_compacted_first_and_a_backlog_is_not_copied_for_ever
         ledger.compact(6)
         if ledger._cleaning is not None:
             ledger._cleaning.result()
-    # Nothing is trained on: what was copied once is all that is there, and more than what came since.
-    assert {p: (done.previous, done.floor) for p, done in ledger.catalog.compactions.items()} == {0: (0, 6), 1: (0, 8)}
+    # Nothing is trained on: what was copied once is all that is there, and more than what came
+    # since.
+    assert {p: (done.previous, done.floor) for p, done in ledger.catalog.compactions.items()} == {
+        0: (0, 6),
+        1: (0, 8),
+    }
     ledger.release()
 
 
@@ -318,7 +362,9 @@ def test_an_append_below_the_floor_is_repeated_above_it(population: Population) 
     row = {"pseudonym": "0" * 32, "tag": "0" * 32, "sealed": b"x"}
     assert late.append([row]) == 3
     assert list(store.list("test/experience/0")) == [f"test/experience/0/{3:020d}.arrow"]
-    assert ExperienceLog(store, "test", 0).append([row]) == 4, "a fresh producer starts at the floor"
+    assert ExperienceLog(store, "test", 0).append([row]) == 4, (
+        "a fresh producer starts at the floor"
+    )
 
 
 def test_floors_only_rise(population: Population) -> None:
@@ -329,7 +375,9 @@ def test_floors_only_rise(population: Population) -> None:
     assert ExperienceLog(population.store, "test", 0).floor() == 9
 
 
-def test_a_damaged_snapshot_is_named_and_never_loaded(settings: Settings, start: Start, tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_named_and_never_loaded(
+    settings: Settings, start: Start, tmp_path: Path
+) -> None:
     settings = compacting(settings)
     store = MemoryStore()
     population = Population.create(store, settings)
@@ -344,7 +392,10 @@ def test_a_damaged_snapshot_is_named_and_never_loaded(settings: Settings, start:
     ledger.release()
     body = store.get(compaction.snapshot)
     for position in np.linspace(0, len(body) - 1, 40).astype(int).tolist():
-        store.put(compaction.snapshot, body[:position] + bytes([body[position] ^ 1]) + body[position + 1 :])
+        store.put(
+            compaction.snapshot,
+            body[:position] + bytes([body[position] ^ 1]) + body[position + 1 :],
+        )
         with pytest.raises(Damaged, match="is not what its record vouches for"):
             Population.open(store, settings).status()
     store.put(compaction.snapshot, body)

@@ -1,4 +1,5 @@
-"""The loop in one process: from enqueue to a committed revision, and every way in which an event can end."""
+"""The loop in one process: from enqueue to a committed revision, and every way in which an event
+can end."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from tests.streams import experience, run_to_the_end
 Start = Callable[..., Controller]
 
 
-def test_every_event_is_trained_held_out_or_settled_exactly_once(settings: Settings, start: Start) -> None:
+def test_every_event_is_trained_held_out_or_settled_exactly_once(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings))
     population.enqueue("user-0", [Task(prompt="rain", reward="raising", event_id="broken")])
@@ -48,10 +51,17 @@ def test_every_event_is_trained_held_out_or_settled_exactly_once(settings: Setti
 def test_a_failing_event_gets_three_tries_is_parked_and_its_user_goes_on(
     settings: Settings, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dataclasses.replace(settings, evaluation=dataclasses.replace(settings.evaluation, heldout_share=0.0))
+    settings = dataclasses.replace(
+        settings, evaluation=dataclasses.replace(settings.evaluation, heldout_share=0.0)
+    )
     population = Population.create(f"file://{tmp_path}", settings)
-    good = [Demonstration(prompt="yes", completion="the sea", event_id=f"good-{number}") for number in range(3)]
-    population.enqueue("ada", [good[0], Task(prompt="rain", reward="raising", event_id="bad"), *good[1:]])
+    good = [
+        Demonstration(prompt="yes", completion="the sea", event_id=f"good-{number}")
+        for number in range(3)
+    ]
+    population.enqueue(
+        "ada", [good[0], Task(prompt="rain", reward="raising", event_id="bad"), *good[1:]]
+    )
     controller = start(population)
     controller.run_once()
     (failure,) = controller.ledger.catalog.attempts.failures.values()
@@ -64,21 +74,31 @@ def test_a_failing_event_gets_three_tries_is_parked_and_its_user_goes_on(
     again.ledger.release()
     (parked,) = again.parked("ada")
     assert parked.user == "ada" and parked.position == (0, 1)
-    assert parked.reason == "parked: failed 3 times: reward tests.rewards:raising raised RuntimeError"
+    assert (
+        parked.reason == "parked: failed 3 times: reward tests.rewards:raising raised RuntimeError"
+    )
     assert parked.detail == "this reward is broken"
     assert again.parked() == [parked] and again.parked("bob") == []
     table = CliRunner().invoke(app, ["parked", "--store", str(tmp_path), "--json"])
     assert json.loads(table.output)[0]["detail"] == "this reward is broken"
     monkeypatch.setenv("COLUMNS", "200")
-    assert "failed 3 times" in CliRunner().invoke(app, ["parked", "ada", "--store", str(tmp_path)]).output
+    assert (
+        "failed 3 times"
+        in CliRunner().invoke(app, ["parked", "ada", "--store", str(tmp_path)]).output
+    )
 
 
-def test_enqueueing_twice_trains_once_and_another_content_is_settled(settings: Settings, start: Start) -> None:
+def test_enqueueing_twice_trains_once_and_another_content_is_settled(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=2))
     population.enqueue_many(experience(settings, num_users=2))
     clash = next(
-        task for user, tasks in experience(settings, num_users=1) for task in tasks if task.event_id == "task-03"
+        task
+        for user, tasks in experience(settings, num_users=1)
+        for task in tasks
+        if task.event_id == "task-03"
     )
     population.enqueue("user-0", [dataclasses.replace(clash, prompt="something else")])
     run_to_the_end(start(population))
@@ -88,7 +108,9 @@ def test_enqueueing_twice_trains_once_and_another_content_is_settled(settings: S
     population.ledger.release()
 
 
-def test_a_clash_in_the_same_wave_leaves_the_first_event_trained(settings: Settings, start: Start) -> None:
+def test_a_clash_in_the_same_wave_leaves_the_first_event_trained(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue("ada", [Demonstration(prompt="yes", completion="the sea", event_id="x")])
     population.enqueue("ada", [Demonstration(prompt="yes", completion="the rain", event_id="x")])
@@ -137,9 +159,13 @@ def test_held_out_tasks_are_never_trained_on(settings: Settings, start: Start) -
     population.ledger.release()
 
 
-def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(settings: Settings, start: Start) -> None:
+def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
-    population.enqueue("t", [Trajectory(prompt="yes", completion="no rain", reward=0.25, event_id="1")])
+    population.enqueue(
+        "t", [Trajectory(prompt="yes", completion="no rain", reward=0.25, event_id="1")]
+    )
     population.enqueue("d", [Demonstration(prompt="yes", completion="the sea", event_id="1")])
     controller = start(population)
     controller.run_once()
@@ -150,7 +176,9 @@ def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(setting
     assert first["d"].metrics["grad_norm"] > 0
     population.ledger.release()
     again = Population.open(population.store, settings)
-    again.enqueue("t", [Trajectory(prompt="yes", completion="no", reward=0.75, revision=1, event_id="2")])
+    again.enqueue(
+        "t", [Trajectory(prompt="yes", completion="no", reward=0.75, revision=1, event_id="2")]
+    )
     controller = start(again)  # a new engine: everything comes from the store
     controller.run_once()
     slot = next(s for key, s in controller.workers.slab.slots.items() if key.revision == 2)  # type: ignore[attr-defined]
@@ -162,15 +190,27 @@ def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(setting
 @pytest.mark.parametrize(
     ("event", "reason"),
     [
-        (Trajectory(prompt="a", completion="b", reward=1.0, revision=3, event_id="x"), "does not exist"),
+        (
+            Trajectory(prompt="a", completion="b", reward=1.0, revision=3, event_id="x"),
+            "does not exist",
+        ),
         (Demonstration(prompt="rain " * 2000, completion="b", event_id="x"), "prompt has"),
         (Task(prompt="rain " * 2000, reward="letters", event_id="t-1"), "tokens, more than"),
         (
-            Trajectory(prompt="a", completion="b", reward=1.0, completion_ids=[5], expert_ids=[[[0]]], event_id="x"),
+            Trajectory(
+                prompt="a",
+                completion="b",
+                reward=1.0,
+                completion_ids=[5],
+                expert_ids=[[[0]]],
+                event_id="x",
+            ),
             "this base has",
         ),
         (
-            Trajectory(prompt="a", completion="b", reward=1.0, completion_ids=[99999], event_id="x"),
+            Trajectory(
+                prompt="a", completion="b", reward=1.0, completion_ids=[99999], event_id="x"
+            ),
             "this base has 300 tokens",
         ),
     ],
@@ -178,7 +218,9 @@ def test_all_kinds_of_experience_make_revisions_and_the_baseline_travels(setting
 def test_what_cannot_be_learned_from_is_settled_with_its_reason(
     settings: Settings, start: Start, event: Task, reason: str
 ) -> None:
-    settings = dataclasses.replace(settings, evaluation=dataclasses.replace(settings.evaluation, heldout_share=0.0))
+    settings = dataclasses.replace(
+        settings, evaluation=dataclasses.replace(settings.evaluation, heldout_share=0.0)
+    )
     population = Population.create(MemoryStore(), settings)
     population.enqueue("ada", [event])
     run_to_the_end(start(population))
@@ -187,17 +229,23 @@ def test_what_cannot_be_learned_from_is_settled_with_its_reason(
     population.ledger.release()
 
 
-def test_over_long_completions_are_cut_or_rejected_as_the_policy_says(settings: Settings, start: Start) -> None:
+def test_over_long_completions_are_cut_or_rejected_as_the_policy_says(
+    settings: Settings, start: Start
+) -> None:
     for policy in ("cut", "reject"):
         train = dataclasses.replace(settings.train, over_long=policy, max_sequence_length=40)
         population = Population.create(MemoryStore(), dataclasses.replace(settings, train=train))
-        population.enqueue("ada", [Demonstration(prompt="yes", completion="rain " * 100, event_id="x")])
+        population.enqueue(
+            "ada", [Demonstration(prompt="yes", completion="rain " * 100, event_id="x")]
+        )
         run_to_the_end(start(population))
         assert population.status().revisions == (1 if policy == "cut" else 0)
         population.ledger.release()
 
 
-def test_opening_again_continues_where_it_stopped(settings: Settings, start: Start, tmp_path: Path) -> None:
+def test_opening_again_continues_where_it_stopped(
+    settings: Settings, start: Start, tmp_path: Path
+) -> None:
     url = f"file://{tmp_path}"
     population = Population.create(url, settings)
     population.enqueue_many(experience(settings))
@@ -232,7 +280,9 @@ def test_two_controllers_cannot_run_at_once(settings: Settings, start: Start) ->
     second.ledger.release()
 
 
-def test_a_controller_that_lost_its_claim_is_fenced_and_commits_nothing(settings: Settings, start: Start) -> None:
+def test_a_controller_that_lost_its_claim_is_fenced_and_commits_nothing(
+    settings: Settings, start: Start
+) -> None:
     store = MemoryStore()
     population = Population.create(store, settings)
     population.enqueue_many(experience(settings))
@@ -281,10 +331,15 @@ def test_what_was_tried_when_a_controller_died_is_tried_in_small_waves_and_then_
     again.ledger.release()
 
 
-def test_an_event_that_kills_every_controller_is_parked_and_its_user_goes_on(settings: Settings, start: Start) -> None:
+def test_an_event_that_kills_every_controller_is_parked_and_its_user_goes_on(
+    settings: Settings, start: Start
+) -> None:
     store = MemoryStore()
     population = Population.create(store, settings)
-    population.enqueue("ada", [Demonstration(prompt="yes", completion=word, event_id=word) for word in ("bad", "good")])
+    population.enqueue(
+        "ada",
+        [Demonstration(prompt="yes", completion=word, event_id=word) for word in ("bad", "good")],
+    )
     for _ in range(3):  # twice with its neighbour, once alone
         population = Population.open(store, settings)
         controller = start(population)
@@ -307,7 +362,9 @@ def test_an_event_that_kills_every_controller_is_parked_and_its_user_goes_on(set
     population.ledger.release()
 
 
-def test_rollback_moves_tip_and_serving_and_the_next_update_starts_there(settings: Settings, start: Start) -> None:
+def test_rollback_moves_tip_and_serving_and_the_next_update_starts_there(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=1, num_tasks=12))
     controller = start(population)
@@ -329,7 +386,9 @@ def test_rollback_moves_tip_and_serving_and_the_next_update_starts_there(setting
     population.ledger.release()
 
 
-def test_a_running_controller_obeys_a_rollback_between_waves(settings: Settings, start: Start) -> None:
+def test_a_running_controller_obeys_a_rollback_between_waves(
+    settings: Settings, start: Start
+) -> None:
     settings = dataclasses.replace(
         settings,
         run=dataclasses.replace(settings.run, takeover_s=1.5),
@@ -343,11 +402,15 @@ def test_a_running_controller_obeys_a_rollback_between_waves(settings: Settings,
     controller.run_once()
     Population.open(store, settings).rollback("user-0", 1)
     controller.run_once()
-    assert population.ledger.catalog.revision_of(population.ledger.pseudonym("user-0"), 3).parent == 1
+    assert (
+        population.ledger.catalog.revision_of(population.ledger.pseudonym("user-0"), 3).parent == 1
+    )
     population.ledger.release()
 
 
-def test_serving_moves_only_by_a_verdict_that_carries_its_numbers(settings: Settings, start: Start) -> None:
+def test_serving_moves_only_by_a_verdict_that_carries_its_numbers(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=2, num_tasks=16))
     controller = start(population)
@@ -357,13 +420,17 @@ def test_serving_moves_only_by_a_verdict_that_carries_its_numbers(settings: Sett
     second = controller.run_once()
     assert second is not None and second.verdicts
     for record in second.verdicts:
-        assert {"tip_reward", "serving_reward", "difference", "interval_low", "num_tasks"} <= set(record.numbers)
+        assert {"tip_reward", "serving_reward", "difference", "interval_low", "num_tasks"} <= set(
+            record.numbers
+        )
         adapter = population.ledger.catalog.require(record.pseudonym)
         assert (adapter.tip, adapter.serving) == (record.tip, record.serving)
     population.ledger.release()
 
 
-def test_sampling_names_a_revision_and_differs_between_them(settings: Settings, start: Start) -> None:
+def test_sampling_names_a_revision_and_differs_between_them(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=1, num_tasks=16))
     run_to_the_end(start(population))
@@ -379,9 +446,13 @@ def test_sampling_names_a_revision_and_differs_between_them(settings: Settings, 
         population.revisions("stranger")
 
 
-def test_the_revision_log_holds_no_user_id(settings: Settings, start: Start, tmp_path: Path) -> None:
+def test_the_revision_log_holds_no_user_id(
+    settings: Settings, start: Start, tmp_path: Path
+) -> None:
     population = Population.create(f"file://{tmp_path}", settings)
-    population.enqueue_many((f"secret-{user}", events) for user, events in experience(settings, num_users=2))
+    population.enqueue_many(
+        (f"secret-{user}", events) for user, events in experience(settings, num_users=2)
+    )
     run_to_the_end(start(population))
     population.ledger.release()
     for path in (tmp_path / "test").rglob("*"):

@@ -1,8 +1,9 @@
-"""The documentation against the code: what is generated, what is linked, every command that it tells people to type.
+"""The documentation against the code: what is generated, what is linked, every command that it
+tells people to type.
 
-Blocks of `sh` and `python` are run as they stand: one page is one bash session, in a copy of the repository in which
-`smollm2-moe` is a tiny random base and the examples' waves are short. A block that can't be run here has a mark above
-it that says what it needs. Two pages run at a time.
+Blocks of `sh` and `python` are run as they stand: one page is one bash session, in a copy of the
+repository in which `smollm2-moe` is a tiny random base and the examples' waves are short. A block
+that can't be run here has a mark above it that says what it needs. Two pages run at a time.
 """
 
 from __future__ import annotations
@@ -51,11 +52,17 @@ RUN = sorted(
         *ROOT.glob("docs/howto/*.md"),
     ]
 )
-FRESH = tuple(f"docs/howto/{name}.md" for name in ("own-base", "own-reward", "run-as-a-job", "s3-and-minio", "watch"))
+FRESH = tuple(
+    f"docs/howto/{name}.md"
+    for name in ("own-base", "own-reward", "run-as-a-job", "s3-and-minio", "watch")
+)
 """These begin in a fresh clone; the others where the quickstart, or `make demo`, has left off."""
 MARKS = ("needs a GPU", "needs a cluster", "needs docker", "needs a network", "run by CI itself")
 LANGUAGES = ("sh", "python", "yaml", "json", "text", "")
-SHELL = re.compile(r"^\s*(\$ |(\.venv/bin/)?(populace|python3?|pip|ray)\s|(export|make|docker|kubectl|curl|git|cd) )")
+SHELL = re.compile(
+    r"^\s*(\$ "
+    r"|(\.venv/bin/)?(populace|python3?|pip|ray)\s|(export|make|docker|kubectl|curl|git|cd) )"
+)
 PAGE_S = 400.0
 
 
@@ -85,12 +92,16 @@ def blocks_of(page: Path) -> list[Block]:
     for number, line in enumerate(page.read_text().splitlines(), 1):
         fence = re.match(r"^(\s*)```(.*)$", line)
         if language is not None and fence:
-            found.append(Block(line=start, language=language, text="\n".join(body) + "\n", mark=mark))
+            found.append(
+                Block(line=start, language=language, text="\n".join(body) + "\n", mark=mark)
+            )
             language, mark = None, None
         elif language is not None:
             body.append(line)
         elif fence:
-            assert not fence[1], f"{name_of(page)}:{number}: an indented block is not checked; move it to the margin"
+            assert not fence[1], (
+                f"{name_of(page)}:{number}: an indented block is not checked; move it to the margin"
+            )
             language, start, body = fence[2].strip(), number, []
         elif line.strip().startswith("<!-- check:"):
             assert mark is None, f"{name_of(page)}:{number}: the mark above has no block"
@@ -125,7 +136,9 @@ def test_a_reference_page_says_what_the_code_says(name: str) -> None:
 def test_the_dashboard_is_what_its_generator_writes(tmp_path: Path) -> None:
     shutil.copy(ROOT / "infra/grafana/build.py", tmp_path)
     subprocess.run([sys.executable, tmp_path / "build.py"], check=True)
-    assert (tmp_path / "populace.json").read_text() == (ROOT / "infra/grafana/populace.json").read_text()
+    assert (tmp_path / "populace.json").read_text() == (
+        ROOT / "infra/grafana/populace.json"
+    ).read_text()
 
 
 def test_operations_says_what_to_do_about_every_alert() -> None:
@@ -173,7 +186,9 @@ def test_the_index_leads_to_every_page() -> None:
         if not re.match(r"[a-z]+:", target)
     }
     pages = [page for page in ROOT.glob("docs/**/*.md") if page != index]
-    assert [name_of(page) for page in pages if page not in linked and page.parent not in linked] == []
+    assert [
+        name_of(page) for page in pages if page not in linked and page.parent not in linked
+    ] == []
 
 
 # Commands and settings
@@ -223,13 +238,17 @@ def check_settings(words: list[str]) -> None:
     load_settings(files[0] if files else None, overrides)
 
 
-@pytest.mark.parametrize("page", [page for page in EVERY_PAGE if page.parent.name != "reference"], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in EVERY_PAGE if page.parent.name != "reference"], ids=name_of
+)
 def test_every_command_line_is_one_that_populace_understands(page: Path) -> None:
     for block in blocks_of(page):
         if block.language == "python":
             continue
         for words in words_of(block.text):
-            calls = [place for place, word in enumerate(words) if re.fullmatch(r"(.*/)?populace", word)]
+            calls = [
+                place for place, word in enumerate(words) if re.fullmatch(r"(.*/)?populace", word)
+            ]
             try:
                 for place in calls:
                     if words[place + 1 :]:
@@ -238,7 +257,9 @@ def test_every_command_line_is_one_that_populace_understands(page: Path) -> None
                 if "examples.streaming.users" in words:
                     check_settings(words)
             except Exception as error:
-                raise AssertionError(f"{name_of(page)}:{block.line}: {shlex.join(words)}: {error}") from error
+                raise AssertionError(
+                    f"{name_of(page)}:{block.line}: {shlex.join(words)}: {error}"
+                ) from error
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE, ids=name_of)
@@ -248,12 +269,18 @@ def test_commands_and_settings_that_are_named_in_passing_exist(page: Path) -> No
             command, words = COMMAND, span.split()[1:]
             while words and words[0] in getattr(command, "commands", {}):
                 command = command.commands[words.pop(0)]
-            assert not getattr(command, "commands", {}) or words in ([], ["COMMAND", "--help"]), f"no command `{span}`"
+            assert not getattr(command, "commands", {}) or words in ([], ["COMMAND", "--help"]), (
+                f"no command `{span}`"
+            )
             options = {name for option in command.params for name in option.opts} | {"--help"}
-            assert {word for word in words if word.startswith("--")} <= options, f"no such option in `{span}`"
+            assert {word for word in words if word.startswith("--")} <= options, (
+                f"no such option in `{span}`"
+            )
         path = re.match(r"([a-z]\w*)\.\w+(?:\.\w+)*(?=[=:]|$)", span)
         if path and path[1] in SECTIONS and not span.endswith((".py", ".yaml", ".json")):
-            assert path[0] in SETTINGS or path[0].startswith(OPEN), f"there is no setting {path[0]!r}"
+            assert path[0] in SETTINGS or path[0].startswith(OPEN), (
+                f"there is no setting {path[0]!r}"
+            )
 
 
 # Running it
@@ -267,11 +294,14 @@ def test_every_block_is_run_or_says_what_it_would_need(page: Path) -> None:
         assert block.language in LANGUAGES, f"{where}: write sh instead of {block.language!r}"
         if block.language not in ("sh", "python"):
             assert block.mark is None, f"{where}: only sh and python need a mark"
-            assert not any(SHELL.match(line) for line in block.text.splitlines()), f"{where}: commands need ```sh"
+            assert not any(SHELL.match(line) for line in block.text.splitlines()), (
+                f"{where}: commands need ```sh"
+            )
 
 
 def script_of(page: Path, folder: Path) -> str:
-    """All blocks of a page that can be run, as one bash script; python is read from files in `folder`."""
+    """All blocks of a page that can be run, as one bash script; python is read from files in
+    `folder`."""
     parts = ["set -e", "set -o pipefail"]
     for block in blocks_of(page):
         if not block.is_run:
@@ -305,7 +335,9 @@ def run_page(page: Path, place: Path, number: int) -> Done:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("POPULACE_", "AWS_", "RAY_", "PYTEST_", "PYTHON", "TRITON_", "COV_"))
+        if not name.startswith(
+            ("POPULACE_", "AWS_", "RAY_", "PYTEST_", "PYTHON", "TRITON_", "COV_")
+        )
     } | {
         "PATH": f"{place}/populace/.venv/bin:{os.environ['PATH']}",
         "HOME": str(place / "home"),
@@ -321,7 +353,8 @@ def run_page(page: Path, place: Path, number: int) -> Done:
     started = time.monotonic()
     with open(place / "output", "w+b") as output:
         process = subprocess.Popen(
-            ["bash", str(place / "script.sh")], env=environment, cwd=place / "populace", start_new_session=True,
+            ["bash", str(place / "script.sh")], env=environment, cwd=place / "populace",
+            start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -367,7 +400,9 @@ class Reader:
             place = self._folder / str(number)
             if origin is None:
                 before = self._done[ROOT / "docs/quickstart.md"].result()
-                assert before.exit_code == 0, "the quickstart failed, and this page goes on from there"
+                assert before.exit_code == 0, (
+                    "the quickstart failed, and this page goes on from there"
+                )
             source = origin or self._folder / "0"
             for part in ("populace", "home"):
                 shutil.copytree(source / part, place / part, symlinks=True)
@@ -377,9 +412,12 @@ class Reader:
 
 
 def _clone(place: Path) -> None:
-    """The repository as somebody has it who has just installed it, but with a base and waves that take no time."""
+    """The repository as somebody has it who has just installed it, but with a base and waves that
+    take no time."""
     repository = place / "populace"
-    left_out = shutil.ignore_patterns(".venv", "build", ".git", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    left_out = shutil.ignore_patterns(
+        ".venv", "build", ".git", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+    )
     shutil.copytree(ROOT, repository, ignore=left_out)
     (repository / ".venv").symlink_to(Path(sys.executable).parents[1])
     base = tiny.build("mixtral", place / "home/.cache/tiny")
@@ -394,19 +432,25 @@ def _clone(place: Path) -> None:
         config["rollout"] |= {"samples_per_task": 3, "max_new_tokens": 4}
         config["run"] |= {"threads": 1, "takeover_s": 2.5}
         path.write_text(yaml.safe_dump(config))
-    # A random base says nothing that anybody likes: without spread in its rewards it would never learn.
+    # A random base says nothing that anybody likes: without spread in its rewards it would never
+    # learn.
     rewards = repository / "examples/preferences/rewards.py"
-    text = rewards.read_text().replace("return plausible(reply) *", "return sum(map(ord, reply.text)) % 7 / 7 + 0 *")
+    text = rewards.read_text().replace(
+        "return plausible(reply) *", "return sum(map(ord, reply.text)) % 7 / 7 + 0 *"
+    )
     assert text != rewards.read_text()
     rewards.write_text(text)
 
 
 @pytest.fixture(scope="session")
-def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+def reader(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Reader]:
     chosen = [
         item.callspec.params["page"]
         for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == "test_a_reader_can_do_what_a_page_says"
+        if isinstance(item, pytest.Function)
+        and item.originalname == "test_a_reader_can_do_what_a_page_says"
     ]
     reader = Reader(tmp_path_factory.mktemp("docs"), chosen)
     yield reader
@@ -419,4 +463,6 @@ def test_a_reader_can_do_what_a_page_says(page: Path, reader: Reader) -> None:
     done = reader.done(page)
     print(f"{name_of(page)}: {done.seconds:.0f} s\n{done.output}")
     assert done.exit_code is not None, f"{name_of(page)} takes longer than {PAGE_S:.0f} s"
-    assert done.exit_code == 0, f"{name_of(page)} stops where its output ends, with exit code {done.exit_code}"
+    assert done.exit_code == 0, (
+        f"{name_of(page)} stops where its output ends, with exit code {done.exit_code}"
+    )

@@ -37,7 +37,9 @@ def outcomes(population: Population) -> tuple[Counter[str], Counter[str], Counte
     for pseudonym in ledger.pending.pseudonyms():
         row = ledger.pending.row_of(pseudonym)
         partition = int(ledger.pending.users["partition"][row])
-        heldout.update(item.ref.tag for item in ledger.events(partition, ledger.pending.heldout(pseudonym)))
+        heldout.update(
+            item.ref.tag for item in ledger.events(partition, ledger.pending.heldout(pseudonym))
+        )
     return trained, settled, heldout
 
 
@@ -46,7 +48,9 @@ def check(folder: Path, config: Path, seed: int, num_users: int) -> dict[str, in
     settings = load_settings(config)
     population = Population.open(settings.store, settings)
     trained, settled, heldout = outcomes(population)
-    acknowledged = max(int((folder / f"journal-{way}").read_text().split()[-1]) for way in ("direct", "gateway"))
+    acknowledged = max(
+        int((folder / f"journal-{way}").read_text().split()[-1]) for way in ("direct", "gateway")
+    )
     seals, tags = population.ledger.seals, set()
     for number in range(acknowledged):
         user, event = event_at(number, seed, num_users)
@@ -93,17 +97,23 @@ def run(tmp_path: Path, bases: dict[str, Path], **options: Any) -> None:
 
 @pytest.mark.endurance
 @pytest.mark.timeout(3600)
-def test_ten_minutes_of_kills_lose_and_repeat_nothing(tmp_path: Path, bases: dict[str, Path]) -> None:
+def test_ten_minutes_of_kills_lose_and_repeat_nothing(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
     run(
-        tmp_path, bases, duration_s=float(os.environ.get("POPULACE_TEST_SECONDS", 600)), rate=30.0, num_users=2000,
+        tmp_path, bases, duration_s=float(os.environ.get("POPULACE_TEST_SECONDS", 600)), rate=30.0,
+        num_users=2000,
         kill_every_s=20.0, controllers=("a", "b"),
     )  # fmt: skip
 
 
 @pytest.mark.endurance
 @pytest.mark.timeout(3 * 3600)
-def test_an_hour_of_twenty_thousand_users_stays_flat(tmp_path: Path, bases: dict[str, Path]) -> None:
+def test_an_hour_of_twenty_thousand_users_stays_flat(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
     run(
-        tmp_path, bases, duration_s=float(os.environ.get("POPULACE_TEST_SECONDS", 3600)), rate=50.0, num_users=20_000,
+        tmp_path, bases, duration_s=float(os.environ.get("POPULACE_TEST_SECONDS", 3600)),
+        rate=50.0, num_users=20_000,
         kill_every_s=240.0, controllers=("a",),
     )  # fmt: skip

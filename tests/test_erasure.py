@@ -41,7 +41,10 @@ def trained(
     population = Population.create(store, settings)
     for turn in range(2):
         for user in users:
-            population.enqueue(user, [Demonstration(prompt=SECRET, completion=f"the sea {turn}", event_id=f"e{turn}")])
+            population.enqueue(
+                user,
+                [Demonstration(prompt=SECRET, completion=f"the sea {turn}", event_id=f"e{turn}")],
+            )
         controller = start(population)
         controller.run_once()
         population.ledger.release()
@@ -68,9 +71,16 @@ def test_a_user_stands_nowhere_in_the_store_and_is_unreadable_once_forgotten(
     producer.enqueue(USER, [Task(prompt=SECRET, reward="letters", event_id="late")])
     for key, body in bytes_of(store).items():
         for text in (USER, SECRET, "the sea"):
-            assert not any(form in body or form in key.encode() for form in forms(text)), (key, text)
+            assert not any(form in body or form in key.encode() for form in forms(text)), (
+                key,
+                text,
+            )
     pseudonym = population.ledger.pseudonym(USER)
-    places = [place for state in population.ledger.catalog.revisions_of(pseudonym) for place in state.blobs.values()]
+    places = [
+        place
+        for state in population.ledger.catalog.revisions_of(pseudonym)
+        for place in state.blobs.values()
+    ]
     ciphertext = [store.get(place.pack)[place.offset :][: place.size_bytes] for place in places]
     assert population.sample("bob", "hello", rollout=settings.rollout)
 
@@ -82,7 +92,9 @@ def test_a_user_stands_nowhere_in_the_store_and_is_unreadable_once_forgotten(
         lambda: population.verify(USER),
         lambda: population.enqueue(USER, [Demonstration(prompt="a", completion="b")]),
         lambda: producer.enqueue(USER, [Demonstration(prompt="a", completion="b")]),
-        lambda: Population.open(store, settings).enqueue(USER, [Demonstration(prompt="a", completion="b")]),
+        lambda: Population.open(store, settings).enqueue(
+            USER, [Demonstration(prompt="a", completion="b")]
+        ),
         lambda: Population.open(store, settings).revisions(USER),
     ):
         with pytest.raises(Forgotten):
@@ -119,7 +131,9 @@ class Interrupting:
         self._inner.create(key, body)
 
 
-def test_a_producer_that_races_with_the_forgetting_is_told(settings: Settings, start: Start) -> None:
+def test_a_producer_that_races_with_the_forgetting_is_told(
+    settings: Settings, start: Start
+) -> None:
     store = MemoryStore()
     population = trained(settings, start, store)
     producer = Population.open(store, settings)
@@ -222,7 +236,11 @@ def test_a_rotated_signing_key_continues_the_history(
     store = MemoryStore()
     population = trained(settings, start, store)
     key = population.rotate_signing_key()
-    (old,) = [path for path in (tmp_path / "keys").glob("signing-*.pem") if key.keyid[:16] not in path.name]
+    (old,) = [
+        path
+        for path in (tmp_path / "keys").glob("signing-*.pem")
+        if key.keyid[:16] not in path.name
+    ]
     old.unlink()
     again = Population.open(store, settings)
     again.enqueue("bob", [Demonstration(prompt="a", completion="rain", event_id="e3")])
@@ -243,7 +261,9 @@ def test_keys_can_come_from_the_environment_alone(
     (master,) = (tmp_path / "keys").glob("master-*.key")
     assert {path.stat().st_mode & 0o777 for path in (signing, master)} == {0o600}
     monkeypatch.setenv("POPULACE_SIGNING_KEY", signing.read_text())
-    monkeypatch.setenv("POPULACE_MASTER_KEY", f"{master.stem.removeprefix('master-')}:{master.read_text()}")
+    monkeypatch.setenv(
+        "POPULACE_MASTER_KEY", f"{master.stem.removeprefix('master-')}:{master.read_text()}"
+    )
     monkeypatch.setenv("POPULACE_KEYS", str(tmp_path / "empty"))
     population = Population.open(store, settings)
     population.enqueue("bob", [Demonstration(prompt="a", completion="rain", event_id="e3")])
@@ -252,12 +272,21 @@ def test_keys_can_come_from_the_environment_alone(
     population.ledger.release()
 
 
-def test_who_reads_the_store_cannot_test_a_guess_at_a_user(settings: Settings, start: Start) -> None:
-    """Seeds follow from user ids and the configuration, which is public: the log holds them masked."""
+def test_who_reads_the_store_cannot_test_a_guess_at_a_user(
+    settings: Settings, start: Start
+) -> None:
+    """Seeds follow from user ids and the configuration, which is public: the log holds them
+    masked."""
     population = trained(settings, start, MemoryStore())
     adapter = population.ledger.adapter(USER)
-    assert adapter.seed == population.meta.adapter_seed(USER), "the seed itself is the one that the configuration gives"
-    guesses = [str(adapter.seed).encode(), adapter.seed.to_bytes(8, "little"), adapter.seed.to_bytes(8, "big")]
+    assert adapter.seed == population.meta.adapter_seed(USER), (
+        "the seed itself is the one that the configuration gives"
+    )
+    guesses = [
+        str(adapter.seed).encode(),
+        adapter.seed.to_bytes(8, "little"),
+        adapter.seed.to_bytes(8, "big"),
+    ]
     population.ledger.claim(0.05)
     population.ledger.checkpoint(1)
     population.ledger.release()
@@ -269,9 +298,13 @@ def test_who_reads_the_store_cannot_test_a_guess_at_a_user(settings: Settings, s
         assert not any(guess in body for guess in guesses), key
 
 
-def test_what_a_failing_reward_says_of_a_user_goes_with_the_user(settings: Settings, start: Start) -> None:
+def test_what_a_failing_reward_says_of_a_user_goes_with_the_user(
+    settings: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), settings)
-    population.enqueue(USER, [Task(prompt="rain", reward="raising", event_id=f"t{n}") for n in range(4)])
+    population.enqueue(
+        USER, [Task(prompt="rain", reward="raising", event_id=f"t{n}") for n in range(4)]
+    )
     controller = start(population)
     for _ in range(3):  # a reward that fails gets three tries
         controller.run_once()
@@ -281,7 +314,9 @@ def test_what_a_failing_reward_says_of_a_user_goes_with_the_user(settings: Setti
         assert not any(form in body for form in forms("this reward is broken"))
 
 
-def test_a_forgetting_that_was_interrupted_also_removes_exports(settings: Settings, start: Start) -> None:
+def test_a_forgetting_that_was_interrupted_also_removes_exports(
+    settings: Settings, start: Start
+) -> None:
     store = MemoryStore()
     population = trained(settings, start, store)
     pseudonym = population.ledger.pseudonym(USER)
@@ -320,7 +355,9 @@ def test_a_killed_writer_leaves_no_copy_of_a_key_behind(tmp_path: Path) -> None:
 # Verification from outside.
 
 
-def verify_everything(store: ObjectStore, population: Population, known: dict | None = None) -> Findings:
+def verify_everything(
+    store: ObjectStore, population: Population, known: dict | None = None
+) -> Findings:
     findings, meta = Findings(), population.meta
     for partition in range(meta.partitions):
         position = (known or {}).get(partition)
@@ -328,7 +365,9 @@ def verify_everything(store: ObjectStore, population: Population, known: dict | 
     return findings
 
 
-def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings, start: Start, tmp_path: Path) -> None:
+def test_verification_needs_no_secret_and_names_what_is_wrong(
+    settings: Settings, start: Start, tmp_path: Path
+) -> None:
     store = FileStore(tmp_path / "store")
     population = trained(settings, start, store)
     findings = verify_everything(store, population)
@@ -373,7 +412,9 @@ def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings
     sealed = store.get(log.key(last))
     store.delete(log.key(last))
     assert not verify_everything(store, population).problems
-    assert any("cut off" in problem for problem in verify_everything(store, population, positions).problems)
+    assert any(
+        "cut off" in problem for problem in verify_everything(store, population, positions).problems
+    )
     store.put(log.key(last), sealed)
 
     # A record that a stranger signed.
@@ -381,12 +422,16 @@ def test_verification_needs_no_secret_and_names_what_is_wrong(settings: Settings
     keyring = Keyring(tmp_path / "stranger")
     original = store.get(log.key(1))
     store.put(log.key(1), seal(header, record, keyring.signer(keyring.new_signing_key())))
-    assert any("not signed by" in problem for problem in verify_everything(store, population).problems)
+    assert any(
+        "not signed by" in problem for problem in verify_everything(store, population).problems
+    )
     store.put(log.key(1), original)
     assert not verify_everything(store, population).problems
 
 
-def test_a_swapped_key_cannot_borrow_the_id_of_the_pinned_one(settings: Settings, tmp_path: Path) -> None:
+def test_a_swapped_key_cannot_borrow_the_id_of_the_pinned_one(
+    settings: Settings, tmp_path: Path
+) -> None:
     store = FileStore(tmp_path / "store")
     population = Population.create(store, settings)
     stranger = Keyring(tmp_path / "stranger").new_signing_key()
@@ -418,7 +463,9 @@ def test_blobs_that_a_repack_moves_meanwhile_are_no_problem(tmp_path: Path) -> N
     assert findings.problems == [] and findings.num_revisions == 6
 
 
-def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(settings: Settings, start: Start) -> None:
+def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(
+    settings: Settings, start: Start
+) -> None:
     from populace.storage.log.pack import BlobPlace
     from populace.storage.log.records import AdapterCreated, RevisionEntry, Verdict, WaveManifest
     from populace.storage.log.verify import _follow
@@ -426,15 +473,20 @@ def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(settings: Settin
     def wave(revision: int, parent: int, parent_sha256: str | None) -> WaveManifest:
         place = BlobPlace(pack="k", offset=0, size_bytes=1, sha256=f"{revision:064x}")
         entry = RevisionEntry(
-            pseudonym="p", revision=revision, parent=parent, parent_sha256=parent_sha256, blobs={"weights": place},
+            pseudonym="p", revision=revision, parent=parent, parent_sha256=parent_sha256,
+            blobs={"weights": place},
             experts=[], trained=[], settled=[], consumed=(0, 0), metrics={},
         )  # fmt: skip
-        return WaveManifest(wave="w", pack="k", revisions=[entry], parameters={}, materials={}, numerics={})
+        return WaveManifest(
+            wave="w", pack="k", revisions=[entry], parameters={}, materials={}, numerics={}
+        )
 
     def problems(*records: object) -> str:
         chains: dict = {}
         created = AdapterCreated(pseudonym="p", spec={}, seed=0)
-        return " | ".join(problem for record in (created, *records) for problem in _follow(chains, record))
+        return " | ".join(
+            problem for record in (created, *records) for problem in _follow(chains, record)
+        )
 
     back = Verdict(pseudonym="p", decision="rollback", judged=1, tip=1, serving=1, reason="r")
     one, two = f"{1:064x}", f"{2:064x}"
@@ -446,7 +498,9 @@ def test_an_unexplained_fork_a_gap_and_a_wrong_parent_are_found(settings: Settin
     assert "created a second time" in problems(AdapterCreated(pseudonym="p", spec={}, seed=0))
 
 
-def test_the_command_line_forgets_verifies_and_rotates(settings: Settings, start: Start, tmp_path: Path) -> None:
+def test_the_command_line_forgets_verifies_and_rotates(
+    settings: Settings, start: Start, tmp_path: Path
+) -> None:
     store = FileStore(tmp_path / "store")
     population = trained(settings, start, store)
     where = ["--store", store.url]
@@ -461,12 +515,21 @@ def test_the_command_line_forgets_verifies_and_rotates(settings: Settings, start
     (tmp_path / "before.json").write_text(json.dumps(whole))
     assert "match their manifests" in run("verify", USER)
     assert "names the root key" in run("verify", "--all", "--root-key", "abcd" * 16, code=1)
-    for words in (["--all", "--root-key", ""], [USER, "--since", "x"], ["--all", "--since", str(tmp_path)], []):
-        assert isinstance(CliRunner().invoke(app, ["verify", *words, *where]).exception, InvalidInput), words
+    for words in (
+        ["--all", "--root-key", ""],
+        [USER, "--since", "x"],
+        ["--all", "--since", str(tmp_path)],
+        [],
+    ):
+        assert isinstance(
+            CliRunner().invoke(app, ["verify", *words, *where]).exception, InvalidInput
+        ), words
     assert "pinned" in run("pin", USER, "1")
     assert "signed by" in run("keys", "rotate-signing")
     assert "wrapped by master key" in run("keys", "rotate-master")
-    run("verify", "--all", "--since", str(tmp_path / "before.json"), "--root-key", whole["root_key"])
+    run(
+        "verify", "--all", "--since", str(tmp_path / "before.json"), "--root-key", whole["root_key"]
+    )
     run("forget", USER, code=1, input="n\n")
     assert "revision" in run("revisions", USER)
     assert "forgotten" in run("forget", USER, "--yes")

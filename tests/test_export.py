@@ -38,16 +38,25 @@ def logits_of(controller: Controller, key: AdapterKey, ids: np.ndarray) -> torch
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_peft_computes_the_same_logits(
-    settings: Settings, start: Callable[..., Controller], bases: dict[str, Path], tmp_path: Path, family: str
+    settings: Settings,
+    start: Callable[..., Controller],
+    bases: dict[str, Path],
+    tmp_path: Path,
+    family: str,
 ) -> None:
-    settings = dataclasses.replace(settings, base=BaseSettings(model=str(bases[family]), dtype="float32"))
+    settings = dataclasses.replace(
+        settings, base=BaseSettings(model=str(bases[family]), dtype="float32")
+    )
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=2))
     controller = start(population)
     while controller.run_once() is not None:
         pass
     adapter = population.ledger.adapter("user-0")
-    assert adapter.tip > 1 and population.ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).experts
+    assert (
+        adapter.tip > 1
+        and population.ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).experts
+    )
     export_peft(population, "user-0", tmp_path / "peft", "tip")
     key = AdapterKey(adapter.pseudonym, adapter.tip)
     controller.workers.page_in([population.ledger.ref(adapter, adapter.tip)], False)
@@ -56,7 +65,9 @@ def test_peft_computes_the_same_logits(
     model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
     with torch.no_grad():
         base = model(torch.from_numpy(ids).long()[None]).logits[0]
-        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft")(torch.from_numpy(ids).long()[None]).logits[0]
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft")(
+            torch.from_numpy(ids).long()[None]
+        ).logits[0]
     largest = float(theirs.abs().max())
     assert float((ours - theirs).abs().max()) <= 1e-5 * largest
     assert float((base - theirs).abs().max()) > 1e-3 * largest, "the adapter does something"
@@ -66,7 +77,8 @@ def test_peft_computes_the_same_logits(
 def test_expert_deltas_are_exported_to_their_own_experts(
     settings: Settings, start: Callable[..., Controller], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A large random adapter on every module: a swapped expert or a swapped gate and up can't hide."""
+    """A large random adapter on every module: a swapped expert or a swapped gate and up can't
+    hide."""
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=1, num_tasks=3))
     controller = start(population)
@@ -91,12 +103,16 @@ def test_expert_deltas_are_exported_to_their_own_experts(
     ours = logits_of(controller, key, ids)
     model = AutoModelForCausalLM.from_pretrained(bases["mixtral"], dtype=torch.float32)
     with torch.no_grad():
-        theirs = peft.PeftModel.from_pretrained(model, folder)(torch.from_numpy(ids).long()[None]).logits[0]
+        theirs = peft.PeftModel.from_pretrained(model, folder)(
+            torch.from_numpy(ids).long()[None]
+        ).logits[0]
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
     population.ledger.release()
 
 
-def test_a_folder_with_files_is_refused(settings: Settings, start: Callable[..., Controller], tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused(
+    settings: Settings, start: Callable[..., Controller], tmp_path: Path
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=1, num_tasks=3))
     start(population).run_once()

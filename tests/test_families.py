@@ -1,4 +1,5 @@
-"""Every supported family computes what `transformers` computes; a shard holds its own part and no more."""
+"""Every supported family computes what `transformers` computes; a shard holds its own part and no
+more."""
 
 from __future__ import annotations
 
@@ -30,12 +31,22 @@ Make = Callable[..., ShardEngine]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_packed_logits_are_those_of_transformers(make_engine: Make, bases: dict[str, Path], family: str) -> None:
+def test_packed_logits_are_those_of_transformers(
+    make_engine: Make, bases: dict[str, Path], family: str
+) -> None:
     engine = make_engine(family)
-    sequences = [np.random.default_rng(n).integers(2, tiny.VOCABULARY, n).astype(np.int32) for n in (3, 40, 17)]
-    rows = pack_rows([SequenceGroup(slot=(-1, -1), prompt_ids=ids, branches=()) for ids in sequences], row_multiple=8)
+    sequences = [
+        np.random.default_rng(n).integers(2, tiny.VOCABULARY, n).astype(np.int32)
+        for n in (3, 40, 17)
+    ]
+    rows = pack_rows(
+        [SequenceGroup(slot=(-1, -1), prompt_ids=ids, branches=()) for ids in sequences],
+        row_multiple=8,
+    )
     step = Step.of(rows, PackedAttention(rows), None, engine.kernels)
-    ours = torch.split(engine.base.logits(engine.base.hidden(step)).detach(), list(rows.group_lengths))
+    ours = torch.split(
+        engine.base.logits(engine.base.hidden(step)).detach(), list(rows.group_lengths)
+    )
     model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
     for ids, mine in zip(sequences, ours, strict=False):
         with torch.no_grad():
@@ -44,22 +55,30 @@ def test_packed_logits_are_those_of_transformers(make_engine: Make, bases: dict[
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_footprint_names_exactly_the_tensors_that_are_on_disk(bases: dict[str, Path], family: str) -> None:
+def test_a_footprint_names_exactly_the_tensors_that_are_on_disk(
+    bases: dict[str, Path], family: str
+) -> None:
     checkpoint = Checkpoint(bases[family])
-    expected = {name: checkpoint.read({name: torch.float32})[0].numel() for name in checkpoint.names}
+    expected = {
+        name: checkpoint.read({name: torch.float32})[0].numel() for name in checkpoint.names
+    }
     assert tensors_of(config_of(str(bases[family]))) == expected
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_tensor_is_placed_once_or_everywhere(bases: dict[str, Path], family: str, num_shards: int) -> None:
+def test_every_tensor_is_placed_once_or_everywhere(
+    bases: dict[str, Path], family: str, num_shards: int
+) -> None:
     placement = place_shards(dims_of(bases[family]).num_experts, num_shards)
     for name in Checkpoint(bases[family]).names:
         assert placement.shards_of(name) == tuple(range(num_shards)) or ".experts." in name
         assert ".experts." not in name or len(placement.shards_of(name)) == 1
     sizes = [len(shard.experts) for shard in placement.shards]
     assert max(sizes) - min(sizes) <= 1
-    assert [expert for shard in placement.shards for expert in shard.experts] == list(range(sum(sizes)))
+    assert [expert for shard in placement.shards for expert in shard.experts] == list(
+        range(sum(sizes))
+    )
 
 
 def test_more_shards_than_experts_are_refused() -> None:
@@ -83,7 +102,9 @@ def test_a_trillion_parameters_are_placed_on_64_devices_of_80_gb() -> None:
             held[rank] += 2 * size
     assert sum(held) >= 2 * sum(tensors.values()), "nothing is left out"
     replicated = 2 * sum(size for name, size in tensors.items() if ".experts." not in name)
-    assert sum(held) == 2 * sum(tensors.values()) + 63 * replicated, "only what is no expert's is there twice"
+    assert sum(held) == 2 * sum(tensors.values()) + 63 * replicated, (
+        "only what is no expert's is there twice"
+    )
     assert max(held) < 80e9
 
 
@@ -93,7 +114,8 @@ def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_p
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=500, hidden_size=512, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=500, hidden_size=512, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2,
         intermediate_size=512, num_local_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(tmp_path)
@@ -114,7 +136,11 @@ def test_a_shard_reads_and_holds_its_own_part_only(bases: dict[str, Path], tmp_p
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("quantization_config", {"quant_method": "fp8"}, r"is quantised \(quantization_config.quant_method is 'fp8'\)"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8"},
+            r"is quantised \(quantization_config.quant_method is 'fp8'\)",
+        ),
         ("sliding_window", 128, r"sliding_window is 128\), which isn't supported"),
         ("model_type", "gpt_oss", "is of family 'gpt_oss'; supported are"),
     ],
@@ -139,6 +165,10 @@ def test_a_missing_or_unreadable_tensor_is_named(bases: dict[str, Path], tmp_pat
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InvalidInput, match=f"has no tensor '{name}'"):
         BaseModel(folder, torch.float32)
-    save_file({**tensors, name: whole.to(torch.float8_e4m3fn)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, name: whole.to(torch.float8_e4m3fn)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(InvalidInput, match=r"is torch.float8_e4m3fn; convert the checkpoint"):
         BaseModel(folder, torch.float32)

@@ -1,5 +1,5 @@
-"""The store under faults: a state machine of writers, zombies, crashes and failing calls against a small model, and
-every single flipped byte."""
+"""The store under faults: a state machine of writers, zombies, crashes and failing calls against a
+small model, and every single flipped byte."""
 
 from __future__ import annotations
 
@@ -16,14 +16,27 @@ from unittest import mock
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from populace.population.experience.log import ExperienceLog
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.checkpoint import restore, write_checkpoint
 from populace.storage.catalog.repack import RetentionRule, collect_garbage, repack
 from populace.storage.catalog.states import AdapterState
-from populace.storage.errors import Damaged, Fenced, Forgotten, InvalidInput, OutcomeUnknown, PopulaceError
+from populace.storage.errors import (
+    Damaged,
+    Fenced,
+    Forgotten,
+    InvalidInput,
+    OutcomeUnknown,
+    PopulaceError,
+)
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.owner import Owner
@@ -43,8 +56,9 @@ user = st.sampled_from(USERS)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Up to three processes believe that they own the partition; the log decides. The model is what each call was
-    told: an acknowledged body is in the log once, a refused one never, an unknown one at most once."""
+    """Up to three processes believe that they own the partition; the log decides. The model is what
+    each call was told: an acknowledged body is in the log once, a refused one never, an unknown one
+    at most once."""
 
     num_steps = 0
 
@@ -92,22 +106,33 @@ class StoreMachine(RuleBasedStateMachine):
         except Forgotten:
             return  # somebody else obeyed; this process is a zombie that learns it from the key
         if drafts:
-            told = self._run(who, plan, lambda: catalog.apply(*owner.commit_wave(wave, drafts, **FIXED)))
+            told = self._run(
+                who, plan, lambda: catalog.apply(*owner.commit_wave(wave, drafts, **FIXED))
+            )
             {"done": self.acknowledged, "fenced": self.refused}.get(told, set()).add(wave)
 
-    @rule(who=process, name=user, decision=st.sampled_from(("promote", "rollback", "pin")), plan=fault)
+    @rule(
+        who=process, name=user, decision=st.sampled_from(("promote", "rollback", "pin")), plan=fault
+    )
     def judge(self, who: int, name: str, decision: str, plan: tuple[str, int] | None) -> None:
         owner, catalog = self.processes[who := self._alive(who)]
         if (adapter := catalog.get(name_of(name))) is None or not adapter.tip:
             return
         target = adapter.tip
         if decision == "rollback":
-            kept = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept]
+            kept = [
+                state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept
+            ]
             target = kept[0]
         moved = target if decision != "pin" else adapter.tip
         serving = adapter.serving if decision == "pin" else moved
         record = Verdict(
-            pseudonym=adapter.pseudonym, decision=decision, judged=target, tip=moved, serving=serving, reason="r"
+            pseudonym=adapter.pseudonym,
+            decision=decision,
+            judged=target,
+            tip=moved,
+            serving=serving,
+            reason="r",
         )
         self._run(who, plan, lambda: catalog.apply(owner.append(record), record))
 
@@ -117,14 +142,22 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(who=process, last=st.integers(1, 3), plan=fault)
     def repack(self, who: int, last: int, plan: tuple[str, int] | None) -> None:
-        self._with(who, plan, lambda owner, catalog: repack(owner, catalog, RetentionRule(last=last)))
+        self._with(
+            who, plan, lambda owner, catalog: repack(owner, catalog, RetentionRule(last=last))
+        )
 
     @rule(who=process, plan=fault)
     def collect_garbage(self, who: int, plan: tuple[str, int] | None) -> None:
         self._with(who, plan, collect_garbage)
 
-    @rule(who=process, action=st.sampled_from(("commit", "collect_garbage", "repack", "checkpoint")), plan=fault)
-    def a_zombie_acts_after_a_takeover(self, who: int, action: str, plan: tuple[str, int] | None) -> None:
+    @rule(
+        who=process,
+        action=st.sampled_from(("commit", "collect_garbage", "repack", "checkpoint")),
+        plan=fault,
+    )
+    def a_zombie_acts_after_a_takeover(
+        self, who: int, action: str, plan: tuple[str, int] | None
+    ) -> None:
         zombie = self._alive(who)
         heir = (zombie + 1) % 3
         self.claim(heir, None)
@@ -196,18 +229,26 @@ class StoreMachine(RuleBasedStateMachine):
         restore(restored_reader, restored)
         for header, record in restored_reader.read_new():
             restored.apply(header, record)
-        assert state_of(restored) == state_of(whole), "checkpoint and tail differ from the whole log"
+        assert state_of(restored) == state_of(whole), (
+            "checkpoint and tail differ from the whole log"
+        )
         tags = Counter(
-            row["tag"] for _, rows in ExperienceLog(self.inner, "pop", 0).read_from(0) for row in rows.to_pylist()
+            row["tag"]
+            for _, rows in ExperienceLog(self.inner, "pop", 0).read_from(0)
+            for row in rows.to_pylist()
         )
         assert set(tags.values()) <= {1}, "an event is in the log twice"
         assert self.sent <= tags.keys() <= self.sent | self.not_sent_twice
 
     def _check_adapter(self, catalog: Catalog, adapter: AdapterState) -> None:
         states = catalog.revisions_of(adapter.pseudonym)
-        assert [state.revision for state in states] == list(range(1, adapter.next_revision)), "a gap"
+        assert [state.revision for state in states] == list(range(1, adapter.next_revision)), (
+            "a gap"
+        )
         requests = [
-            BlobRequest(pseudonym=adapter.pseudonym, revision=state.revision, part=part, place=place)
+            BlobRequest(
+                pseudonym=adapter.pseudonym, revision=state.revision, part=part, place=place
+            )
             for state in states
             for part, place in state.blobs.items()
         ]
@@ -216,15 +257,19 @@ class StoreMachine(RuleBasedStateMachine):
         assert {adapter.tip, adapter.serving} <= {0, *whole}, "tip or serving can't be loaded"
         prefixes = {"weights": b"", "moments": b"m", "evidence": b"e"}
         for request, view in zip(requests, views, strict=True):
-            assert bytes(view).startswith(prefixes[request.part] + b"wave-"), "not the bytes that were committed"
+            assert bytes(view).startswith(prefixes[request.part] + b"wave-"), (
+                "not the bytes that were committed"
+            )
 
-    def _with(self, who: int, plan: tuple[str, int] | None, call: Callable[[Owner, Catalog], object]) -> None:
+    def _with(
+        self, who: int, plan: tuple[str, int] | None, call: Callable[[Owner, Catalog], object]
+    ) -> None:
         owner, catalog = self.processes[who := self._alive(who)]
         self._run(who, plan, lambda: call(owner, catalog))
 
     def _run(self, who: int, plan: tuple[str, int] | None, call: Callable[[], object]) -> str:
-        """What the process was told. One that is told anything but "done" ends, as a run does; a claim that another
-        one beat stays a zombie that still tries to write."""
+        """What the process was told. One that is told anything but "done" ends, as a run does; a
+        claim that another one beat stays a zombie that still tries to write."""
         StoreMachine.num_steps += 1
         self.store.plan(*(plan or (None, 0)))
         try:
@@ -282,7 +327,9 @@ def test_every_flipped_byte_of_a_record_is_detected(history: History) -> None:
     assert len(list(history.reader().read_new())) == 3
 
 
-def test_every_flipped_byte_of_a_blob_is_detected_and_none_outside_matters(history: History) -> None:
+def test_every_flipped_byte_of_a_blob_is_detected_and_none_outside_matters(
+    history: History,
+) -> None:
     owner, catalog = history.claim()
     for name in ("ada", "bob"):
         history.create(owner, catalog, name)
@@ -298,7 +345,9 @@ def test_every_flipped_byte_of_a_blob_is_detected_and_none_outside_matters(histo
     covered = 0
     for position in range(len(body)):
         history.store.put(pack, flip(body, position))
-        hit = [r for r in requests if r.place.offset <= position < r.place.offset + r.place.size_bytes]
+        hit = [
+            r for r in requests if r.place.offset <= position < r.place.offset + r.place.size_bytes
+        ]
         covered += len(hit)
         for request in requests:
             if request in hit:
@@ -330,7 +379,9 @@ def test_blobs_that_changed_places_are_detected(history: History) -> None:
             load_wave(history.store, history.keys(), [wrong])
 
 
-def test_every_flipped_byte_of_a_checkpoint_is_detected(history: History, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_flipped_byte_of_a_checkpoint_is_detected(
+    history: History, caplog: pytest.LogCaptureFixture
+) -> None:
     owner, catalog = build(history)
     seq = write_checkpoint(owner, catalog)
     key = f"pop/checkpoints/0/{seq:020d}.parquet"
@@ -387,7 +438,8 @@ def test_every_flipped_byte_of_an_experience_segment_is_detected(tmp_path: Path)
 
 
 def test_moments_depend_on_the_log_alone(tmp_path: Path) -> None:
-    """Whether a pack was rewritten depends on the neighbours in it; what an update starts from must not."""
+    """Whether a pack was rewritten depends on the neighbours in it; what an update starts from must
+    not."""
     found = []
     for neighbours in ((), ("n1", "n2", "n3", "n4", "n5")):
         history = History(MemoryStore(), tmp_path / str(len(neighbours)))
@@ -397,7 +449,9 @@ def test_moments_depend_on_the_log_alone(tmp_path: Path) -> None:
         history.commit(owner, catalog, "ada", *neighbours)
         history.commit(owner, catalog, "ada")
         repack(owner, catalog, RetentionRule(last=1))
-        back = Verdict(pseudonym=name_of("ada"), decision="rollback", judged=1, tip=1, serving=1, reason="r")
+        back = Verdict(
+            pseudonym=name_of("ada"), decision="rollback", judged=1, tip=1, serving=1, reason="r"
+        )
         catalog.apply(owner.append(back), back)
         states = [c.revision_of(name_of("ada"), 2) for c in (catalog, history.open()[1])]
         found += [sorted(state.blobs) for state in states]
@@ -410,14 +464,22 @@ def test_an_unknown_append_is_never_called_a_definite_failure(history: History) 
     store = FaultyStore(history.store)
     log = ExperienceLog(store, "pop", 0)  # type: ignore[arg-type]
     row = {"pseudonym": name_of("ada"), "tag": "t", "sealed": b"s"}
-    faults = mock.patch.object(FaultyStore, "_due", side_effect=[None, None, "lost", *["dropped"] * 99])
-    with mock.patch("time.sleep"), faults, pytest.raises(OutcomeUnknown, match="send them again with the same"):
+    faults = mock.patch.object(
+        FaultyStore, "_due", side_effect=[None, None, "lost", *["dropped"] * 99]
+    )
+    with (
+        mock.patch("time.sleep"),
+        faults,
+        pytest.raises(OutcomeUnknown, match="send them again with the same"),
+    ):
         log.append([row])
     assert len(list(ExperienceLog(history.store, "pop", 0).read_from(0))) == 1
 
 
 @pytest.mark.parametrize("num_before", range(12))
-def test_whatever_request_of_an_append_fails_its_events_are_in_the_log_once(history: History, num_before: int) -> None:
+def test_whatever_request_of_an_append_fails_its_events_are_in_the_log_once(
+    history: History, num_before: int
+) -> None:
     row = {"pseudonym": name_of("ada"), "tag": "t", "sealed": b"s"}
     for _ in range(13):
         ExperienceLog(history.store, "pop", 0).append([{**row, "tag": "before"}])
@@ -426,7 +488,11 @@ def test_whatever_request_of_an_append_fails_its_events_are_in_the_log_once(hist
     with mock.patch("time.sleep"):
         ExperienceLog(store, "pop", 0).append([row])  # type: ignore[arg-type]
     store.plan(None, 0)
-    rows = [row for _, table in ExperienceLog(history.store, "pop", 0).read_from(13) for row in table.to_pylist()]
+    rows = [
+        row
+        for _, table in ExperienceLog(history.store, "pop", 0).read_from(13)
+        for row in table.to_pylist()
+    ]
     assert [row["tag"] for row in rows] == ["t"]
 
 
@@ -443,7 +509,9 @@ def test_of_racing_producers_of_one_user_all_use_one_key(history: History) -> No
 def test_a_keyring_never_overwrites_a_key(tmp_path: Path) -> None:
     keyring = Keyring(tmp_path)
     first = keyring.new_signing_key()
-    same = mock.patch("securesystemslib.signer.CryptoSigner.generate_ed25519", return_value=keyring.signer(first))
+    same = mock.patch(
+        "securesystemslib.signer.CryptoSigner.generate_ed25519", return_value=keyring.signer(first)
+    )
     with same, pytest.raises(FileExistsError):
         keyring.new_signing_key()
     assert keyring.signer(first)

@@ -27,7 +27,12 @@ TENSOR_TOLERANCE = 1e-5
 
 
 def spec_of(number: int) -> AdapterSpec:
-    return AdapterSpec(rank=RANKS[number % 4], expert_rank=1 + number % 3, alpha=32, learning_rate=1e-3 * (1 + number))
+    return AdapterSpec(
+        rank=RANKS[number % 4],
+        expert_rank=1 + number % 3,
+        alpha=32,
+        learning_rate=1e-3 * (1 + number),
+    )
 
 
 def batch_of(number: int, key: AdapterKey, turn: int, reward_scale: float = 1.0) -> AdapterBatch:
@@ -69,7 +74,13 @@ def batch_of(number: int, key: AdapterKey, turn: int, reward_scale: float = 1.0)
 def admit(engine: ShardEngine, numbers: list[int]) -> list[AdapterKey]:
     """Adapters with a non-zero B: with zero, half of the gradients would vanish."""
     keys = [AdapterKey(f"user-{number}", 0) for number in numbers]
-    engine.page_in([AdapterRef(key=key, spec=spec_of(n), seed=n) for key, n in zip(keys, numbers, strict=True)], True)
+    engine.page_in(
+        [
+            AdapterRef(key=key, spec=spec_of(n), seed=n)
+            for key, n in zip(keys, numbers, strict=True)
+        ],
+        True,
+    )
     for key, number in zip(keys, numbers, strict=True):
         exact = engine.slab.exact_layout(spec_of(number))
         values = np.random.default_rng(number).normal(0, 0.05, exact.size).astype(np.float32)
@@ -104,7 +115,9 @@ def test_a_mixed_rank_wave_gives_each_adapter_the_update_it_gets_alone(
         apart.append(engine)
     for turn in range(3):
         result = together.train_wave(
-            WaveBatch(adapters=tuple(batch_of(n, key, turn) for n, key in zip(numbers, keys, strict=True)))
+            WaveBatch(
+                adapters=tuple(batch_of(n, key, turn) for n, key in zip(numbers, keys, strict=True))
+            )
         )
         assert [update.status for update in result.updates] == ["updated"] * 16
         for number, key, engine in zip(numbers, keys, apart, strict=True):
@@ -122,7 +135,9 @@ def test_an_adapter_split_over_passes_gets_the_same_update(make_engine: Make) ->
     whole, split = make_engine(), make_engine(max_rows=40)
     for engine in (whole, split):
         keys = admit(engine, [0, 1, 2])
-        engine.train_wave(WaveBatch(adapters=tuple(batch_of(n, key, 0) for n, key in enumerate(keys))))
+        engine.train_wave(
+            WaveBatch(adapters=tuple(batch_of(n, key, 0) for n, key in enumerate(keys)))
+        )
     for key in keys:
         one, other = tensors(whole, key), tensors(split, key)
         for name in one:
@@ -147,7 +162,9 @@ def test_a_non_finite_adapter_is_skipped_whole_and_its_neighbours_go_on(make_eng
     arena.layout.view(arena.weights[broken.row], "q_proj", 1, "b")[0, 0] = torch.inf
     before = {name: value for name, value in tensors(engine, keys[1]).items() if name[0] != "grad"}
     state = (broken.state.step, broken.state.baseline)
-    result = engine.train_wave(WaveBatch(adapters=tuple(batch_of(n, key, 0) for n, key in enumerate(keys))))
+    result = engine.train_wave(
+        WaveBatch(adapters=tuple(batch_of(n, key, 0) for n, key in enumerate(keys)))
+    )
     assert [update.status for update in result.updates] == ["updated", "non_finite", "updated"]
     after = tensors(engine, keys[1])
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -204,7 +221,9 @@ def test_experts_that_no_token_reached_store_no_bytes(make_engine: Make) -> None
             for scored in group.samples
         ),
     )
-    (update,) = engine.train_wave(WaveBatch(adapters=(AdapterBatch(adapter=key, groups=(routed,)),))).updates
+    (update,) = engine.train_wave(
+        WaveBatch(adapters=(AdapterBatch(adapter=key, groups=(routed,)),))
+    ).updates
     layout = engine.slab.exact_layout(spec_of(1))
     assert update.experts == (0, 2)
     assert len(update.weights) == 4 * (layout.dense_size + 2 * layout.expert_size)
@@ -214,11 +233,15 @@ def test_the_learning_rate_of_b_can_differ(make_engine: Make) -> None:
     moved = {}
     for ratio in (1.0, 4.0):
         engine, key = make_engine(), AdapterKey("one", 0)
-        spec = AdapterSpec(rank=4, expert_rank=1, alpha=32, learning_rate=1e-3, b_learning_rate_ratio=ratio)
+        spec = AdapterSpec(
+            rank=4, expert_rank=1, alpha=32, learning_rate=1e-3, b_learning_rate_ratio=ratio
+        )
         engine.page_in([AdapterRef(key=key, spec=spec, seed=1)], True)
         before = tensors(engine, key)
         engine.train_wave(WaveBatch(adapters=(batch_of(1, key, 0),)))
         after = tensors(engine, key)
-        moved[ratio] = (after["weight", "q_proj", 0, "b"] - before["weight", "q_proj", 0, "b"]).abs().max()
+        moved[ratio] = (
+            (after["weight", "q_proj", 0, "b"] - before["weight", "q_proj", 0, "b"]).abs().max()
+        )
     # Adam's first step has the size of the learning rate.
     assert float(moved[4.0]) == pytest.approx(4 * float(moved[1.0]), rel=1e-3)

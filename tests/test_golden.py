@@ -43,8 +43,13 @@ def check(folder: Path, expected: set[str], says_when: bool) -> None:
     assert (ada.tip, ada.serving, ada.next_revision, ada.seed) == (0, 0, 6, 7)
     assert (bob.tip, bob.serving, bob.next_revision) == (1, 1, 2)
     assert ada.spec["rank"] == 4 and ledger.catalog.revision_of(ada.pseudonym, 5).experts == (0, 3)
-    assert [state.revision for state in ledger.catalog.revisions_of(ada.pseudonym) if state.is_kept] == [4, 5]
-    assert [note.decision for note in ledger.catalog.notes_of(bob.pseudonym)] == ["settled", "promote"]
+    assert [
+        state.revision for state in ledger.catalog.revisions_of(ada.pseudonym) if state.is_kept
+    ] == [4, 5]
+    assert [note.decision for note in ledger.catalog.notes_of(bob.pseudonym)] == [
+        "settled",
+        "promote",
+    ]
     request = BlobRequest(
         pseudonym=ada.pseudonym,
         revision=5,

@@ -1,4 +1,5 @@
-"""Kernels compiled and run on a real GPU: `make test-gpu`. Needs torch, Triton, NumPy and pytest, no more."""
+"""Kernels compiled and run on a real GPU: `make test-gpu`. Needs torch, Triton, NumPy and pytest,
+no more."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    assert not triton.knobs.runtime.interpret, "these tests are about compiled kernels: make test-gpu"
+    assert not triton.knobs.runtime.interpret, (
+        "these tests are about compiled kernels: make test-gpu"
+    )
 
 
 BIG = {
@@ -24,7 +27,8 @@ BIG = {
         counts=random_counts(4, 60, 4, 16, 0, 150), ranks=[4, 16, 36, 128], slots=16, experts=0, inner=512, out=768
     ),
     "experts": dict(
-        counts=random_counts(5, 250, 2, 8, 16, 40), ranks=[4, 16], slots=8, experts=16, inner=256, out=384,
+        counts=random_counts(5, 250, 2, 8, 16, 40), ranks=[4, 16], slots=8, experts=16, inner=256,
+        out=384,
         num_modules=2,
     ),
 }  # fmt: skip
@@ -47,9 +51,11 @@ def test_gradients_are_added_when_the_plan_says_so(backend: str) -> None:
         torch.testing.assert_close(total, 2 * grad, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def run_rows(case: Case, row_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """What Triton adds for these rows, in this order, to a y (here: dy) and a dX (here: x) that are there, and the
-    gradients of every module and arena, NaN where none is."""
+def run_rows(
+    case: Case, row_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """What Triton adds for these rows, in this order, to a y (here: dy) and a dX (here: x) that are
+    there, and the gradients of every module and arena, NaN where none is."""
     expert_R = case.expert[row_R] if case.has_experts else None
     plan = plan_segments(case.arena[row_R], case.slot[row_R], expert_R)
     for module in case.modules:
@@ -60,7 +66,11 @@ def run_rows(case: Case, row_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     dx = x.clone()
     shrunk = triton_lora.add_deltas(y, x, case.modules, plan)
     triton_lora.add_gradients(dx, dy, x, shrunk, case.modules, plan)
-    return y, dx, [grad.clone() for module in case.modules for w in module for grad in (w.grad_a, w.grad_b)]
+    return (
+        y,
+        dx,
+        [grad.clone() for module in case.modules for w in module for grad in (w.grad_a, w.grad_b)],
+    )
 
 
 def only(case: Case, grads: list[torch.Tensor], row_R: torch.Tensor) -> list[torch.Tensor]:
@@ -69,7 +79,11 @@ def only(case: Case, grads: list[torch.Tensor], row_R: torch.Tensor) -> list[tor
     for module in case.modules:
         for arena in range(len(module)):
             mine_R = row_R[case.arena[row_R] == arena]
-            where = (case.slot[mine_R], case.expert[mine_R]) if case.has_experts else (case.slot[mine_R],)
+            where = (
+                (case.slot[mine_R], case.expert[mine_R])
+                if case.has_experts
+                else (case.slot[mine_R],)
+            )
             for grad in (next(places), next(places)):
                 kept.append(torch.full_like(grad, torch.nan))
                 kept[-1][where] = grad[where]
@@ -97,4 +111,6 @@ def test_a_segments_bits_are_its_own(name: str, dtype: str) -> None:
         random.shuffle(chosen)
         row_R = torch.cat([(key == k).nonzero().squeeze(1) for k in chosen])
         own_y, own_dx, own_grads = run_rows(case, row_R)
-        assert_same_bits([own_y, own_dx, *own_grads], [y[row_R], dx[row_R], *only(case, grads, row_R)])
+        assert_same_bits(
+            [own_y, own_dx, *own_grads], [y[row_R], dx[row_R], *only(case, grads, row_R)]
+        )

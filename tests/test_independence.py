@@ -1,4 +1,5 @@
-"""A user's new bytes are the same bits whoever shares the batch, wherever its slot lies, with one thread or two."""
+"""A user's new bytes are the same bits whoever shares the batch, wherever its slot lies, with one
+thread or two."""
 
 from __future__ import annotations
 
@@ -36,12 +37,17 @@ def one_thread_again() -> Iterator[None]:
 
 
 def train(engine: ShardEngine, numbers: list[int]) -> list[AdapterUpdate]:
-    """The updates that `USER` gets, turn by turn, in a wave of the adapters `numbers`, in that order."""
+    """The updates that `USER` gets, turn by turn, in a wave of the adapters `numbers`, in that
+    order."""
     keys = dict(zip(numbers, admit(engine, numbers), strict=True))
     found = []
     for turn in range(TURNS):
-        wave = WaveBatch(adapters=tuple(batch_of(number, key, turn) for number, key in keys.items()))
-        found += [update for update in engine.train_wave(wave).updates if update.adapter == keys[USER]]
+        wave = WaveBatch(
+            adapters=tuple(batch_of(number, key, turn) for number, key in keys.items())
+        )
+        found += [
+            update for update in engine.train_wave(wave).updates if update.adapter == keys[USER]
+        ]
     return found
 
 
@@ -50,8 +56,12 @@ def assert_same(got: list[AdapterUpdate], expected: list[AdapterUpdate]) -> None
         assert one.status == other.status == "updated"
         assert one.experts == other.experts
         for part in ("weights", "moments"):
-            left, right = (np.frombuffer(getattr(update, part), np.uint8) for update in (one, other))
-            assert np.array_equal(left, right), f"{part} of turn {turn}: {(left != right).mean():.1%} of bytes differ"
+            left, right = (
+                np.frombuffer(getattr(update, part), np.uint8) for update in (one, other)
+            )
+            assert np.array_equal(left, right), (
+                f"{part} of turn {turn}: {(left != right).mean():.1%} of bytes differ"
+            )
 
 
 @pytest.mark.parametrize("backend", ["grouped", "reference"])
@@ -67,11 +77,15 @@ def test_a_users_new_bytes_do_not_depend_on_mates_slots_packing_or_threads(
         shuffled = np.random.default_rng(mates).permutation(numbers).tolist()
         variants = [(1, numbers, 4096), (2, shuffled, 4096), (2, numbers[::-1], 400)]
         for threads, order, max_rows in variants[1:2] if mates == 255 else variants:
-            engine = make_engine(family, backend=backend, slots=mates + 9, max_rows=max_rows, threads=threads)
+            engine = make_engine(
+                family, backend=backend, slots=mates + 9, max_rows=max_rows, threads=threads
+            )
             assert_same(train(engine, order), alone)
 
 
-def lesson(key: AdapterKey, number: int, num_rows: int, experts: tuple[int, int] | None) -> AdapterBatch:
+def lesson(
+    key: AdapterKey, number: int, num_rows: int, experts: tuple[int, int] | None
+) -> AdapterBatch:
     """One sequence of `num_rows` rows, by its own routing or by two given experts."""
     ids = np.random.default_rng(number).integers(2, 300, num_rows + 1).astype(np.int32)
     routes = None if experts is None else np.tile(np.array(experts, np.int16), (num_rows, 2, 1))
@@ -105,7 +119,9 @@ def test_rows_that_need_no_filling_up_are_computed_as_they_are_beside_others(
         assert_same(beside, kept[0])
 
 
-def test_a_users_rollouts_are_the_same_bits_whoever_is_decoded_beside_them(make_engine: Make) -> None:
+def test_a_users_rollouts_are_the_same_bits_whoever_is_decoded_beside_them(
+    make_engine: Make,
+) -> None:
     for threads in (1, 2):
         engine = make_engine(slots=64, threads=threads)
         keys = admit(engine, list(range(33)))
@@ -130,13 +146,17 @@ def test_the_probe_names_a_product_whose_bits_depend_on_its_row_count(
     make_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = FrozenProduct.forward
-    monkeypatch.setattr(FrozenProduct, "forward", lambda self, x: forward(self, x) * (1 + 1e-6 * (len(x) == 24)))
+    monkeypatch.setattr(
+        FrozenProduct, "forward", lambda self, x: forward(self, x) * (1 + 1e-6 * (len(x) == 24))
+    )
     engine = make_engine()
     assert "q_proj: 24 rows" in probe_invariance(engine.base, engine.kernels)
     assert engine.describe()[1]["numerics"] == "fast"
 
 
-def test_the_probe_finds_adapters_that_feel_their_mates(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_finds_adapters_that_feel_their_mates(
+    make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_deltas = grouped.add_deltas
 
     def leaking(y_TF: torch.Tensor, *arguments: object) -> list[torch.Tensor]:

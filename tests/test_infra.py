@@ -1,4 +1,5 @@
-"""The files under infra/: every one is checked as far as it can be without an engine or a cluster."""
+"""The files under infra/: every one is checked as far as it can be without an engine or a
+cluster."""
 
 from __future__ import annotations
 
@@ -47,11 +48,17 @@ def instructions() -> list[list[str]]:
 def copied() -> list[tuple[str, str]]:
     """(path in the repository, folder in the image) of every COPY."""
     arguments = [found[1:] for found in instructions() if found[0] == "COPY"]
-    return [(source, words[-1]) for words in arguments for source in words[:-1] if not source.startswith("--")]
+    return [
+        (source, words[-1])
+        for words in arguments
+        for source in words[:-1]
+        if not source.startswith("--")
+    ]
 
 
 def is_sent_to_docker(path: str) -> bool:
-    """Whether .dockerignore lets `path` through: the last pattern that names it, or a folder it is in, decides."""
+    """Whether .dockerignore lets `path` through: the last pattern that names it, or a folder it is
+    in, decides."""
     sent = True
     parents = [path, *(str(parent) for parent in Path(path).parents if parent.name)]
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -76,7 +83,9 @@ def test_everything_that_the_image_copies_is_there_and_reaches_docker() -> None:
         assert is_sent_to_docker(source), source
 
 
-@pytest.mark.parametrize("path", [".git", ".venv/bin/ray", "build", "docs", "infra/.env", "infra/secrets/ray_token"])
+@pytest.mark.parametrize(
+    "path", [".git", ".venv/bin/ray", "build", "docs", "infra/.env", "infra/secrets/ray_token"]
+)
 def test_nothing_big_or_secret_reaches_docker(path: str) -> None:
     assert not is_sent_to_docker(path)
 
@@ -84,22 +93,44 @@ def test_nothing_big_or_secret_reaches_docker(path: str) -> None:
 def test_what_the_image_copies_is_enough_to_build_populace(tmp_path: Path) -> None:
     for source, target in copied():
         if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / source, tmp_path)
     wheel = run(
-        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        tmp_path,
     )
     assert wheel.returncode == 0, wheel.stderr
     names = run(sys.executable, "-m", "zipfile", "-l", *tmp_path.glob("populace-*.whl")).stdout
-    for name in ("population/cli/app.py", "kernels/", "storage/", "workers/", "configs/tiny.yaml", "configs/bases/"):
+    for name in (
+        "population/cli/app.py",
+        "kernels/",
+        "storage/",
+        "workers/",
+        "configs/tiny.yaml",
+        "configs/bases/",
+    ):
         assert f"populace/{name}" in names, name
 
 
-def test_the_image_installs_the_dependencies_of_pyproject_and_of_the_extras_it_asks_for(tmp_path: Path) -> None:
+def test_the_image_installs_the_dependencies_of_pyproject_and_of_the_extras_it_asks_for(
+    tmp_path: Path,
+) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     script = [sys.executable, str(INFRA / "docker/requirements.py"), "deepspeed"]
-    lines = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        script, cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert [line for line in lines if line.startswith(("ray[", "deepspeed"))] == [
         "ray[default,serve]>=2.60",
         "deepspeed>=0.19",
@@ -127,7 +158,9 @@ def mounts_of(service: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def test_compose_mounts_only_files_that_are_there_and_volumes_that_are_declared() -> None:
     compose = load("compose.yaml")
-    mounted = [source for service in compose["services"].values() for source, _ in mounts_of(service)]
+    mounted = [
+        source for service in compose["services"].values() for source, _ in mounts_of(service)
+    ]
     files = [source for source in mounted if source.startswith(".")]
     assert len(files) >= 4
     for file in files:
@@ -142,12 +175,21 @@ def test_every_variable_of_compose_stands_in_the_example_and_no_other() -> None:
 
 
 def test_no_password_comes_with_the_example() -> None:
-    given = dict(re.findall(r"^(\w+)=(.*)$", (INFRA / ".env.example").read_text(), flags=re.MULTILINE))
-    assert {name for name, value in given.items() if not value} == {"MINIO_ROOT_PASSWORD", "GRAFANA_ADMIN_PASSWORD"}
+    given = dict(
+        re.findall(r"^(\w+)=(.*)$", (INFRA / ".env.example").read_text(), flags=re.MULTILINE)
+    )
+    assert {name for name, value in given.items() if not value} == {
+        "MINIO_ROOT_PASSWORD",
+        "GRAFANA_ADMIN_PASSWORD",
+    }
 
 
 def test_compose_publishes_ports_on_loopback_only() -> None:
-    ports = [port for service in load("compose.yaml")["services"].values() for port in service.get("ports", [])]
+    ports = [
+        port
+        for service in load("compose.yaml")["services"].values()
+        for port in service.get("ports", [])
+    ]
     assert ports
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
@@ -178,17 +220,27 @@ def test_promtool_accepts_the_configuration_and_its_rules(tmp_path: Path) -> Non
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    (tmp_path / "prometheus.yaml").write_text(text.replace("/etc/prometheus/rules.yaml", str(rules)))
+    (tmp_path / "prometheus.yaml").write_text(
+        text.replace("/etc/prometheus/rules.yaml", str(rules))
+    )
     found = run(promtool, "check", "config", tmp_path / "prometheus.yaml")
     assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_prometheus_and_grafana_read_from_paths_that_compose_mounts() -> None:
     services = load("compose.yaml")["services"]
-    mounts = {name: dict((target, source) for source, target in mounts_of(services[name])) for name in services}
+    mounts = {
+        name: dict((target, source) for source, target in mounts_of(services[name]))
+        for name in services
+    }
     (job,) = load("prometheus/prometheus.yaml")["scrape_configs"]
     (targets,) = job["file_sd_configs"][0]["files"]
-    assert mounts["ray"]["/tmp/ray"] == mounts["prometheus"]["/tmp/ray"] == mounts["grafana"]["/tmp/ray"] == "ray"
+    assert (
+        mounts["ray"]["/tmp/ray"]
+        == mounts["prometheus"]["/tmp/ray"]
+        == mounts["grafana"]["/tmp/ray"]
+        == "ray"
+    )
     assert Path(targets).parent == Path("/tmp/ray")
     assert mounts["prometheus"]["/etc/prometheus/rules.yaml"] == "./prometheus/rules.yaml"
     provided = {provider["name"]: provider["options"]["path"] for provider in dashboards()}
@@ -199,7 +251,9 @@ def test_prometheus_and_grafana_read_from_paths_that_compose_mounts() -> None:
 
 
 def dashboards() -> list[dict[str, Any]]:
-    providers: list[dict[str, Any]] = load("grafana/provisioning/dashboards/populace.yaml")["providers"]
+    providers: list[dict[str, Any]] = load("grafana/provisioning/dashboards/populace.yaml")[
+        "providers"
+    ]
     return providers
 
 
@@ -216,7 +270,9 @@ def test_rays_dashboards_and_populaces_share_no_uid_and_one_data_source() -> Non
     from ray.dashboard.modules.metrics import grafana_dashboard_factory as factory
 
     rays = {
-        make()[1] for name, make in [*vars(factory).items()] if re.fullmatch(r"generate_\w+_grafana_dashboard", name)
+        make()[1]
+        for name, make in [*vars(factory).items()]
+        if re.fullmatch(r"generate_\w+_grafana_dashboard", name)
     }
     assert "rayDefaultDashboard" in rays
     assert json.loads((INFRA / "grafana/populace.json").read_text())["uid"] not in rays
@@ -232,12 +288,19 @@ def test_rays_dashboards_and_populaces_share_no_uid_and_one_data_source() -> Non
 
 def an_object(required: list[str], **fields: Any) -> dict[str, Any]:
     """Exactly these fields: a misspelt one must not pass."""
-    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": required,
+        "additionalProperties": False,
+    }
 
 
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 TEXT, COUNT, POD = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "object"}
-METADATA = an_object(["name"], name={"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}, labels=TEXTS)
+METADATA = an_object(
+    ["name"], name={"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}, labels=TEXTS
+)
 CLUSTER = an_object(
     ["rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"],
     rayVersion=TEXT,
@@ -321,15 +384,26 @@ TEMPLATES = [
 @pytest.mark.parametrize("name", KINDS)
 def test_a_resource_has_only_fields_that_its_operator_knows(name: str) -> None:
     version, kind, spec = KINDS[name]
-    fields = {"apiVersion": {"const": version}, "kind": {"const": kind}, "metadata": METADATA, "spec": spec}
+    fields = {
+        "apiVersion": {"const": version},
+        "kind": {"const": kind},
+        "metadata": METADATA,
+        "spec": spec,
+    }
     jsonschema.validate(load(f"kuberay/{name}"), an_object(list(fields), **fields))
 
 
 @pytest.mark.parametrize(("name", "role"), TEMPLATES)
 def test_a_pod_template_is_a_pod_that_kubernetes_accepts(name: str, role: str) -> None:
     template = pods(name)[role]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role, **template.get("metadata", {})}}
-    kubernetes_validate.validate({**pod, "spec": template["spec"]}, kubernetes_validate.latest_version(), strict=True)
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": role, **template.get("metadata", {})},
+    }
+    kubernetes_validate.validate(
+        {**pod, "spec": template["spec"]}, kubernetes_validate.latest_version(), strict=True
+    )
 
 
 @pytest.mark.parametrize(("name", "role"), TEMPLATES)
@@ -337,7 +411,10 @@ def test_a_pod_has_no_more_rights_than_it_needs(name: str, role: str) -> None:
     spec = pods(name)[role]["spec"]
     assert spec["securityContext"]["runAsNonRoot"] and not spec["automountServiceAccountToken"]
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert set(container["resources"]) == {"requests", "limits"}
 
 
@@ -346,13 +423,21 @@ def test_mounts_of_a_pod_name_its_volumes(name: str, role: str) -> None:
     spec = pods(name)[role]["spec"]
     volumes = {volume["name"] for volume in spec.get("volumes", [])}
     containers = [*spec.get("initContainers", []), *spec["containers"]]
-    assert {mount["name"] for container in containers for mount in container.get("volumeMounts", [])} == volumes
+    assert {
+        mount["name"] for container in containers for mount in container.get("volumeMounts", [])
+    } == volumes
 
 
 def secrets_of(template: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Variable -> (Secret, key)."""
-    variables = [variable for container in template["spec"]["containers"] for variable in container.get("env", [])]
-    references = {item["name"]: item["valueFrom"]["secretKeyRef"] for item in variables if "valueFrom" in item}
+    variables = [
+        variable
+        for container in template["spec"]["containers"]
+        for variable in container.get("env", [])
+    ]
+    references = {
+        item["name"]: item["valueFrom"]["secretKeyRef"] for item in variables if "valueFrom" in item
+    }
     return {name: (reference["name"], reference["key"]) for name, reference in references.items()}
 
 
@@ -363,7 +448,9 @@ def secrets_of_the_readme() -> set[tuple[str, str]]:
         if command.startswith("kubectl create secret generic "):
             words = shlex.split(command)
             made |= {
-                (words[4], word.split("=")[1]) for word in words if word.startswith(("--from-literal", "--from-file"))
+                (words[4], word.split("=")[1])
+                for word in words
+                if word.startswith(("--from-literal", "--from-file"))
             }
     return made
 
@@ -371,11 +458,21 @@ def secrets_of_the_readme() -> set[tuple[str, str]]:
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
 def test_pods_use_the_secrets_that_the_readme_makes_and_only_the_head_can_sign(name: str) -> None:
     found = {role: secrets_of(template) for role, template in pods(name).items()}
-    assert {pair for secrets in found.values() for pair in secrets.values()} == secrets_of_the_readme()
-    everywhere = {"RAY_AUTH_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "POPULACE_MASTER_KEY"}
+    assert {
+        pair for secrets in found.values() for pair in secrets.values()
+    } == secrets_of_the_readme()
+    everywhere = {
+        "RAY_AUTH_TOKEN",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "POPULACE_MASTER_KEY",
+    }
     assert set(found["head"]) == {*everywhere, "POPULACE_SIGNING_KEY"}
     assert set(found["cpu"]) == set(found["gpu"]) == everywhere
-    assert found["head"]["RAY_AUTH_TOKEN"] == (cluster_of(name)["authOptions"]["secretName"], "auth_token")
+    assert found["head"]["RAY_AUTH_TOKEN"] == (
+        cluster_of(name)["authOptions"]["secretName"],
+        "auth_token",
+    )
 
 
 def test_the_jobs_cluster_is_the_cluster_that_stays() -> None:
@@ -383,32 +480,49 @@ def test_the_jobs_cluster_is_the_cluster_that_stays() -> None:
 
 
 def test_the_cluster_runs_the_version_of_ray_that_the_image_installs() -> None:
-    assert f"ray=={cluster_of('raycluster.yaml')['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
+    assert (
+        f"ray=={cluster_of('raycluster.yaml')['rayVersion']}\n"
+        in (ROOT / "constraints.txt").read_text()
+    )
 
 
 def test_the_job_trains_with_settings_that_exist_on_the_store_and_the_pods_of_its_cluster() -> None:
-    command, subcommand, config, *overrides = shlex.split(load("kuberay/rayjob.yaml")["spec"]["entrypoint"])
+    command, subcommand, config, *overrides = shlex.split(
+        load("kuberay/rayjob.yaml")["spec"]["entrypoint"]
+    )
     assert (command, subcommand) == ("populace", "run")
     settings = load_settings(ROOT / config, overrides)
-    (group,) = [group for group in cluster_of("rayjob.yaml")["workerGroupSpecs"] if group["groupName"] == "cpu"]
+    (group,) = [
+        group
+        for group in cluster_of("rayjob.yaml")["workerGroupSpecs"]
+        if group["groupName"] == "cpu"
+    ]
     (worker,) = group["template"]["spec"]["containers"]
     assert settings.shard.count == group["replicas"]
     assert settings.shard.cpus == settings.run.threads == int(worker["resources"]["limits"]["cpu"])
     for role in ("head", "cpu", "gpu"):
         variables = {
-            item["name"]: item.get("value") for item in pods("rayjob.yaml")[role]["spec"]["containers"][0]["env"]
+            item["name"]: item.get("value")
+            for item in pods("rayjob.yaml")[role]["spec"]["containers"][0]["env"]
         }
         assert variables["POPULACE_STORE"] == settings.store
 
 
 def test_the_monitor_finds_every_ray_pod_by_its_labels_and_ports() -> None:
     monitor = load("kuberay/podmonitor.yaml")["spec"]
-    ours = {key: value for key, value in monitor["selector"]["matchLabels"].items() if not key.startswith("ray.io/")}
+    ours = {
+        key: value
+        for key, value in monitor["selector"]["matchLabels"].items()
+        if not key.startswith("ray.io/")
+    }
     endpoints = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
     assert ours
     for role in ("head", "cpu", "gpu"):
         template = pods("raycluster.yaml")[role]
-        ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+        ports = {
+            port["name"]: port["containerPort"]
+            for port in template["spec"]["containers"][0]["ports"]
+        }
         assert ours.items() <= template["metadata"]["labels"].items()
         assert ports["metrics"] == 8080
         assert endpoints <= ports.keys() or role != "head"
@@ -423,4 +537,6 @@ def test_the_runtime_environment_is_one_for_ray_and_shows_no_key() -> None:
     environment = load("ray/runtime_env.yaml")
     RuntimeEnv(**environment)
     assert set(environment["env_vars"]) == {"POPULACE_STORE"}
-    assert {"/build/", "/.venv/", "/.git/", "/infra/.env", "/infra/secrets/"} <= set(environment["excludes"])
+    assert {"/build/", "/.venv/", "/.git/", "/infra/.env", "/infra/secrets/"} <= set(
+        environment["excludes"]
+    )

@@ -49,7 +49,9 @@ segment_lists = st.lists(
 
 @given(segment_lists)
 @settings(deadline=None, max_examples=200)
-def test_every_row_with_an_adapter_is_in_exactly_one_tile_of_its_own_segment(segments: list) -> None:
+def test_every_row_with_an_adapter_is_in_exactly_one_tile_of_its_own_segment(
+    segments: list,
+) -> None:
     rows = [segment[:3] for segment in sorted(segments) for _ in range(segment[3])]
     expert, arena, slot = (torch.tensor(column) for column in zip(*rows, strict=True))
     plan = plan_segments(arena, torch.where(arena < 0, -1, slot), expert)
@@ -68,14 +70,18 @@ def test_every_row_with_an_adapter_is_in_exactly_one_tile_of_its_own_segment(seg
                 assert {rows[row] for row in tile} == {(expert, tiles.arena, slot)}
                 seen += tile if table is not tiles.whole_G5 else []
         whole, by_height = tiles.whole_G5.tolist(), dict(tiles.by_height)
-        assert [segment for segment in whole if segment[2] <= SHORT] == by_height.get(SHORT, torch.empty(0, 5)).tolist()
+        assert [segment for segment in whole if segment[2] <= SHORT] == by_height.get(
+            SHORT, torch.empty(0, 5)
+        ).tolist()
         assert by_height.keys() <= {SHORT, TALL}
     assert sorted(seen) == [row for row in range(len(rows)) if rows[row][1] >= 0]
 
 
 @given(segment_lists)
 @settings(deadline=None, max_examples=200)
-def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(segments: list) -> None:
+def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(
+    segments: list,
+) -> None:
     rows = [segment[:3] for segment in sorted(segments) for _ in range(segment[3])]
     expert, arena, slot = (torch.tensor(column) for column in zip(*rows, strict=True))
     plan = plan_segments(arena, torch.where(arena < 0, -1, slot), expert)
@@ -87,11 +93,15 @@ def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(s
     for own in batches.arenas:
         for batch in own.batches:
             for number, segment in enumerate(own.segment_G[batch.members].tolist()):
-                tile = slice(batch.start + number * batch.height, batch.start + (number + 1) * batch.height)
+                tile = slice(
+                    batch.start + number * batch.height, batch.start + (number + 1) * batch.height
+                )
                 count = int(plan.segments.count_G[segment])
                 assert batch.height == min(h for h in (*HEIGHTS.tolist(), 96) if h >= count)
                 assert len({rows[row] for row in source[tile].tolist()}) == 1
-                assert batches.is_filling_U[tile].tolist() == [False] * count + [True] * (batch.height - count)
+                assert batches.is_filling_U[tile].tolist() == [False] * count + [True] * (
+                    batch.height - count
+                )
                 seen += source[tile][:count].tolist()
     assert sorted(seen) == [row for row in range(len(rows)) if rows[row][1] >= 0]
     if batches.place_T is not None:

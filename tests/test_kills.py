@@ -1,4 +1,5 @@
-"""Kill -9 of a committing process at random moments: nothing acknowledged is lost, nothing is there twice or torn."""
+"""Kill -9 of a committing process at random moments: nothing acknowledged is lost, nothing is there
+twice or torn."""
 
 from __future__ import annotations
 
@@ -50,11 +51,15 @@ def check(history: History, journal: Path) -> int:
         if isinstance(record, WaveManifest):
             waves[record.wave] += 1
     assert set(waves.values()) <= {1}, "a wave is there twice"
-    assert told.get("done", set()) <= waves.keys() <= told.get("try", set()), "an acknowledged wave is lost"
+    assert told.get("done", set()) <= waves.keys() <= told.get("try", set()), (
+        "an acknowledged wave is lost"
+    )
     findings = Findings()
     verify_partition(history.store, "pop", 0, history.root_key, findings)
     assert findings.problems == []
-    assert state_of(history.open()[1]) == state_of(whole), "checkpoint and tail differ from the whole log"
+    assert state_of(history.open()[1]) == state_of(whole), (
+        "checkpoint and tail differ from the whole log"
+    )
     requests = [
         BlobRequest(pseudonym=adapter.pseudonym, revision=state.revision, part=part, place=blob)
         for adapter in whole
@@ -63,7 +68,9 @@ def check(history: History, journal: Path) -> int:
     ]
     load_wave(history.store, history.keys(), requests)
     events = Counter(
-        row["tag"] for _, rows in ExperienceLog(history.store, "pop", 0).read_from(0) for row in rows.to_pylist()
+        row["tag"]
+        for _, rows in ExperienceLog(history.store, "pop", 0).read_from(0)
+        for row in rows.to_pylist()
     )
     assert set(events.values()) <= {1} and told.get("sent", set()) <= events.keys()
     return len(waves)

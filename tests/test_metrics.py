@@ -1,4 +1,5 @@
-"""What a run tells about itself: counted store calls, figures of waves, live figures in the store, stopping."""
+"""What a run tells about itself: counted store calls, figures of waves, live figures in the store,
+stopping."""
 
 from __future__ import annotations
 
@@ -20,8 +21,19 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Task
 from populace.population.ledger.heartbeat import controller_key, stop_key
-from populace.population.watching.beacon import Beacon, ControllerFigures, SeenController, controllers_of
-from populace.population.watching.metrics import METRICS, RayMetrics, call_figures, state_figures, wave_figures
+from populace.population.watching.beacon import (
+    Beacon,
+    ControllerFigures,
+    SeenController,
+    controllers_of,
+)
+from populace.population.watching.metrics import (
+    METRICS,
+    RayMetrics,
+    call_figures,
+    state_figures,
+    wave_figures,
+)
 from populace.population.watching.rates import Watch
 from populace.population.watching.stop import stop_run
 from populace.population.watching.views import LogView, View, Views
@@ -51,24 +63,35 @@ def test_a_counted_store_counts_every_call_by_what_came_of_it() -> None:
         ("create", "exists"): 1, ("get", "absent"): 1, ("delete", "ok"): 1,
     }  # fmt: skip
     assert store.take_calls() == {}, "taken once"
-    total = add_calls([{("get", "ok"): (2, 0.5)}, {("get", "ok"): (1, 0.25), ("put", "ok"): (1, 0.1)}])
+    total = add_calls(
+        [{("get", "ok"): (2, 0.5)}, {("get", "ok"): (1, 0.25), ("put", "ok"): (1, 0.1)}]
+    )
     assert total == {("get", "ok"): (3, 0.75), ("put", "ok"): (1, 0.1)}
 
 
 @pytest.fixture
-def watched(settings: Settings, start: Callable[..., Controller]) -> tuple[Controller, list[WaveReport]]:
+def watched(
+    settings: Settings, start: Callable[..., Controller]
+) -> tuple[Controller, list[WaveReport]]:
     """A controller after its waves: with a broken reward, a rollback and a forgetting."""
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=4, num_tasks=6))
     # Some of them are held out.
-    population.enqueue("broken", [Task(event_id=f"b{number}", prompt="sea", reward="raising") for number in range(4)])
+    population.enqueue(
+        "broken",
+        [Task(event_id=f"b{number}", prompt="sea", reward="raising") for number in range(4)],
+    )
     controller = start(population)
     reports = run_to_the_end(controller)
     other = Population.open(population.store, settings)
     other.rollback("user-0", 1)
     other.forget("user-3")
     other.enqueue(
-        "user-0", [Task(event_id=f"again-{number}", prompt="sea quiet", reward="letters") for number in range(6)]
+        "user-0",
+        [
+            Task(event_id=f"again-{number}", prompt="sea quiet", reward="letters")
+            for number in range(6)
+        ],
     )
     return controller, [*reports, *run_to_the_end(controller)]
 
@@ -91,11 +114,22 @@ def test_the_figures_of_waves_add_up_to_what_the_catalog_knows(
     assert 1 <= sums["populace_settled_events", "parked"] <= 4
     settled = sum(value for (name, _), value in sums.items() if name == "populace_settled_events")
     assert settled == catalog.num_settled.total()
-    trained = sum(state.num_trained for adapter in catalog for state in catalog.revisions_of(adapter.pseudonym))
-    assert sums["populace_trained_events", ""] >= trained > 0, "the forgotten user's revisions aren't listed any more"
+    trained = sum(
+        state.num_trained
+        for adapter in catalog
+        for state in catalog.revisions_of(adapter.pseudonym)
+    )
+    assert sums["populace_trained_events", ""] >= trained > 0, (
+        "the forgotten user's revisions aren't listed any more"
+    )
     state = {(figure.name, figure.tag): figure.value for figure in state_figures(controller)}
     assert state["populace_pending_events", ""] == 0 and state["populace_partitions", ""] == 2
-    assert 0 < max(value for (name, _), value in sums.items() if name == "populace_step_efficiency") / len(reports) < 1
+    assert (
+        0
+        < max(value for (name, _), value in sums.items() if name == "populace_step_efficiency")
+        / len(reports)
+        < 1
+    )
 
 
 def test_every_figure_is_of_a_metric_in_the_table_and_of_a_tag_that_it_names(
@@ -104,7 +138,10 @@ def test_every_figure_is_of_a_metric_in_the_table_and_of_a_tag_that_it_names(
     controller, reports = watched
     known = {metric.name: metric for metric in METRICS}
     figures = [figure for report in reports for figure in wave_figures(report)]
-    figures += [*state_figures(controller), *call_figures({("get", "ok"): (1, 0.1), ("list", "refused"): (1, 0.1)})]
+    figures += [
+        *state_figures(controller),
+        *call_figures({("get", "ok"): (1, 0.1), ("list", "refused"): (1, 0.1)}),
+    ]
     for figure in figures:
         metric = known[figure.name]
         assert figure.tag in metric.values if metric.tag else not figure.tag, figure
@@ -127,7 +164,9 @@ def test_gauges_are_said_again_while_nothing_happens(monkeypatch: pytest.MonkeyP
 
         set = observe = inc
 
-    monkeypatch.setattr("populace.population.watching.metrics._export", lambda metric: Exported(metric.name))
+    monkeypatch.setattr(
+        "populace.population.watching.metrics._export", lambda metric: Exported(metric.name)
+    )
     monkeypatch.setattr("populace.population.watching.metrics.KEEP_S", 0.05)
     with RayMetrics("people", "main", dict) as metrics:
         metrics.paused(StoreUnavailable("it is away"))
@@ -149,10 +188,16 @@ def test_log_lines_are_json_and_one_per_wave(
     view.wave(reports[0], controller)
     stage, wave = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (stage["event"], stage["text"]) == ("stage", "a stage with [brackets]")
-    assert wave["event"] == "wave" and wave["adapters"] == reports[0].num_adapters and "rollout" in wave["seconds"]
+    assert (
+        wave["event"] == "wave"
+        and wave["adapters"] == reports[0].num_adapters
+        and "rollout" in wave["seconds"]
+    )
 
 
-def test_live_figures_lie_beside_the_signs_of_life(settings: Settings, start: Callable[..., Controller]) -> None:
+def test_live_figures_lie_beside_the_signs_of_life(
+    settings: Settings, start: Callable[..., Controller]
+) -> None:
     population = Population.create(MemoryStore(), settings)
     population.enqueue_many(experience(settings, num_users=3, num_tasks=4))
     ledger = population.ledger
@@ -170,7 +215,10 @@ def test_live_figures_lie_beside_the_signs_of_life(settings: Settings, start: Ca
         (seen,) = controllers_of(population.store, "test")
         assert seen.name == "main"
         assert seen.figures.counts["committed"] == ledger.catalog.revisions.size > 0
-        assert seen.figures.residency["store"] == 3 and len(seen.figures.hot) == seen.figures.residency["hot"]
+        assert (
+            seen.figures.residency["store"] == 3
+            and len(seen.figures.hot) == seen.figures.residency["hot"]
+        )
         beacon.idle(controller)
         wait_until(lambda: states() == ["idle"], "a newer one")
     finally:
@@ -180,7 +228,9 @@ def test_live_figures_lie_beside_the_signs_of_life(settings: Settings, start: Ca
 
 def seen_at(waves: int, beat: str, uptime_s: float = 0.0) -> SeenController:
     figures = ControllerFigures(counts={"waves": waves}, uptime_s=uptime_s)
-    return SeenController(name="main", owner="host/1/a", beat=beat, at_s=time.time(), figures=figures)
+    return SeenController(
+        name="main", owner="host/1/a", beat=beat, at_s=time.time(), figures=figures
+    )
 
 
 def test_rates_are_those_of_the_last_minute_and_silence_is_told() -> None:
@@ -272,7 +322,9 @@ def test_stopping_a_run_that_is_dead_or_too_busy_says_so(monkeypatch: pytest.Mon
     with pytest.raises(InvalidInput, match="no controller 'other'"):
         stop_run(store, "pop", controller="other")
     assert stop_run(store, "pop") == {"main": "dead"}
-    assert json.loads(store.get(stop_key("pop", "main")))["owner"] == "me", "should it only have slept"
+    assert json.loads(store.get(stop_key("pop", "main")))["owner"] == "me", (
+        "should it only have slept"
+    )
 
     beats = threading.Event()
 
@@ -304,7 +356,10 @@ def test_every_alert_fires_on_what_it_is_about_and_not_before(tmp_path: Path) ->
     waves = ("waves_total", "", "0+1x60")
     cases = {
         "PopulaceBacklogOld": [("oldest_wait_seconds", "", "0x20 1000x40")],
-        "PopulaceNotTraining": [("pending_events", "", "0x20 5x40"), ("waves_total", "", "0+1x20 21x40")],
+        "PopulaceNotTraining": [
+            ("pending_events", "", "0x20 5x40"),
+            ("waves_total", "", "0+1x20 21x40"),
+        ],
         "PopulaceStoreDown": [("paused", "", "0x20 1x40")],
         "PopulaceStoreErrors": [
             ("store_calls_total", 'call="get/ok"', "0+60x60"),
@@ -326,21 +381,39 @@ def test_every_alert_fires_on_what_it_is_about_and_not_before(tmp_path: Path) ->
     for alert, series in cases.items():
         labels = 'population="p",controller="main"'
         inputs = [
-            {"series": f"ray_populace_{name}{{{','.join(filter(None, (labels, own)))}}}", "values": values}
+            {
+                "series": f"ray_populace_{name}{{{','.join(filter(None, (labels, own)))}}}",
+                "values": values,
+            }
             for name, own, values in series
         ]
-        tests.append({"interval": "1m", "input_series": inputs, "promql_expr_test": counted(alert, 15, 0)})
-        tests.append({"interval": "1m", "input_series": inputs, "promql_expr_test": counted(alert, 58, 1)})
-    for idle in ("PopulaceMismatch", "PopulaceMaskedTokens"):  # what the last wave left is no news for ever
+        tests.append(
+            {"interval": "1m", "input_series": inputs, "promql_expr_test": counted(alert, 15, 0)}
+        )
+        tests.append(
+            {"interval": "1m", "input_series": inputs, "promql_expr_test": counted(alert, 58, 1)}
+        )
+    for idle in (
+        "PopulaceMismatch",
+        "PopulaceMaskedTokens",
+    ):  # what the last wave left is no news for ever
         inputs = [
             {"series": f'ray_populace_{name}{{population="p",controller="main"}}', "values": values}
-            for name, values in (("rollout_kl", "0.2x60"), ("masked_share", "0.5x60"), ("waves_total", "0+1x5 5x55"))
+            for name, values in (
+                ("rollout_kl", "0.2x60"),
+                ("masked_share", "0.5x60"),
+                ("waves_total", "0+1x5 5x55"),
+            )
         ]
-        tests.append({"interval": "1m", "input_series": inputs, "promql_expr_test": counted(idle, 58, 0)})
+        tests.append(
+            {"interval": "1m", "input_series": inputs, "promql_expr_test": counted(idle, 58, 0)}
+        )
     (tmp_path / "test.yaml").write_text(
         yaml.safe_dump({"rule_files": [str(ROOT / "infra/prometheus/rules.yaml")], "tests": tests})
     )
-    done = subprocess.run(["promtool", "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True)
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,4 +1,5 @@
-"""Several Ray nodes on this machine: one of them dies without grace, again and again, and nothing is lost."""
+"""Several Ray nodes on this machine: one of them dies without grace, again and again, and nothing
+is lost."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ POPULACE = [sys.executable, "-c", "from populace.population.cli.app.app import m
 
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A head, where drivers and rewards run, and one more node. Parameter: how often a worker looks whether its raylet
-    lives, in milliseconds."""
+    """A head, where drivers and rewards run, and one more node. Parameter: how often a worker looks
+    whether its raylet lives, in milliseconds."""
     variables = {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
         "TRITON_INTERPRET": "0",
@@ -40,11 +41,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         for name, value in variables.items():
             patch.setenv(name, value)
         quick = {
-            "health_check_period_ms": 500, "health_check_failure_threshold": 3, "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500, "health_check_failure_threshold": 3,
+            "health_check_initial_delay_ms": 0,
             "raylet_death_check_interval_milliseconds": getattr(request, "param", 1000),
         }  # fmt: skip
         head = {
-            "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000, "_system_config": quick,
+            "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000,
+            "_system_config": quick,
             "temp_dir": f"/tmp/rn{os.getpid()}-{time.monotonic_ns() % 1000}",
         }  # fmt: skip
         nodes = Cluster(initialize_head=True, head_node_args=head)
@@ -72,7 +75,13 @@ def more_experience(population: Population, number: int) -> int:
     import dataclasses
 
     events = [
-        (user, [dataclasses.replace(task, event_id=f"round-{number}-{task.event_id}") for task in tasks[:3]])
+        (
+            user,
+            [
+                dataclasses.replace(task, event_id=f"round-{number}-{task.event_id}")
+                for task in tasks[:3]
+            ],
+        )
         for user, tasks in experience(population.settings)
     ]
     return population.enqueue_many(iter(events))
@@ -82,7 +91,9 @@ def records(config: Path) -> int:
     return len(list((config.parent / "store").glob("nodes/revisions/*/*.json")))
 
 
-def wait_for_records(config: Path, at_least: int, process: subprocess.Popen[str], timeout_s: float) -> None:
+def wait_for_records(
+    config: Path, at_least: int, process: subprocess.Popen[str], timeout_s: float
+) -> None:
     deadline = time.monotonic() + timeout_s
     while records(config) < at_least:
         assert process.poll() is None, f"the run ended with {process.returncode}"
@@ -100,7 +111,8 @@ def test_a_node_that_dies_in_the_middle_of_a_wave_loses_and_repeats_nothing(
     chance = random.Random(seed)
     output = open(tmp_path / "run.log", "w")  # noqa: SIM115
     process = subprocess.Popen(
-        [*POPULACE, "run", str(config)], env={**os.environ, "RAY_ADDRESS": cluster.address}, cwd=ROOT, stdout=output,
+        [*POPULACE, "run", str(config)], env={**os.environ, "RAY_ADDRESS": cluster.address},
+        cwd=ROOT, stdout=output,
         stderr=output, text=True,
     )  # fmt: skip
     recoveries, num_events = [], 50
@@ -114,7 +126,8 @@ def test_a_node_that_dies_in_the_middle_of_a_wave_loses_and_repeats_nothing(
             before, killed_at = records(config), time.monotonic()
             cluster.remove_node(node, allow_graceful=False)
             add_node(cluster)
-            # The attempt that died may still have landed; two more records are of the group that came back.
+            # The attempt that died may still have landed; two more records are of the group that
+            # came back.
             wait_for_records(config, before + 2, process, 120)
             recoveries.append(time.monotonic() - killed_at)
         deadline = time.monotonic() + 240
@@ -128,7 +141,10 @@ def test_a_node_that_dies_in_the_middle_of_a_wave_loses_and_repeats_nothing(
             process.kill()
             process.wait()
     log = (tmp_path / "run.log").read_text()
-    print(f"{num_kills} nodes killed; until the next records: {', '.join(f'{s:.1f} s' for s in recoveries)}")
+    print(
+        f"{num_kills} nodes killed; until the next records: "
+        f"{', '.join(f'{s:.1f} s' for s in recoveries)}"
+    )
     assert log.count("a shard died") >= 1, log
     population = open_population(config)
     outcome = account(population)
@@ -166,7 +182,9 @@ class OldController:
             return result
 
         engine.train_wave = train_then_wait  # type: ignore[method-assign]
-        self.controller = Controller(population.settings, population.ledger, engine, chat, score_here)
+        self.controller = Controller(
+            population.settings, population.ledger, engine, chat, score_here
+        )
 
     def pid(self) -> int:
         return os.getpid()
@@ -182,7 +200,9 @@ class OldController:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("cluster", [100_000], indirect=True)
-def test_an_actor_that_outlives_its_raylet_is_fenced(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+def test_an_actor_that_outlives_its_raylet_is_fenced(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
     ray.init(cluster.address, logging_level="error", log_to_driver=False)
     settings: Settings = load_settings(config)
     population = Population.create(settings.store, settings)
@@ -197,7 +217,9 @@ def test_an_actor_that_outlives_its_raylet_is_fenced(cluster: Cluster, config: P
     node.kill_raylet()
     os.kill(pid, 0)
     wait_for(tmp_path / "outcome", 30)
-    assert (tmp_path / "outcome").read_text().startswith("fenced"), (tmp_path / "outcome").read_text()
+    assert (tmp_path / "outcome").read_text().startswith("fenced"), (
+        tmp_path / "outcome"
+    ).read_text()
     population.ledger.refresh()
     assert population.ledger.catalog.num_updated() == 0, "nothing of the old one is there"
     population.ledger.release()

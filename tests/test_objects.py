@@ -38,7 +38,9 @@ from tests.servers import DroppingProxy, moto, seaweedfs
 
 
 @pytest.fixture(params=["file", "memory", "seaweedfs", "moto"], scope="module")
-def location(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def location(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The URL of a store of every kind."""
     if request.param == "file":
         yield f"file://{tmp_path_factory.mktemp('store')}"
@@ -64,7 +66,9 @@ def test_of_racing_creates_exactly_one_wins(store: ObjectStore) -> None:
     for turn in range(2):
         barrier, wins = threading.Barrier(32), []
 
-        def race(number: int, turn: int = turn, barrier: threading.Barrier = barrier, wins: list = wins) -> None:
+        def race(
+            number: int, turn: int = turn, barrier: threading.Barrier = barrier, wins: list = wins
+        ) -> None:
             barrier.wait()
             with contextlib.suppress(AlreadyExists):
                 store.create(f"a/{turn}", b"%d" % number)
@@ -249,14 +253,20 @@ class _ListsEverything(MemoryStore):
         (_ListsEverything, "^listing"),
     ],
 )
-def test_an_unsafe_store_is_refused_by_the_name_of_what_failed(make: Callable[[], ObjectStore], reason: str) -> None:
+def test_an_unsafe_store_is_refused_by_the_name_of_what_failed(
+    make: Callable[[], ObjectStore], reason: str
+) -> None:
     with pytest.raises(UnsafeStore, match=reason):
         require_safe(make(), "population")
 
 
 def test_a_bucket_that_keeps_what_is_deleted_is_refused() -> None:
     with moto() as endpoint:
-        for name, status in (("versioned", "Enabled"), ("suspended", "Suspended"), ("locked", None)):
+        for name, status in (
+            ("versioned", "Enabled"),
+            ("suspended", "Suspended"),
+            ("locked", None),
+        ):
             bucket = Bucket(f"s3://{name}?endpoint={endpoint}")
             bucket._client.make_bucket(name, object_lock=status is None)
             if status is not None:
@@ -297,7 +307,9 @@ def test_an_impossible_s3_url_says_what_to_write(url: str, message: str) -> None
     assert "secret@" not in str(caught.value)
 
 
-def test_a_url_keeps_what_is_needed_to_open_it_again_and_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_keeps_what_is_needed_to_open_it_again_and_no_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id-of-mine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-mine")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
@@ -307,7 +319,9 @@ def test_a_url_keeps_what_is_needed_to_open_it_again_and_no_credentials(monkeypa
     assert "of-mine" not in url
 
 
-def test_without_credentials_the_error_says_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_credentials_the_error_says_where_to_put_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in list(os.environ):
         if name.startswith(("AWS_", "MINIO_")):
             monkeypatch.delenv(name)
@@ -328,7 +342,13 @@ def test_the_dev_store_prints_how_to_use_it_and_ends_with_ctrl_c() -> None:
     import signal
 
     process = subprocess.Popen(
-        [sys.executable, "-c", "from populace.population.cli.app.app import main; main()", "store", "dev"],
+        [
+            sys.executable,
+            "-c",
+            "from populace.population.cli.app.app import main; main()",
+            "store",
+            "dev",
+        ],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -337,7 +357,11 @@ def test_the_dev_store_prints_how_to_use_it_and_ends_with_ctrl_c() -> None:
     said, deadline = "", time.monotonic() + 60
     while "Ctrl-C" not in said and time.monotonic() < deadline:
         said += process.stdout.readline()
-    variables = dict(line.split("export ")[1].strip().split("=", 1) for line in said.splitlines() if "export " in line)
+    variables = dict(
+        line.split("export ")[1].strip().split("=", 1)
+        for line in said.splitlines()
+        if "export " in line
+    )
     url = next(word for word in said.split() if word.startswith("s3://"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():

@@ -1,4 +1,5 @@
-"""Moments in host memory, updated by DeepSpeed's CPUAdam. The first test compiles it: a minute and a half, once."""
+"""Moments in host memory, updated by DeepSpeed's CPUAdam. The first test compiles it: a minute and
+a half, once."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ TOLERANCE = 1e-5
 def train(engine: ShardEngine, numbers: list[int], turns: int = 3) -> ShardEngine:
     keys = admit(engine, numbers)
     for turn in range(turns):
-        wave = WaveBatch(adapters=tuple(batch_of(n, key, turn) for n, key in zip(numbers, keys, strict=True)))
+        wave = WaveBatch(
+            adapters=tuple(batch_of(n, key, turn) for n, key in zip(numbers, keys, strict=True))
+        )
         assert {update.status for update in engine.train_wave(wave).updates} == {"updated"}
     return engine
 
@@ -28,7 +31,9 @@ def test_cpuadam_agrees_with_the_slab_optimizer_within_1e_5(make_engine: Make) -
     plain, offloaded = train(make_engine(), numbers), train(make_engine(offload=True), numbers)
     assert offloaded.describe()[1]["optimizer"].startswith("deepspeed-")
     for key in plain.slab.slots:
-        for (name, value), other in zip(tensors(plain, key).items(), tensors(offloaded, key).values(), strict=True):
+        for (name, value), other in zip(
+            tensors(plain, key).items(), tensors(offloaded, key).values(), strict=True
+        ):
             if name[0] == "grad":  # the slab's optimizer leaves it clipped
                 continue
             gap = torch.linalg.vector_norm(value - other)

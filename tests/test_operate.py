@@ -1,5 +1,5 @@
-"""A population as its operators see it: a submitted job, stopped and continued from elsewhere; Prometheus, alerts and
-dashboards on a real run; the population page in a real browser."""
+"""A population as its operators see it: a submitted job, stopped and continued from elsewhere;
+Prometheus, alerts and dashboards on a real run; the population page in a real browser."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Job:
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A `populace` command on another machine: with the store and the keys, without Ray."""
         environment = {**os.environ, "POPULACE_STORE": f"file://{self.config.parent}/store"}
-        return subprocess.run([POPULACE, *words], env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [POPULACE, *words], env=environment, capture_output=True, text=True, timeout=120
+        )
 
     def status(self, name: str) -> str:
         found: str = json.loads(ask(f"/api/jobs/{name}"))["status"]
@@ -61,7 +63,8 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """`ray job submit` of a run that serves its page; some talk to it all the time, one has a broken reward."""
+    """`ray job submit` of a run that serves its page; some talk to it all the time, one has a
+    broken reward."""
     folder = tmp_path_factory.mktemp("operated")
     config = write_config(
         folder / "config.yaml",
@@ -69,7 +72,9 @@ def job(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
         "operated",
         run={"until_drained": False},
         page={"enabled": True, "port": 28270},
-        rewards={"functions": {"letters": "tests.rewards:letters", "raising": "tests.rewards:raising"}},
+        rewards={
+            "functions": {"letters": "tests.rewards:letters", "raising": "tests.rewards:raising"}
+        },
     )
     variables = {"POPULACE_PAGE_TOKEN": PAGE_TOKEN, "RAY_metrics_report_interval_ms": "1000"}
     with ray_head(folder, **variables) as head:
@@ -94,8 +99,12 @@ def talk(population: Population, stop: threading.Event) -> None:
         number += 1
         words = f"{WORDS[number % len(WORDS)]} {WORDS[number * 5 % len(WORDS)]}"
         for user in ("user-0", "user-1", "user-2"):
-            population.enqueue(user, [Task(event_id=f"more-{number}", prompt=words, reward="letters")])
-        population.enqueue("broken", [Task(event_id=f"more-{number}", prompt=words, reward="raising")])
+            population.enqueue(
+                user, [Task(event_id=f"more-{number}", prompt=words, reward="letters")]
+            )
+        population.enqueue(
+            "broken", [Task(event_id=f"more-{number}", prompt=words, reward="raising")]
+        )
 
 
 def waves(job: Job) -> int:
@@ -114,7 +123,11 @@ def prometheus(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         pytest.skip("prometheus is not installed")
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((ROOT / "infra/prometheus/prometheus.yaml").read_text())
-    config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+    config["global"] |= {
+        "scrape_interval": "1s",
+        "scrape_timeout": "1s",
+        "evaluation_interval": "1s",
+    }
     config["rule_files"] = [str(ROOT / "infra/prometheus/rules.yaml")]
     targets = f"{job.head['RAY_TEMPORARY']}/prom_metrics_service_discovery.json"
     (ray,) = [scrape for scrape in config["scrape_configs"] if "file_sd_configs" in scrape]
@@ -156,20 +169,26 @@ def test_prometheus_sees_every_metric_of_the_table(job: Job, prometheus: None) -
     for metric in METRICS:
         name = f"ray_{metric.name}{suffixes[metric.kind]}"
         series = [item["metric"] for item in query("query", query=name)["result"]]
-        assert all(item["population"] == "operated" and item["controller"] == "main" for item in series), name
+        assert all(
+            item["population"] == "operated" and item["controller"] == "main" for item in series
+        ), name
         if metric.tag:
             assert {item[metric.tag] for item in series} <= set(metric.values), name
 
 
 def test_every_panel_of_the_dashboard_returns_data(job: Job, prometheus: None) -> None:
     dashboard = json.loads((ROOT / "infra/grafana/populace.json").read_text())
-    targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    targets = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
+    ]
     assert len(targets) > 20
     missing = set(targets)
 
     def look() -> bool:
         for expression in list(missing):
-            filled = expression.replace("$__rate_interval", "30s").replace("$population", "operated")
+            filled = expression.replace("$__rate_interval", "30s").replace(
+                "$population", "operated"
+            )
             if any(item["value"][1] != "NaN" for item in query("query", query=filled)["result"]):
                 missing.remove(expression)
         return not missing
@@ -181,7 +200,8 @@ def test_every_alert_evaluates_and_parked_events_make_one_fire(job: Job, prometh
     def fires() -> bool:
         alerts = query("alerts")["alerts"]
         return any(
-            alert["labels"]["alertname"] == "PopulaceParkedEvents" and alert["state"] == "firing" for alert in alerts
+            alert["labels"]["alertname"] == "PopulaceParkedEvents" and alert["state"] == "firing"
+            for alert in alerts
         )
 
     wait_for(fires, "alert about parked events")
@@ -247,14 +267,19 @@ def test_the_page_shows_a_users_history_and_rolls_back_with_the_token_only(job: 
 
         wait_for(is_obeyed, "verdict about the rollback")
         page.goto(f"{PAGE}/user?id=broken")
-        wait_for(lambda: bool(page.reload()) and "this reward is broken" in page.content(), "parked event")
+        wait_for(
+            lambda: bool(page.reload()) and "this reward is broken" in page.content(),
+            "parked event",
+        )
         assert tab.addresses == {"127.0.0.1:28270"}
         assert not tab.errors
 
 
 def test_a_page_of_another_site_can_neither_act_nor_be_that_site(job: Job) -> None:
     def post(**headers: str) -> int:
-        request = urllib.request.Request(f"{PAGE}/sign-in", data=f"token={PAGE_TOKEN}".encode(), headers=headers)
+        request = urllib.request.Request(
+            f"{PAGE}/sign-in", data=f"token={PAGE_TOKEN}".encode(), headers=headers
+        )
         try:
             return int(urllib.request.urlopen(request, timeout=10).status)
         except urllib.error.HTTPError as error:
@@ -262,7 +287,9 @@ def test_a_page_of_another_site_can_neither_act_nor_be_that_site(job: Job) -> No
 
     assert post() == 403, "no origin"
     assert post(Origin="http://evil.example") == 403
-    assert post(Origin="http://evil.example", Host="evil.example") == 403, "a name that was pointed here"
+    assert post(Origin="http://evil.example", Host="evil.example") == 403, (
+        "a name that was pointed here"
+    )
     assert post(Origin=ORIGIN) == 200
 
 

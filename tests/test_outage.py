@@ -107,7 +107,9 @@ class Quick:
         time.sleep(seconds / 100)
 
 
-def test_a_run_that_is_stopped_while_the_store_is_away_ends_with_the_reason(settings: Settings) -> None:
+def test_a_run_that_is_stopped_while_the_store_is_away_ends_with_the_reason(
+    settings: Settings,
+) -> None:
     run = dataclasses.replace(settings.run, takeover_s=0.4, store_retry_s=0.2)
     settings = dataclasses.replace(settings, run=run)
     store = Outage()

@@ -1,4 +1,5 @@
-"""The population page without Ray Serve: what it answers, whom it refuses, and how it looks at a large population."""
+"""The population page without Ray Serve: what it answers, whom it refuses, and how it looks at a
+large population."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ def trained(settings: Settings, start: Callable[..., Controller], tmp_path: Path
     population = Population.create(settings.store, settings)
     population.enqueue_many(experience(settings, num_users=3, num_tasks=6))
     # Some of them are held out.
-    population.enqueue("user-1", [Task(event_id=f"b{number}", prompt="sea", reward="raising") for number in range(4)])
+    population.enqueue(
+        "user-1",
+        [Task(event_id=f"b{number}", prompt="sea", reward="raising") for number in range(4)],
+    )
     controller = start(population)
     run_to_the_end(controller)
     controller.close()
@@ -82,16 +86,24 @@ def sign_in(page: Page) -> str:
     return cookie.partition(";")[0]
 
 
-def test_a_user_is_found_by_id_and_by_the_first_digits_of_the_pseudonym(trained: Population) -> None:
+def test_a_user_is_found_by_id_and_by_the_first_digits_of_the_pseudonym(
+    trained: Population,
+) -> None:
     page = page_of(trained)
     pseudonym = trained.ledger.pseudonym("user-0")
     for query in ("user-0", pseudonym, pseudonym[:8]):
         status, body = get(page, "/user", f"id={query}")
         assert status == 200 and pseudonym in body and "<h1>user-0</h1>" in body
-    for query, reason in (("nobody", "has no adapter"), ("0123456789ab", "no pseudonym begins with it")):
+    for query, reason in (
+        ("nobody", "has no adapter"),
+        ("0123456789ab", "no pseudonym begins with it"),
+    ):
         status, body = get(page, "/user", f"id={query}")
         assert status == 404 and reason in body
-    assert get(page, "/user") == (404, get(page, "/user")[1]) and "id is missing" in get(page, "/user")[1]
+    assert (
+        get(page, "/user") == (404, get(page, "/user")[1])
+        and "id is missing" in get(page, "/user")[1]
+    )
 
 
 def test_the_chain_shows_what_the_api_says(trained: Population) -> None:
@@ -99,15 +111,23 @@ def test_the_chain_shows_what_the_api_says(trained: Population) -> None:
     infos = trained.revisions("user-0")
     assert [item.revision for item in view.revisions] == [info.revision for info in reversed(infos)]
     for item, info in zip(view.revisions, reversed(infos), strict=True):
-        assert (item.parent, item.num_events, item.reward) == (info.parent, info.num_events, info.metrics.get("reward"))
+        assert (item.parent, item.num_events, item.reward) == (
+            info.parent,
+            info.num_events,
+            info.metrics.get("reward"),
+        )
         assert tuple(verdict.decision for verdict in item.verdicts) == info.verdicts
         assert ("serving" in item.marks, "tip" in item.marks) == (info.is_serving, info.is_tip)
         if info.committed_at is None:
             assert info.revision == 0 and not item.committed
         else:
             shown = datetime.fromisoformat(f"{item.committed}+00:00").timestamp()
-            assert shown <= info.committed_at < shown + 60 and time.time() - info.committed_at < 3600
-    assert any(verdict.numbers for item in view.revisions for verdict in item.verdicts), "evaluations have numbers"
+            assert (
+                shown <= info.committed_at < shown + 60 and time.time() - info.committed_at < 3600
+            )
+    assert any(verdict.numbers for item in view.revisions for verdict in item.verdicts), (
+        "evaluations have numbers"
+    )
 
 
 def test_parked_events_are_shown_with_what_their_reward_said(trained: Population) -> None:
@@ -178,23 +198,32 @@ def test_a_forgotten_user_is_gone_from_the_page(trained: Population) -> None:
     assert "user-2" not in get(page, "/")[1]
 
 
-def test_what_nobodys_browser_sends_is_refused_and_ids_are_taken_as_they_are(trained: Population) -> None:
+def test_what_nobodys_browser_sends_is_refused_and_ids_are_taken_as_they_are(
+    trained: Population,
+) -> None:
     page = page_of(trained)
     for headers in ({"host": "["}, {**HOST, "origin": "http://["}):
         assert page.answer("POST", "/sign-in", "", headers, b"token=x").status_code in (400, 403)
     for number in ("9" * 5000, "²", "-1", "x"):
-        assert page.answer("GET", "/manifest", f"id=user-0&revision={number}", HOST, b"").status_code == 404
+        assert (
+            page.answer("GET", "/manifest", f"id=user-0&revision={number}", HOST, b"").status_code
+            == 404
+        )
     assert page.answer("POST", "/sign-in", "", FORM, bytes([0xFF, 0xFE])).status_code == 403
     assert get(page, "/user", "id=user-0%20")[0] == 404, "another user"
     capital = page_of(trained, hosts=("People.Example",))
     assert capital.answer("GET", "/", "", {"host": "people.example"}, b"").status_code == 200
 
 
-def test_the_specialisation_matrix_is_that_of_the_report(trained: Population, tmp_path: Path) -> None:
+def test_the_specialisation_matrix_is_that_of_the_report(
+    trained: Population, tmp_path: Path
+) -> None:
     figures = {"users": {"user-0": {}, "user-1": {}}, "matrix": [[1.0, 0.25], [0.5, 0.0]]}
     (tmp_path / "report.json").write_text(json.dumps(figures))
     status, body = get(page_of(trained, report=str(tmp_path)), "/matrix")
-    assert status == 200 and [cell in body for cell in ("1.00", "0.25", "0.50", "0.00")] == [True] * 4
+    assert (
+        status == 200 and [cell in body for cell in ("1.00", "0.25", "0.50", "0.00")] == [True] * 4
+    )
     assert get(page_of(trained), "/matrix")[0] == 404
     (tmp_path / "report.json").write_text("{")
     assert get(page_of(trained, report=str(tmp_path)), "/")[0] == 200, "half a report is none"
@@ -208,12 +237,17 @@ def many(trained: Population) -> Population:
     ledger, users = population.ledger, [f"many-{number}" for number in range(NUM_USERS)]
     ledger.claim(0.1)
     for partition in range(2):
-        names = [(ledger.pseudonym(user), user) for user in users if partition_of(user, 2) == partition]
+        names = [
+            (ledger.pseudonym(user), user) for user in users if partition_of(user, 2) == partition
+        ]
         for first in range(0, len(names), 5000):
             part = names[first : first + 5000]
             created = [AdapterCreated(pseudonym=name, spec=spec, seed=first) for name, _ in part]
             ledger.append(partition, Batch(records=created))
-        for name, user in [*names[:1], *names[-60:]]:  # those that are looked at; a key is what names a user
+        for name, user in [
+            *names[:1],
+            *names[-60:],
+        ]:  # those that are looked at; a key is what names a user
             ledger.keys.ensure(name, user, lambda: ledger.secrets.master)
     population.ledger.release()
     return population
@@ -225,7 +259,13 @@ def address(many: Population) -> Iterator[str]:
     page = page_of(many)
 
     async def answer(request: Request) -> Response:
-        return page.answer(request.method, request.url.path, request.url.query, request.headers, await request.body())
+        return page.answer(
+            request.method,
+            request.url.path,
+            request.url.query,
+            request.headers,
+            await request.body(),
+        )
 
     app = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
@@ -261,7 +301,8 @@ def test_the_page_works_with_a_hundred_thousand_users_and_loads_nothing_from_els
 def test_a_branch_takes_a_lane_of_its_own() -> None:
     def view(revision: int, parent: int | None) -> RevisionView:
         return RevisionView(
-            revision=revision, parent=parent, committed="", num_events=1, reward=None, kl=None, size_bytes=1, marks=(),
+            revision=revision, parent=parent, committed="", num_events=1, reward=None, kl=None,
+            size_bytes=1, marks=(),
             verdicts=(), can_return=False,
         )  # fmt: skip
 
@@ -286,7 +327,9 @@ def test_norms_are_those_of_the_products() -> None:
         return spec.scale_of(module) * (b @ a)
 
     for found in norms_of(layout, spec, before, after):
-        pairs = [[product(flat, found.module, layer) for flat in (before, after)] for layer in range(2)]
+        pairs = [
+            [product(flat, found.module, layer) for flat in (before, after)] for layer in range(2)
+        ]
         squares = [sum(float(pair[n].square().sum()) for pair in pairs) for n in range(2)]
         change = sum(float((new - old).square().sum()) for old, new in pairs)
         assert [found.before**2, found.after**2] == pytest.approx(squares, rel=1e-5)

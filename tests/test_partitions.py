@@ -26,9 +26,11 @@ NAMES = ["a", "b", "c", "d"]
 
 
 @given(st.integers(1, 12), st.sets(st.sampled_from(NAMES), min_size=1), st.randoms())
-def test_controllers_reach_a_fair_share_without_talking(num_partitions: int, living: set[str], random: object) -> None:
-    """In any order of turns, from any start: everybody ends with as many as the others, give or take one, no partition
-    is ever held twice, and then nobody moves any more."""
+def test_controllers_reach_a_fair_share_without_talking(
+    num_partitions: int, living: set[str], random: object
+) -> None:
+    """In any order of turns, from any start: everybody ends with as many as the others, give or
+    take one, no partition is ever held twice, and then nobody moves any more."""
     chance = random
     holders: dict[int, str | None] = {
         partition: chance.choice([None, *sorted(living)])  # type: ignore[attr-defined]
@@ -60,21 +62,30 @@ def shared(settings: Settings) -> Settings:
     run = dataclasses.replace(settings.run, takeover_s=0.8, pipelined=True)
     scheduler = dataclasses.replace(settings.scheduler, max_adapters_per_wave=2, slots=6)
     evaluation = dataclasses.replace(settings.evaluation, every_waves=1000)
-    return dataclasses.replace(settings, run=run, scheduler=scheduler, evaluation=evaluation, partitions=4)
+    return dataclasses.replace(
+        settings, run=run, scheduler=scheduler, evaluation=evaluation, partitions=4
+    )
 
 
-def test_two_controllers_share_the_partitions_and_one_takes_over_when_the_other_dies(shared: Settings) -> None:
+def test_two_controllers_share_the_partitions_and_one_takes_over_when_the_other_dies(
+    shared: Settings,
+) -> None:
     store = MemoryStore()
     Population.create(store, shared).enqueue_many(experience(shared, num_users=16, num_tasks=4))
     takeover_s = shared.run.takeover_s
     first = controller_of(Population.open(store, shared), "a")
-    wait_until(lambda: len(first.ledger.rebalance(takeover_s, first.withdraw)[0]) == 4, "the first one takes all")
+    wait_until(
+        lambda: len(first.ledger.rebalance(takeover_s, first.withdraw)[0]) == 4,
+        "the first one takes all",
+    )
     assert first.run_once() is not None
     second = controller_of(Population.open(store, shared), "b")
 
     def settled() -> bool:
         for controller in (first, second):
-            controller.planner.suspect_unfinished(controller.ledger.rebalance(takeover_s, controller.withdraw)[0])
+            controller.planner.suspect_unfinished(
+                controller.ledger.rebalance(takeover_s, controller.withdraw)[0]
+            )
         return len(first.ledger.owned()) == len(second.ledger.owned()) == 2
 
     wait_until(settled, "they share")
@@ -85,7 +96,11 @@ def test_two_controllers_share_the_partitions_and_one_takes_over_when_the_other_
     second.ledger._heartbeat.stop()  # type: ignore[union-attr]  # as dead as a killed process
     wait_until(
         lambda: (
-            bool(first.planner.suspect_unfinished(first.ledger.rebalance(takeover_s, first.withdraw)[0]))
+            bool(
+                first.planner.suspect_unfinished(
+                    first.ledger.rebalance(takeover_s, first.withdraw)[0]
+                )
+            )
             or len(first.ledger.owned()) == 4
         ),
         "the living one takes over",
@@ -109,15 +124,22 @@ def test_what_was_just_claimed_is_not_nobodys(settings: Settings) -> None:
     first.release()
     for name, ledger in zip("ab", ledgers, strict=True):
         ledger.join(name, 4.0)
-    wait_until(lambda: bool(second._heartbeat and second._heartbeat.seen.get("test/owners/0.json")), "a look")
+    wait_until(
+        lambda: bool(second._heartbeat and second._heartbeat.seen.get("test/owners/0.json")),
+        "a look",
+    )
     assert second._heartbeat is not None and first._heartbeat is not None
     second._heartbeat.stop()  # no later look, however slow this machine is
     claims, _ = first.rebalance(4.0, lambda: None)
     assert 0 in claims
     second.follow()
-    assert second._heartbeat.seen["test/owners/0.json"].owner != first._heartbeat.owner, "its look is older"
+    assert second._heartbeat.seen["test/owners/0.json"].owner != first._heartbeat.owner, (
+        "its look is older"
+    )
     assert second._heartbeat.holder(0, second._claims.get(0), 4.0) == first._heartbeat.owner
-    assert second._heartbeat.holder(0, second._claims.get(0), 0.0) is None, "who claimed and died gives no sign"
+    assert second._heartbeat.holder(0, second._claims.get(0), 0.0) is None, (
+        "who claimed and died gives no sign"
+    )
     for ledger in ledgers:
         ledger.release()
 

@@ -1,4 +1,5 @@
-"""Waves under way beside each other: nothing is lost, nothing differs, and whatever goes wrong is taken back."""
+"""Waves under way beside each other: nothing is lost, nothing differs, and whatever goes wrong is
+taken back."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ Start = Callable[..., Controller]
 
 
 def with_settings(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    parts = {name: dataclasses.replace(getattr(settings, name), **values) for name, values in sections.items()}
+    parts = {
+        name: dataclasses.replace(getattr(settings, name), **values)
+        for name, values in sections.items()
+    }
     return dataclasses.replace(settings, **parts)
 
 
@@ -41,7 +45,12 @@ def weights_of(population: Population) -> dict[tuple[str, int], bytes]:
     """Every revision's weights, opened."""
     ledger = population.ledger
     requests = [
-        BlobRequest(pseudonym=adapter.pseudonym, revision=state.revision, part="weights", place=state.blobs["weights"])
+        BlobRequest(
+            pseudonym=adapter.pseudonym,
+            revision=state.revision,
+            part="weights",
+            place=state.blobs["weights"],
+        )
         for adapter in ledger.catalog
         for state in ledger.catalog.revisions_of(adapter.pseudonym)
     ]
@@ -58,7 +67,9 @@ def test_pipelined_waves_make_the_same_bytes_as_one_after_another(
 ) -> None:
     found = []
     for is_pipelined in (True, False):
-        settings = with_settings(pipelined, run={"pipelined": is_pipelined}, scheduler={"slots": slots})
+        settings = with_settings(
+            pipelined, run={"pipelined": is_pipelined}, scheduler={"slots": slots}
+        )
         population = Population.create(MemoryStore(), settings)
         population.enqueue_many(experience(settings, num_users=14, num_tasks=5))
         controller = start(population)
@@ -89,7 +100,9 @@ def test_a_user_is_in_one_uncommitted_wave_at_most(pipelined: Settings, start: S
     population.ledger.release()
 
 
-def test_a_wave_that_fails_takes_back_what_was_under_way_beside_it(pipelined: Settings, start: Start) -> None:
+def test_a_wave_that_fails_takes_back_what_was_under_way_beside_it(
+    pipelined: Settings, start: Start
+) -> None:
     population = Population.create(MemoryStore(), pipelined)
     population.enqueue_many(experience(pipelined, num_users=14, num_tasks=5))
     controller = start(population)
@@ -110,7 +123,9 @@ def test_a_wave_that_fails_takes_back_what_was_under_way_beside_it(pipelined: Se
             waves += 1
         except MemoryError:
             failures += 1
-            assert not controller._busy and controller._rolling is None and controller._planned is None
+            assert (
+                not controller._busy and controller._rolling is None and controller._planned is None
+            )
     assert failures == 2 and account(population).is_exact()
     population.ledger.release()
 
@@ -158,7 +173,10 @@ def test_an_orderly_end_makes_nobody_suspect(pipelined: Settings, start: Start) 
         population.ledger.release()
         population = Population.open(store, pipelined)
     controller = start(population)
-    assert not controller.ledger.catalog.attempts.unfinished and not controller.planner.suspected_users()
+    assert (
+        not controller.ledger.catalog.attempts.unfinished
+        and not controller.planner.suspected_users()
+    )
     run_to_the_end(controller)
     assert account(population).is_exact()
     population.ledger.release()
@@ -170,7 +188,8 @@ def test_commands_of_users_under_way_wait_for_their_wave(pipelined: Settings, st
     users = [f"user-{number:02d}" for number in range(14)]
     for _ in range(3):
         population.enqueue_many(
-            (user, [Demonstration(prompt="yes", completion="the sea") for _ in range(2)]) for user in users
+            (user, [Demonstration(prompt="yes", completion="the sea") for _ in range(2)])
+            for user in users
         )
     controller = start(population)
     controller.run_once()

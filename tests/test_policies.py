@@ -1,4 +1,5 @@
-"""The pure parts: advantages, losses, verdicts, the scheduler, settings, the direction of imports."""
+"""The pure parts: advantages, losses, verdicts, the scheduler, settings, the direction of
+imports."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def group(kind: str, *rewards: float, gap: float = 0.0) -> TrainGroup:
 
 def test_group_advantages_are_centred_scaled_and_empty_without_spread() -> None:
     (weighted,), _ = weigh_groups([group("task", 0.0, 1.0, 0.5)], Baseline(), LOSS)
-    np.testing.assert_allclose(weighted.advantages, np.array([-1, 1, 0]) * math.sqrt(1.5), atol=1e-4)
+    np.testing.assert_allclose(
+        weighted.advantages, np.array([-1, 1, 0]) * math.sqrt(1.5), atol=1e-4
+    )
     assert weigh_groups([group("task", 0.5, 0.5)], Baseline(), LOSS)[0] == []
     assert weigh_groups([group("task", 0.5)], Baseline(), LOSS)[0] == []
 
@@ -61,12 +64,16 @@ def test_kl_in_the_reward_takes_from_samples_that_left_the_base() -> None:
 
 
 def test_the_baseline_is_the_running_mean_reward() -> None:
-    weighted, after = weigh_groups([group("trajectory", r) for r in (0.2, 0.8, 0.5)], Baseline(), LOSS)
+    weighted, after = weigh_groups(
+        [group("trajectory", r) for r in (0.2, 0.8, 0.5)], Baseline(), LOSS
+    )
     assert [w.advantages[0] for w in weighted] == pytest.approx([0.6])  # 0.8 - 0.2, then 0.5 - 0.5
     assert after == Baseline(value=pytest.approx(0.5), num_rewards=3)
 
 
-def losses(logprob: list[float], behaviour: list[float], base: list[float], policy: bool = True) -> torch.Tensor:
+def losses(
+    logprob: list[float], behaviour: list[float], base: list[float], policy: bool = True
+) -> torch.Tensor:
     value = torch.tensor(logprob, requires_grad=True)
     out = token_losses(
         value,
@@ -119,16 +126,26 @@ def adapter(tip: int, serving: int) -> AdapterState:
         ([0.1, 0.9, 0.4], "keep", (3, 1)),
     ],
 )
-def test_verdicts_move_serving_or_the_tip(tip: list[float], decision: str, moves_to: tuple[int, int]) -> None:
+def test_verdicts_move_serving_or_the_tip(
+    tip: list[float], decision: str, moves_to: tuple[int, int]
+) -> None:
     names = ["a", "b", "c"]
-    record = verdict(adapter(3, 1), dict(zip(names, tip, strict=True)), dict.fromkeys(names, 0.5), POLICY)
+    record = verdict(
+        adapter(3, 1), dict(zip(names, tip, strict=True)), dict.fromkeys(names, 0.5), POLICY
+    )
     assert (record.decision, (record.tip, record.serving)) == (decision, moves_to)
-    assert record.numbers["interval_low"] <= record.numbers["difference"] <= record.numbers["interval_high"]
+    assert (
+        record.numbers["interval_low"]
+        <= record.numbers["difference"]
+        <= record.numbers["interval_high"]
+    )
 
 
 def test_too_little_evidence_follows_the_named_policy() -> None:
     for policy, serving in (("promote", 3), ("keep", 1)):
-        record = verdict(adapter(3, 1), {"a": 0.0}, {"a": 1.0}, dataclasses.replace(POLICY, too_few=policy))
+        record = verdict(
+            adapter(3, 1), {"a": 0.0}, {"a": 1.0}, dataclasses.replace(POLICY, too_few=policy)
+        )
         assert (record.decision, record.serving, record.tip) == (policy, serving, 3)
         assert record.reason.startswith("provisional")
 
@@ -145,7 +162,9 @@ def test_partitions_are_even_and_fixed() -> None:
     assert partition_of("ada", 4) == partition_of("ada", 4)
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/*.yaml")]), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/*.yaml")]), ids=str
+)
 def test_every_preset_loads(path: Path) -> None:
     assert isinstance(load_settings(path), Settings)
 
@@ -188,6 +207,9 @@ def test_imports_point_one_way_and_ray_stays_at_the_edges(folder: str) -> None:
         for name in imports(path):
             if name.startswith("populace."):
                 inner = name.removeprefix("populace.")
-                assert any(inner == ok or inner.startswith(ok + ".") for ok in ALLOWED[folder]), (path, name)
+                assert any(inner == ok or inner.startswith(ok + ".") for ok in ALLOWED[folder]), (
+                    path,
+                    name,
+                )
             if name == "ray" or name.startswith("ray."):
                 assert str(path.relative_to(ROOT)) in MAY_IMPORT_RAY, (path, name)

@@ -75,9 +75,14 @@ def test_asyncio_keeps_the_order_of_calls_and_returns_when_all_is_durable(store:
     producer = Producer.open(store, "pop")
 
     async def send() -> None:
-        counts = await asyncio.gather(*(producer.enqueue_async("ada", [event(number)]) for number in range(50)))
+        counts = await asyncio.gather(
+            *(producer.enqueue_async("ada", [event(number)]) for number in range(50))
+        )
         assert counts == [1] * 50
-        assert await producer.enqueue_many_async([("bob", [event(1)]), ("cleo", [event(1), event(2)])]) == 3
+        assert (
+            await producer.enqueue_many_async([("bob", [event(1)]), ("cleo", [event(1), event(2)])])
+            == 3
+        )
 
     asyncio.run(send())
     assert order_of(store, "ada") == [str(number) for number in range(50)]
@@ -96,7 +101,10 @@ def test_too_much_at_once_is_refused_whole_and_says_when_to_come_back() -> None:
 
     store.create = wait  # type: ignore[method-assign]
     producer = Producer.open(store, "pop", settings=StreamSettings(max_waiting_mb=0.01))
-    started = [threading.Thread(target=producer.enqueue, args=("ada", [event("x" * 200)] * 20)) for _ in range(1)]
+    started = [
+        threading.Thread(target=producer.enqueue, args=("ada", [event("x" * 200)] * 20))
+        for _ in range(1)
+    ]
     for thread in started:
         thread.start()
     time.sleep(0.3)
@@ -111,7 +119,9 @@ def test_too_much_at_once_is_refused_whole_and_says_when_to_come_back() -> None:
     producer.close()
 
 
-def test_who_was_forgotten_meanwhile_is_told_and_everybody_elses_events_are_there(store: FileStore) -> None:
+def test_who_was_forgotten_meanwhile_is_told_and_everybody_elses_events_are_there(
+    store: FileStore,
+) -> None:
     producer = Producer.open(store, "pop")
     producer.enqueue_many([("ada", [event(1)]), ("bob", [event(1)])])
     producer.keys.forget(producer.pseudonym("ada"))
@@ -210,8 +220,15 @@ def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_wo
     producer.close()
 
 
-def race(url: str, number: int, left: Any, barrier: Barrier, results: multiprocessing.Queue[tuple[int, int]]) -> None:
-    """Until there were so many appends in all: on a busy machine a time is too short to tell who starves."""
+def race(
+    url: str,
+    number: int,
+    left: Any,
+    barrier: Barrier,
+    results: multiprocessing.Queue[tuple[int, int]],
+) -> None:
+    """Until there were so many appends in all: on a busy machine a time is too short to tell who
+    starves."""
     log = ExperienceLog(FileStore(Path(url)), "pop", 0)
     barrier.wait(120)  # processes that start earlier would have the log to themselves
     count = 0
@@ -235,7 +252,9 @@ def test_racing_producers_lose_nothing_and_none_starves(store: FileStore) -> Non
     for process in processes:
         process.join()
     there = Counter(
-        row["pseudonym"] for _, table in ExperienceLog(store, "pop", 0).read_from(0) for row in table.to_pylist()
+        row["pseudonym"]
+        for _, table in ExperienceLog(store, "pop", 0).read_from(0)
+        for row in table.to_pylist()
     )
     assert {int(name, 16): count for name, count in there.items()} == counts
     assert min(counts.values()) > 0.1 * max(counts.values()), counts

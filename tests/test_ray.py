@@ -57,8 +57,11 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
     log = open(tmp_path / "run.log", "wb")  # noqa: SIM115
     kills = 0
     while kills < num_kills:
-        process = subprocess.Popen([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, stdout=log, stderr=log)
-        # Once the shards are there the waves begin; they take about a second together with their commits.
+        process = subprocess.Popen(
+            [*POPULACE, "run", str(config)], env=environment, cwd=ROOT, stdout=log, stderr=log
+        )
+        # Once the shards are there the waves begin; they take about a second together with their
+        # commits.
         _wait_for_first_wave(process, tmp_path / "store")
         time.sleep(chance.uniform(0.0, 2.5))
         if process.poll() is not None:
@@ -76,7 +79,9 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
             for user, tasks in experience(population.settings)
         )
     assert kills == num_kills, "the run ended before it could be killed"
-    done = subprocess.run([*POPULACE, "run", str(config)], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*POPULACE, "run", str(config)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     population = open_population(config)
     outcome = account(population)
@@ -87,7 +92,9 @@ def test_kill_9_at_a_random_moment_loses_nothing_and_trains_nothing_twice(
         findings = population.verify(user)
         kept = sum(info.is_kept for info in population.revisions(user)) - 1
         assert not findings.problems
-        assert findings.num_blobs >= 2 * kept > 0, "weights and evidence of what the retention rule keeps"
+        assert findings.num_blobs >= 2 * kept > 0, (
+            "weights and evidence of what the retention rule keeps"
+        )
 
 
 def _renamed(task, event_id: str):  # type: ignore[no-untyped-def]
@@ -107,7 +114,9 @@ def _wait_for_first_wave(process: subprocess.Popen[bytes], store: Path) -> None:
     raise AssertionError(f"no claim; the run's exit code is {process.poll()}")
 
 
-def test_ctrl_c_ends_after_the_current_wave_and_releases(head: dict[str, str], config: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_after_the_current_wave_and_releases(
+    head: dict[str, str], config: Path, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
         [*POPULACE, "run", str(config)],
         env=on_head(head),
@@ -123,12 +132,16 @@ def test_ctrl_c_ends_after_the_current_wave_and_releases(head: dict[str, str], c
     population = open_population(config)
     assert not population.status().running
     assert account(population).is_exact() or population.status().pending_events > 0
-    again = subprocess.run([*POPULACE, "run", str(config)], env=on_head(head), cwd=ROOT, timeout=120)
+    again = subprocess.run(
+        [*POPULACE, "run", str(config)], env=on_head(head), cwd=ROOT, timeout=120
+    )
     assert again.returncode == 0
     assert account(open_population(config)).is_exact()
 
 
-def test_a_submitted_job_trains_the_population(head: dict[str, str], config: Path, tmp_path: Path) -> None:
+def test_a_submitted_job_trains_the_population(
+    head: dict[str, str], config: Path, tmp_path: Path
+) -> None:
     done = submit(head, "run", str(config), "run.max_waves=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
@@ -137,7 +150,11 @@ def test_a_submitted_job_trains_the_population(head: dict[str, str], config: Pat
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    with ray_here(num_cpus=2, object_store_memory=100_000_000, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}):
+    with ray_here(
+        num_cpus=2,
+        object_store_memory=100_000_000,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    ):
         yield
 
 
@@ -150,7 +167,17 @@ def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(
         return RewardRequest(target=f"tests.rewards:{name}", arguments={}, replies=(reply, reply))
 
     monkeypatch.setattr("populace.population.waves.reward_tasks.START_GRACE_S", 8.0)
-    names = ["letters", "hanging", "raising", "dying", "letters", "missing", "hanging", "deaf", "letters"]
+    names = [
+        "letters",
+        "hanging",
+        "raising",
+        "dying",
+        "letters",
+        "missing",
+        "hanging",
+        "deaf",
+        "letters",
+    ]
     outcomes = score_on_ray([request(name) for name in names], timeout_s=2.0)
     assert outcomes[0] == outcomes[4] == outcomes[8] == (0.6, 0.6)
     assert "longer than 2.0 s" in outcomes[1] and "longer than 2.0 s" in outcomes[6]
@@ -167,11 +194,15 @@ def gateway_store(tmp_path: Path) -> FileStore:
     return store
 
 
-def test_many_producers_share_a_gateway_that_survives_its_own_death(local_ray: None, gateway_store: FileStore) -> None:
+def test_many_producers_share_a_gateway_that_survives_its_own_death(
+    local_ray: None, gateway_store: FileStore
+) -> None:
     store, rewards = gateway_store, {"letters": "m:f"}
     with pytest.raises(InvalidInput, match=r"stream\.gateway=true"):
         Gateway.connect(store.url, "pop")
-    gateway = Gateway.start(store.url, "pop", rewards=rewards, stream=StreamSettings(linger_ms=5, max_waiting_mb=0.05))
+    gateway = Gateway.start(
+        store.url, "pop", rewards=rewards, stream=StreamSettings(linger_ms=5, max_waiting_mb=0.05)
+    )
     again = Gateway.connect(store.url, "pop", rewards=rewards)
 
     def event(number: int, size: int = 10) -> Demonstration:
@@ -213,7 +244,8 @@ def test_the_streaming_example_learns_from_users_while_they_talk(
 ) -> None:
     config = ROOT / "examples" / "streaming" / "config.yaml"
     overrides = [
-        f"base.model={bases['mixtral']}", f"store=file://{tmp_path}/store", f"residency.near_folder={tmp_path}/near",
+        f"base.model={bases['mixtral']}", f"store=file://{tmp_path}/store",
+        f"residency.near_folder={tmp_path}/near",
         "run.threads=1", "run.takeover_s=2.5", "adapter.rank=2",
     ]  # fmt: skip
     environment = on_head(head)
@@ -225,7 +257,11 @@ def test_the_streaming_example_learns_from_users_while_they_talk(
         assert talking.poll() is None
         time.sleep(0.1)
     training = subprocess.Popen(
-        [*POPULACE, "run", str(config), *overrides], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [*POPULACE, "run", str(config), *overrides],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     told, _ = talking.communicate(timeout=240)
     training.send_signal(signal.SIGINT)

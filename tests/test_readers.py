@@ -44,7 +44,8 @@ def write(folder: Path, form: str) -> Path:
         path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
         return path
     as_text = {name: json.dumps(ROWS[0][name]) for name in ("reward_args",)}
-    # Columns of a table have one type: rewards that are names and rewards that are numbers go into two files.
+    # Columns of a table have one type: rewards that are names and rewards that are numbers go into
+    # two files.
     tables = [
         pa.Table.from_pylist([{**ROWS[0], **as_text}]),
         pa.Table.from_pylist([{**dict.fromkeys(COLUMNS), **row} for row in ROWS[1:4]]),
@@ -74,7 +75,11 @@ def events_in(store: FileStore) -> dict[str, list[tuple[str, str, str]]]:
             if row is None or ledger.pending.users["partition"][row] != partition:
                 continue
             found[user] = [
-                (type(item.event).__name__, item.event.prompt[-1]["content"], getattr(item.event, "completion", ""))  # type: ignore[union-attr]
+                (
+                    type(item.event).__name__,
+                    item.event.prompt[-1]["content"],
+                    getattr(item.event, "completion", ""),
+                )  # type: ignore[union-attr]
                 for item in ledger.events(partition, positions)
             ]
     return found
@@ -108,17 +113,34 @@ BAD = [
     ({"user": "ada", "prompt": "hi", "completion": "yes", "reward": 1e300}, "give a finite number"),
     ({"user": "ada", "prompt": "", "completion": "yes"}, "prompt is empty"),
     ({"user": "", "prompt": "hi", "completion": "yes"}, "non-empty"),
-    ({"user": "ada", "prompt": "hi", "reward": "letters", "reward_args": "{"}, "give an object or its JSON"),
+    (
+        {"user": "ada", "prompt": "hi", "reward": "letters", "reward_args": "{"},
+        "give an object or its JSON",
+    ),
     ({"user": "ada", "messages": [{"role": "user", "content": "hi"}]}, "at least two"),
     ({"user": "ada", "messages": [{}, {}], "prompt": "hi"}, "use one or the other"),
-    ({"user": "ada", "prompt": "hi", "completion": "y", "reward": 1, "completion_ids": [1], "logprobs": []}, None),
+    (
+        {
+            "user": "ada",
+            "prompt": "hi",
+            "completion": "y",
+            "reward": 1,
+            "completion_ids": [1],
+            "logprobs": [],
+        },
+        None,
+    ),
     ({"user": "ada", "prompt": "hi", "completion": "y", "event_id": -1}, "counts up from 0"),
 ]
 
 
-def test_bad_rows_are_reported_by_line_with_the_reason_and_good_ones_go_on(store: FileStore, tmp_path: Path) -> None:
+def test_bad_rows_are_reported_by_line_with_the_reason_and_good_ones_go_on(
+    store: FileStore, tmp_path: Path
+) -> None:
     path, rejects = tmp_path / "events.jsonl", tmp_path / "bad.jsonl"
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row, _ in BAD) + "\n")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row, _ in BAD) + "\n"
+    )
     report = enqueue_file(Producer.open(store, "pop", rewards={"letters": "m:f"}), path, rejects)
     assert report.num_events == 1 and report.num_rejected == len(BAD) - 1
     found = {item["line"]: item for item in map(json.loads, rejects.read_text().splitlines())}
@@ -148,7 +170,11 @@ def test_a_file_that_is_nothing_of_the_kind_is_named(tmp_path: Path) -> None:
 
 def test_a_user_can_be_named_for_all_rows() -> None:
     user, event = event_from_row({"prompt": "hi", "completion": "yes"}, "ada")
-    assert user == "ada" and event_from_row({"prompt": "hi", "completion": "yes"}, "ada")[1].event_id == event.event_id
+    assert (
+        user == "ada"
+        and event_from_row({"prompt": "hi", "completion": "yes"}, "ada")[1].event_id
+        == event.event_id
+    )
 
 
 def test_the_command_enqueues_reports_and_lists(
@@ -173,7 +199,9 @@ def test_the_simulator_prints_waits_fairness_and_throughput(tmp_path: Path) -> N
     config = tmp_path / "config.yaml"
     config.write_text("scheduler: {tenants: {acme: {weight: 2}}}\n")
     options = ["--users", "200", "--rate", "100", "--hours", "0.02", "--share", "1", "--share", "1"]
-    done = CliRunner().invoke(app, ["simulate", str(config), "scheduler.cool_down_s=1", *options, "--json"])
+    done = CliRunner().invoke(
+        app, ["simulate", str(config), "scheduler.cool_down_s=1", *options, "--json"]
+    )
     assert done.exit_code == 0, done.output
     report = json.loads(done.output)
     default, acme = report["tenants"]
@@ -181,4 +209,6 @@ def test_the_simulator_prints_waits_fairness_and_throughput(tmp_path: Path) -> N
     table = CliRunner().invoke(app, ["simulate", str(config), *options])
     assert "acme" in table.output and "Jain" in table.output
     wrong = CliRunner().invoke(app, ["simulate", str(config), "--share", "1"])
-    assert isinstance(wrong.exception, InvalidInput) and "--share was given 1 times" in str(wrong.exception)
+    assert isinstance(wrong.exception, InvalidInput) and "--share was given 1 times" in str(
+        wrong.exception
+    )

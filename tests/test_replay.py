@@ -21,7 +21,15 @@ from populace.population.client import Population
 from populace.population.controller import Controller
 from populace.population.experience.events import Pin, Rollback, Trajectory
 from populace.population.tools import replay as replay_module
-from populace.population.tools.replay import DIFFERENT, NOT_KEPT, REFUSED, SAME, Route, replay, route_to
+from populace.population.tools.replay import (
+    DIFFERENT,
+    NOT_KEPT,
+    REFUSED,
+    SAME,
+    Route,
+    replay,
+    route_to,
+)
 from tests.streams import WORDS, experience
 
 Start = Callable[..., Controller]
@@ -34,7 +42,9 @@ def settings_for(settings: Settings, **fields: object) -> Settings:
         settings,
         user_ranks={"user-1": 1, "user-2": 5, "user-3": 8},
         scheduler=SchedulerSettings(max_adapters_per_wave=4, events_per_update=2, slots=9),
-        evaluation=EvaluationSettings(every_waves=5, heldout_share=0.25, samples_per_task=2, confidence=0.3),
+        evaluation=EvaluationSettings(
+            every_waves=5, heldout_share=0.25, samples_per_task=2, confidence=0.3
+        ),
         retention=RetentionSettings(last=3, every_waves=10),
         **fields,
     )
@@ -70,9 +80,12 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
     controller = start(population)
     num_pins = 0
     for wave in range(NUM_WAVES):
-        # The history has pinned tips, early and just after an evaluation, a fork, and a revision that is returned to.
+        # The history has pinned tips, early and just after an evaluation, a fork, and a revision
+        # that is returned to.
         if wave in (20, 46):
-            tips = {f"user-{n}": population.ledger.adapter(f"user-{n}").tip for n in range(NUM_USERS)}
+            tips = {
+                f"user-{n}": population.ledger.adapter(f"user-{n}").tip for n in range(NUM_USERS)
+            }
             pins = {user: [Pin(revision=tip, pinned=True)] for user, tip in tips.items() if tip}
             population.ledger.enqueue(pins)
             num_pins += len(pins)
@@ -93,25 +106,39 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
     num_same = 0
     for number in range(NUM_USERS):
         adapter = population.ledger.adapter(f"user-{number}")
-        kept = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept]
+        kept = [
+            state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept
+        ]
         found = replay(population, f"user-{number}")
         assert [item.revision for item in found] == kept
         assert {item.outcome for item in found} == {SAME}, found
         num_same += len(found)
-        dropped = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if not state.is_kept]
+        dropped = [
+            state.revision for state in catalog.revisions_of(adapter.pseudonym) if not state.is_kept
+        ]
         if dropped:
             (gone,) = replay(population, f"user-{number}", dropped[0])
             assert gone.outcome == NOT_KEPT
     routes = [
-        (adapter, route_to(catalog, adapter, state.revision, lambda r, a=adapter: population.ledger.entry(a, r)))
+        (
+            adapter,
+            route_to(
+                catalog, adapter, state.revision, lambda r, a=adapter: population.ledger.entry(a, r)
+            ),
+        )
         for adapter in (population.ledger.adapter(f"user-{n}") for n in range(NUM_USERS))
         for state in catalog.revisions_of(adapter.pseudonym)
         if state.is_kept
     ]
     assert all(isinstance(route, Route) for _, route in routes)
-    # Among them are routes from a pinned tip with its moments, and updates that restarted with moments at zero.
+    # Among them are routes from a pinned tip with its moments, and updates that restarted with
+    # moments at zero.
     assert any(route.start.moments is not None for _, route in routes)
-    assert any(entry.parent and entry.parent_moments_sha256 is None for _, route in routes for entry in route.updates)
+    assert any(
+        entry.parent and entry.parent_moments_sha256 is None
+        for _, route in routes
+        for entry in route.updates
+    )
     status = population.status()
     assert status.revisions > num_same >= 3 * NUM_USERS  # the rule let some go
 
@@ -119,8 +146,12 @@ def test_every_kept_revision_of_fifty_waves_replays_byte_for_byte(
         app, ["verify", "--replay", "user-0", "--store", f"file://{tmp_path}/store"]
     )
     assert one.exit_code == 0 and "same bytes" in one.output, one.output
-    whole = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["verify", "--all", "--store", f"file://{tmp_path}/store"])
-    assert whole.exit_code == 0 and f"{status.revisions - num_same} of them not kept" in whole.output, whole.output
+    whole = CliRunner(env={"COLUMNS": "160"}).invoke(
+        app, ["verify", "--all", "--store", f"file://{tmp_path}/store"]
+    )
+    assert (
+        whole.exit_code == 0 and f"{status.revisions - num_same} of them not kept" in whole.output
+    ), whole.output
 
 
 def test_a_replay_that_differs_or_cannot_be_is_told(
@@ -142,7 +173,9 @@ def test_a_replay_that_differs_or_cannot_be_is_told(
 
     monkeypatch.setattr(replay_module, "decode_evidence", lambda body: ())
     unlearned = replay(population, "user-0")
-    assert {item.outcome for item in unlearned} == {DIFFERENT} and "no_signal" in unlearned[-1].detail
+    assert {item.outcome for item in unlearned} == {DIFFERENT} and "no_signal" in unlearned[
+        -1
+    ].detail
     monkeypatch.setattr(replay_module, "decode_evidence", read)
 
     describe = replay_module.ShardEngine.describe

@@ -1,4 +1,5 @@
-"""Hot, warm, near and cold: the right bytes from wherever they are, shared loads, and nothing that is needed goes."""
+"""Hot, warm, near and cold: the right bytes from wherever they are, shared loads, and nothing that
+is needed goes."""
 
 from __future__ import annotations
 
@@ -42,10 +43,14 @@ class CountingStore(MemoryStore):
 
 
 @pytest.fixture
-def trained(settings: Settings, start: Start) -> Iterator[tuple[CountingStore, Population, list[AdapterRef]]]:
+def trained(
+    settings: Settings, start: Start
+) -> Iterator[tuple[CountingStore, Population, list[AdapterRef]]]:
     """Ten users with a revision each, in a store; nobody owns it."""
     store = CountingStore()
-    settings = dataclasses.replace(settings, evaluation=dataclasses.replace(settings.evaluation, every_waves=1000))
+    settings = dataclasses.replace(
+        settings, evaluation=dataclasses.replace(settings.evaluation, every_waves=1000)
+    )
     population = Population.create(store, settings)
     population.enqueue_many(experience(settings, num_users=10, num_tasks=6))
     controller = start(population)
@@ -59,7 +64,9 @@ def trained(settings: Settings, start: Start) -> Iterator[tuple[CountingStore, P
 
 def residency_of(population: Population, store: CountingStore, **budget: object) -> Residency:
     engine = ShardEngine(population.shard_settings(population.base(), chat_of(population)), store)
-    engine.residency = Residency(engine.slab, store, engine.residency.keys, ResidencyBudget(**budget))  # type: ignore[arg-type]
+    engine.residency = Residency(
+        engine.slab, store, engine.residency.keys, ResidencyBudget(**budget)
+    )  # type: ignore[arg-type]
     return engine.residency
 
 
@@ -78,7 +85,9 @@ def test_an_adapter_has_the_same_bytes_from_every_tier(
 ) -> None:
     store, population, refs = trained
     first, rest = refs[:4], refs[4:8]
-    residency = residency_of(population, store, near_bytes=1 << 30, near_folder=str(tmp_path / "near"))
+    residency = residency_of(
+        population, store, near_bytes=1 << 30, near_folder=str(tmp_path / "near")
+    )
     assert residency.page_in(first, True).found == {"hot": 0, "new": 0, "cold": 4}
     expected = bytes_in(residency, first)
     assert residency.page_in(first, True).found["hot"] == 4
@@ -128,7 +137,9 @@ def test_a_prefetch_returns_at_once_and_paging_in_waits_for_the_same_load(
     alone = residency_of(population, store)
     before = store.num_reads
     alone.page_in(refs[:4], True)
-    assert reads == store.num_reads - before, "the two prefetches and the page-in read everything once"
+    assert reads == store.num_reads - before, (
+        "the two prefetches and the page-in read everything once"
+    )
 
 
 def test_nothing_of_this_or_the_next_wave_is_evicted(
@@ -172,14 +183,18 @@ def test_the_near_folder_may_lose_and_damage_anything(
     assert found["near"] + found["cold"] == 4 and found["cold"] >= 1
     assert bytes_in(again, refs[:4]) == expected
     for path in near.glob("*/*"):
-        assert not any(own[0][:64] in path.read_bytes() for own in expected), "only ciphertext lies there"
+        assert not any(own[0][:64] in path.read_bytes() for own in expected), (
+            "only ciphertext lies there"
+        )
 
 
 def test_a_forgotten_user_leaves_every_tier(
     trained: tuple[CountingStore, Population, list[AdapterRef]], tmp_path: Path
 ) -> None:
     store, population, refs = trained
-    residency = residency_of(population, store, near_bytes=1 << 30, near_folder=str(tmp_path / "near"))
+    residency = residency_of(
+        population, store, near_bytes=1 << 30, near_folder=str(tmp_path / "near")
+    )
     residency.page_in(refs[:2], True)
     gone = refs[0].key.pseudonym
     residency.forget([gone])
@@ -192,9 +207,15 @@ def test_the_near_tier_keeps_its_budget_also_over_restarts(
     trained: tuple[CountingStore, Population, list[AdapterRef]], tmp_path: Path
 ) -> None:
     store, population, refs = trained
-    sizes = [ref.weights.size_bytes + ref.moments.size_bytes for ref in refs if ref.weights and ref.moments]
+    sizes = [
+        ref.weights.size_bytes + ref.moments.size_bytes
+        for ref in refs
+        if ref.weights and ref.moments
+    ]
     budget = sum(sizes[:3])
-    residency = residency_of(population, store, near_bytes=budget, near_folder=str(tmp_path / "near"))
+    residency = residency_of(
+        population, store, near_bytes=budget, near_folder=str(tmp_path / "near")
+    )
     for ref in refs:
         residency.page_in([ref], True)
 
@@ -206,7 +227,12 @@ def test_the_near_tier_keeps_its_budget_also_over_restarts(
     assert on_disk() <= budget // 2
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5), st.sets(st.integers(0, 9), max_size=3)), max_size=80))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.integers(1, 5), st.sets(st.integers(0, 9), max_size=3)),
+        max_size=80,
+    )
+)
 def test_a_tier_never_exceeds_its_capacity_and_evicts_the_least_recently_used(
     steps: list[tuple[int, int, set[int]]],
 ) -> None:
@@ -215,7 +241,9 @@ def test_a_tier_never_exceeds_its_capacity_and_evicts_the_least_recently_used(
         going = tier.put(key, size, keep)
         order = [item for item in order if item[0] != key]
         if going == [key]:
-            assert size + sum(its for name, its in order if name in keep) > 10, "only what can't fit stays out"
+            assert size + sum(its for name, its in order if name in keep) > 10, (
+                "only what can't fit stays out"
+            )
         else:
             assert not set(going) & keep
             candidates = [name for name, _ in order if name not in keep]
@@ -226,7 +254,11 @@ def test_a_tier_never_exceeds_its_capacity_and_evicts_the_least_recently_used(
 
 
 def test_settings_reach_the_shards(settings: Settings) -> None:
-    settings = dataclasses.replace(settings, residency=ResidencySettings(warm_mb=3, near_mb=5, near_folder="/tmp/x"))
+    settings = dataclasses.replace(
+        settings, residency=ResidencySettings(warm_mb=3, near_mb=5, near_folder="/tmp/x")
+    )
     population = Population.create(MemoryStore(), settings)
     shard = population.shard_settings(population.base(), chat_of(population))  # type: ignore[arg-type]
-    assert shard.residency == ResidencyBudget(warm_bytes=3_000_000, near_bytes=5_000_000, near_folder="/tmp/x")
+    assert shard.residency == ResidencyBudget(
+        warm_bytes=3_000_000, near_bytes=5_000_000, near_folder="/tmp/x"
+    )

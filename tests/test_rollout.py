@@ -44,7 +44,9 @@ def request(key: AdapterKey, **fields: object) -> RolloutRequest:
 
 
 @torch.no_grad()
-def trainer_logprobs(engine: ShardEngine, groups: list[RolloutGroup], replay: bool = True) -> np.ndarray:
+def trainer_logprobs(
+    engine: ShardEngine, groups: list[RolloutGroup], replay: bool = True
+) -> np.ndarray:
     """The trainer's view of rollouts, in the groups' order."""
     pieces = []
     for group in groups:
@@ -56,7 +58,9 @@ def trainer_logprobs(engine: ShardEngine, groups: list[RolloutGroup], replay: bo
                     prompt_ids=group.prompt_ids,
                     branches=tuple(sample.completion_ids for sample in group.samples),
                     prompt_expert_ids=group.prompt_expert_ids if replay else None,
-                    branch_expert_ids=tuple(s.expert_ids if replay else None for s in group.samples),
+                    branch_expert_ids=tuple(
+                        s.expert_ids if replay else None for s in group.samples
+                    ),
                     temperature=group.temperature,
                 )
             ],
@@ -73,7 +77,9 @@ def sampler_logprobs(groups: list[RolloutGroup]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_trainer_and_sampler_agree_in_fp32(make_engine: Make, family: str, temperature: float) -> None:
+def test_trainer_and_sampler_agree_in_fp32(
+    make_engine: Make, family: str, temperature: float
+) -> None:
     engine = make_engine(family)
     keys = admit(engine, [0, 1, 2, 3])
     groups = engine.roll_out([request(key, temperature=temperature) for key in keys])
@@ -97,7 +103,9 @@ def test_trainer_and_sampler_agree_in_bf16_within_a_bound(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_the_base_computes_what_transformers_computes(make_engine: Make, bases: dict[str, Path], family: str) -> None:
+def test_the_base_computes_what_transformers_computes(
+    make_engine: Make, bases: dict[str, Path], family: str
+) -> None:
     engine = make_engine(family)
     (key,) = admit(engine, [0])
     groups = engine.roll_out([request(key)])
@@ -158,14 +166,19 @@ def test_replaying_the_recorded_experts_changes_nothing_and_other_experts_change
         dataclasses.replace(
             group,
             prompt_expert_ids=(group.prompt_expert_ids + 1) % num_experts,
-            samples=tuple(dataclasses.replace(s, expert_ids=(s.expert_ids + 1) % num_experts) for s in group.samples),
+            samples=tuple(
+                dataclasses.replace(s, expert_ids=(s.expert_ids + 1) % num_experts)
+                for s in group.samples
+            ),
         )
         for group in groups
     ]
     assert np.abs(trainer_logprobs(engine, twisted) - native).mean() > 0.05
 
 
-def test_positions_with_unknown_experts_route_natively_and_leave_the_loss(make_engine: Make) -> None:
+def test_positions_with_unknown_experts_route_natively_and_leave_the_loss(
+    make_engine: Make,
+) -> None:
     engine = make_engine()
     (key,) = admit(engine, [0])
     (group,) = engine.roll_out([request(key, num_samples=1)])
@@ -189,7 +202,9 @@ def test_positions_with_unknown_experts_route_natively_and_leave_the_loss(make_e
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_replay_keeps_the_trainer_with_the_rollout_when_the_router_is_noisy(make_engine: Make, family: str) -> None:
+def test_replay_keeps_the_trainer_with_the_rollout_when_the_router_is_noisy(
+    make_engine: Make, family: str
+) -> None:
     engine = make_engine(family)
     numbers = [0, 1, 2]
     keys = admit(engine, numbers)
@@ -201,14 +216,18 @@ def test_replay_keeps_the_trainer_with_the_rollout_when_the_router_is_noisy(make
             layer.mlp.gate = NoisyGate(gate, noise, 1) if noise else gate
         engine.reset()
         admit(engine, numbers)
-        return engine.train_wave(WaveBatch(adapters=tuple(learn_from(group, replay) for group in groups)))
+        return engine.train_wave(
+            WaveBatch(adapters=tuple(learn_from(group, replay) for group in groups))
+        )
 
     def kl(result: StepResult) -> float:
         return float(np.mean([update.metrics["rollout_kl"] for update in result.updates]))
 
     quiet, replayed, native = train(0.0, True), train(0.5, True), train(0.5, False)
     assert quiet.out_of_route[0] == 0 < quiet.out_of_route[1]
-    assert replayed.out_of_route[0] > 0.05 * replayed.out_of_route[1], "the noise would have changed selections"
+    assert replayed.out_of_route[0] > 0.05 * replayed.out_of_route[1], (
+        "the noise would have changed selections"
+    )
     assert kl(replayed) <= 2 * kl(quiet) + 1e-9
     assert kl(native) > 1e-3 > 100 * kl(replayed)
     assert native.out_of_route == (0, 0), "nothing was recorded"
@@ -224,6 +243,8 @@ def test_tokens_whose_routing_cannot_be_mapped_are_counted(make_engine: Make) ->
     ids[1] = -1  # as from an engine with experts that this base doesn't have
     gap = dataclasses.replace(first, sample=dataclasses.replace(first.sample, expert_ids=ids))
     samples = (gap, *batch.groups[0].samples[1:])
-    batch = dataclasses.replace(batch, groups=(dataclasses.replace(batch.groups[0], samples=samples),))
+    batch = dataclasses.replace(
+        batch, groups=(dataclasses.replace(batch.groups[0], samples=samples),)
+    )
     (update,) = engine.train_wave(WaveBatch(adapters=(batch,))).updates
     assert update.metrics["masked_share"] == pytest.approx(1 / update.metrics["tokens"])

@@ -39,7 +39,9 @@ def endpoint() -> Iterator[str]:
         yield found
 
 
-def test_a_population_lives_on_an_s3(settings: Settings, start: Start, endpoint: str, tmp_path: Path) -> None:
+def test_a_population_lives_on_an_s3(
+    settings: Settings, start: Start, endpoint: str, tmp_path: Path
+) -> None:
     url = f"s3://people/of/the/test?endpoint={endpoint}"
     settings = dataclasses.replace(settings, store=url)
     population = Population.create(url, settings)  # makes the bucket
@@ -86,13 +88,20 @@ def test_duckdb_answers_what_operators_ask(tmp_path: Path) -> None:
     def wave(segment: int, *users: str) -> None:
         drafts = [history.draft(catalog, user, at=segment) for user in users]
         parameters = {"algorithm": "grpo"}
-        catalog.apply(*owner.commit_wave("w", drafts, parameters=parameters, materials={}, numerics={}))
+        catalog.apply(
+            *owner.commit_wave("w", drafts, parameters=parameters, materials={}, numerics={})
+        )
 
     def judge(user: str, decision: str) -> None:
         adapter = catalog.require(name_of(user))
         back = adapter.serving if decision == "reject" else adapter.tip
         record = Verdict(
-            pseudonym=adapter.pseudonym, decision=decision, judged=adapter.tip, tip=back, serving=back, reason="r"
+            pseudonym=adapter.pseudonym,
+            decision=decision,
+            judged=adapter.tip,
+            tip=back,
+            serving=back,
+            reason="r",
         )
         catalog.apply(owner.append(record), record)
 
@@ -110,15 +119,18 @@ def test_duckdb_answers_what_operators_ask(tmp_path: Path) -> None:
         return database.sql(question.replace("$", f"{tmp_path}/catalog/")).fetchall()
 
     learned_from_7 = ask(
-        "SELECT DISTINCT pseudonym FROM '$uses.parquet' WHERE partition = 0 AND segment = 7 ORDER BY pseudonym"
+        "SELECT DISTINCT pseudonym FROM '$uses.parquet' WHERE partition = 0 AND segment = 7 ORDER "
+        "BY pseudonym"
     )
     assert [name for (name,) in learned_from_7] == sorted([name_of("ada"), name_of("bob")])
     regressed_twice = ask(
-        "SELECT pseudonym FROM '$verdicts.parquet' WHERE decision = 'reject' GROUP BY 1 HAVING count(*) >= 2"
+        "SELECT pseudonym FROM '$verdicts.parquet' WHERE decision = 'reject' GROUP BY 1 HAVING "
+        "count(*) >= 2"
     )
     assert regressed_twice == [(name_of("bob"),)]
     behind = ask(
-        "SELECT a.pseudonym, max(r.revision) FROM '$adapters.parquet' a JOIN '$revisions.parquet' r USING (pseudonym) "
+        "SELECT a.pseudonym, max(r.revision) FROM '$adapters.parquet' a JOIN '$revisions.parquet' "
+        "r USING (pseudonym) "
         "WHERE a.tip <> a.serving GROUP BY 1 ORDER BY 2 DESC, 1"
     )
     assert behind == [(name_of("ada"), 2), (name_of("cleo"), 1)]
@@ -128,4 +140,6 @@ def test_duckdb_answers_what_operators_ask(tmp_path: Path) -> None:
 
 def test_an_empty_catalog_is_exported_too(tmp_path: Path) -> None:
     assert set(export_catalog(Catalog(), tmp_path / "catalog").values()) == {0}
-    assert duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/catalog/adapters.parquet'").fetchall() == [(0,)]
+    assert duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/catalog/adapters.parquet'").fetchall() == [
+        (0,)
+    ]

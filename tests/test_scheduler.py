@@ -17,7 +17,8 @@ from populace.population.waves.scheduler import Budget, Choice, Policy, Served, 
 from populace.storage.errors import InvalidInput
 
 user = st.tuples(
-    st.floats(0, 100), st.integers(1, 9), st.integers(1, 50), st.integers(0, 2), st.integers(1, 8), st.booleans(),
+    st.floats(0, 100), st.integers(1, 9), st.integers(1, 50), st.integers(0, 2), st.integers(1, 8),
+    st.booleans(),
 )  # fmt: skip
 users = st.lists(user, max_size=30)
 Row = tuple[float, int, int, int, int, bool]
@@ -30,7 +31,8 @@ def candidates_of(rows: list[Row]) -> Candidates:
     return Candidates(
         row_U=np.arange(len(rows)), since=np.array(since, np.float64), num_events=np.array(events, np.uint32),
         tokens=np.array(tokens, np.uint32), tenant=np.array(tenant, np.uint16), rank=np.array(rank, np.uint32),
-        is_hot=np.array(hot, bool), updated=np.full(len(rows), -np.inf), load_bytes_per_rank=LOAD_PER_RANK,
+        is_hot=np.array(hot, bool), updated=np.full(len(rows), -np.inf),
+        load_bytes_per_rank=LOAD_PER_RANK,
     )  # fmt: skip
 
 
@@ -38,7 +40,9 @@ def policy(weight: list[float] | None = None, **more: float) -> Policy:
     return Policy(weight_G=np.array(weight or [1.0, 1.0, 1.0]), events_per_update=4, **more)  # type: ignore[arg-type]
 
 
-@given(users, weights, st.integers(1, 8), st.integers(50, 120), st.integers(8, 30), st.integers(40, 90))
+@given(
+    users, weights, st.integers(1, 8), st.integers(50, 120), st.integers(8, 30), st.integers(40, 90)
+)
 def test_no_budget_is_ever_exceeded_and_a_wave_is_never_empty_without_need(
     rows: list[Row],
     weight: list[float],
@@ -47,7 +51,9 @@ def test_no_budget_is_ever_exceeded_and_a_wave_is_never_empty_without_need(
     max_rank: int,
     max_load: int,
 ) -> None:
-    budget = Budget(max_adapters=max_adapters, max_tokens=max_tokens, max_rank=max_rank, max_load_bytes=max_load)
+    budget = Budget(
+        max_adapters=max_adapters, max_tokens=max_tokens, max_rank=max_rank, max_load_bytes=max_load
+    )
     candidates = candidates_of(rows)
     choice = form_wave(candidates, budget, policy(weight), Served.nothing(3), 100.0)
     chosen = choice.chosen
@@ -64,23 +70,33 @@ def test_no_budget_is_ever_exceeded_and_a_wave_is_never_empty_without_need(
 def test_the_same_inputs_give_the_same_wave(rows: list[Row], weight: list[float]) -> None:
     budget, served = Budget(max_adapters=5, max_tokens=90), Served(time_G=np.array([0.0, 0.5, 0.1]))
     first, again = (
-        form_wave(candidates_of(rows), budget, policy(weight, residency_bonus_s=3), served, 100.0) for _ in range(2)
+        form_wave(candidates_of(rows), budget, policy(weight, residency_bonus_s=3), served, 100.0)
+        for _ in range(2)
     )
     assert first.chosen.tolist() == again.chosen.tolist()
     assert first.served.time_G.tolist() == again.served.time_G.tolist()
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40, unique=True), st.integers(1, 10))
-def test_within_a_tenant_the_longest_waiting_go_first(since: list[float], max_adapters: int) -> None:
+def test_within_a_tenant_the_longest_waiting_go_first(
+    since: list[float], max_adapters: int
+) -> None:
     rows = [(value, 4, 1, 0, 1, False) for value in since]
-    choice = form_wave(candidates_of(rows), Budget(max_adapters=max_adapters), policy(), Served.nothing(3), 100.0)
+    choice = form_wave(
+        candidates_of(rows), Budget(max_adapters=max_adapters), policy(), Served.nothing(3), 100.0
+    )
     assert [since[index] for index in choice.chosen] == sorted(since)[:max_adapters]
 
 
 def serve_for_ever(
-    weight: list[float], demands: list[tuple[int, int, int]], budget: Budget, policy: Policy, num_waves: int
+    weight: list[float],
+    demands: list[tuple[int, int, int]],
+    budget: Budget,
+    policy: Policy,
+    num_waves: int,
 ) -> list[list[int]]:
-    """Users who always have more: (tenant, tokens, rank) each. Returns the waves that served each of them."""
+    """Users who always have more: (tenant, tokens, rank) each. Returns the waves that served each
+    of them."""
     since, served = np.arange(len(demands)) * 1e-3, Served.nothing(len(weight))
     turns: list[list[int]] = [[] for _ in demands]
     for number in range(num_waves):
@@ -100,22 +116,31 @@ def serve_for_ever(
 @settings(max_examples=30, deadline=None)
 @given(
     weights,
-    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50), st.integers(1, 8)), min_size=2, max_size=25),
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 50), st.integers(1, 8)), min_size=2, max_size=25
+    ),
     st.integers(1, 6),
     st.floats(0, 5),
 )
 def test_nobody_starves_whatever_the_weights_sizes_and_bonuses(
     weight: list[float], demands: list[tuple[int, int, int]], max_adapters: int, bonus_s: float
 ) -> None:
-    """The wait between two turns is bounded by what stands before one in line and by one's tenant's share."""
+    """The wait between two turns is bounded by what stands before one in line and by one's tenant's
+    share."""
     budget = Budget(max_adapters=max_adapters, max_tokens=50, max_load_bytes=40)
     own = policy(weight, residency_bonus_s=bonus_s, evidence_bonus_s=bonus_s)
-    # One user costs a wave at most, so a tenant of share w gets a wave's worth at least every 1/w waves, and a user of
-    # it has all others of the tenant before it at most, and those once more that bonuses let pass.
+    # One user costs a wave at most, so a tenant of share w gets a wave's worth at least every 1/w
+    # waves, and a user of it has all others of the tenant before it at most, and those once more
+    # that bonuses let pass.
     present = {tenant for tenant, _, _ in demands}
-    shares = {tenant: weight[tenant] / sum(weight[other] for other in present) for tenant in present}
+    shares = {
+        tenant: weight[tenant] / sum(weight[other] for other in present) for tenant in present
+    }
     counts = {tenant: sum(item[0] == tenant for item in demands) for tenant in present}
-    bound = {t: int((counts[t] + 2) / shares[t] * (1 + 2 * bonus_s / max(1.0, counts[t]))) + 3 for t in present}
+    bound = {
+        t: int((counts[t] + 2) / shares[t] * (1 + 2 * bonus_s / max(1.0, counts[t]))) + 3
+        for t in present
+    }
     num_waves = min(4000, 3 * max(bound.values()) + 10)
     turns = serve_for_ever(weight, demands, budget, own, num_waves)
     for (tenant, _, _), own_turns in zip(demands, turns, strict=True):
@@ -137,7 +162,9 @@ def test_a_hot_adapter_goes_first_only_for_so_long() -> None:
     own = policy(residency_bonus_s=5.0)
     for waited, first in ((4.0, 1), (6.0, 0)):
         rows = [(10.0, 4, 1, 0, 1, False), (10.0 + waited, 4, 1, 0, 1, True)]
-        choice = form_wave(candidates_of(rows), Budget(max_adapters=1), own, Served.nothing(3), 100.0)
+        choice = form_wave(
+            candidates_of(rows), Budget(max_adapters=1), own, Served.nothing(3), 100.0
+        )
         assert choice.chosen.tolist() == [first]
 
 
@@ -149,8 +176,12 @@ def test_users_wait_for_enough_evidence_but_not_longer_than_their_patience() -> 
 
 
 def test_users_cool_down_between_updates() -> None:
-    candidates = dataclasses.replace(candidates_of([(1.0, 4, 1, 0, 1, False)] * 2), updated=np.array([95.0, 80.0]))
-    choice = form_wave(candidates, Budget(max_adapters=9), policy(cool_down_s=10.0), Served.nothing(3), 100.0)
+    candidates = dataclasses.replace(
+        candidates_of([(1.0, 4, 1, 0, 1, False)] * 2), updated=np.array([95.0, 80.0])
+    )
+    choice = form_wave(
+        candidates, Budget(max_adapters=9), policy(cool_down_s=10.0), Served.nothing(3), 100.0
+    )
     assert choice.chosen.tolist() == [1]
 
 
@@ -166,7 +197,9 @@ def test_an_idle_tenant_saves_up_no_credit() -> None:
     assert sorted(tenants.tolist()) == [0, 1], "half each, from the first wave on"
 
 
-def simulation(weights: tuple[float, ...], shares: tuple[float, ...], rate: float, bonus_s: float = 2.0) -> object:
+def simulation(
+    weights: tuple[float, ...], shares: tuple[float, ...], rate: float, bonus_s: float = 2.0
+) -> object:
     scheduler = SchedulerSettings(
         weight=weights[0], residency_bonus_s=bonus_s, evidence_bonus_s=bonus_s,
         tenants={f"t{number}": TenantSettings(weight=weight) for number, weight in enumerate(weights[1:], 1)},
@@ -202,7 +235,11 @@ def test_jains_index_is_one_for_equal_shares_and_one_nth_for_one_who_has_all() -
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"users": 0}, "users is 0"), ({"day_amplitude": 2.0}, "day_amplitude is 2.0"), ({"shares": (1.0, 0.0)}, "share")],
+    [
+        ({"users": 0}, "users is 0"),
+        ({"day_amplitude": 2.0}, "day_amplitude is 2.0"),
+        ({"shares": (1.0, 0.0)}, "share"),
+    ],
 )
 def test_a_load_that_makes_no_sense_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):

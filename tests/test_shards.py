@@ -1,4 +1,5 @@
-"""A base over several actors computes bit for bit what one process computes, and comes back as one when it dies."""
+"""A base over several actors computes bit for bit what one process computes, and comes back as one
+when it dies."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ NUMBERS = list(range(7))
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
     with ray_here(
         num_cpus=8, logging_level="error", namespace=NAMESPACE, runtime_env={"env_vars": variables},
         _temp_dir=f"/tmp/rs{os.getpid()}",
@@ -45,7 +50,8 @@ def settings(bases: dict[str, Path], tmp_path: Path) -> Callable[..., ShardSetti
     def make(family: str, *, offload: bool = False) -> ShardSettings:
         train = TrainSettings(max_rows_per_pass=256)
         return ShardSettings(
-            base_folder=str(bases[family]), dtype="float32", store_url=str(tmp_path / "store"), population="test",
+            base_folder=str(bases[family]), dtype="float32", store_url=str(tmp_path / "store"),
+            population="test",
             slots=16, threads=1, eos_ids=frozenset({1}),
             trainer=TrainerSettings.of(train, OptimizerSettings(offload=offload)),
         )  # fmt: skip
@@ -70,8 +76,8 @@ def start() -> Iterator[Callable[..., ShardGroup]]:
 
 @pytest.fixture(scope="module")
 def standing() -> Iterator[Callable[[ShardSettings, int], ShardGroup]]:
-    """Groups whose processes and exchange stay between tests, each time with everything else new: starting them takes
-    longer than what is tested."""
+    """Groups whose processes and exchange stay between tests, each time with everything else new:
+    starting them takes longer than what is tested."""
     groups: dict[int, ShardGroup] = {}
 
     def start_over(settings: ShardSettings, count: int) -> ShardGroup:
@@ -105,12 +111,17 @@ def fill(engine: ShardEngine, numbers: Sequence[int]) -> None:
 
 
 def admit(workers: ShardEngine | ShardGroup, numbers: Sequence[int]) -> None:
-    refs = [AdapterRef(key=k, spec=spec_of(n), seed=n) for k, n in zip(keys_of(numbers), numbers, strict=True)]
+    refs = [
+        AdapterRef(key=k, spec=spec_of(n), seed=n)
+        for k, n in zip(keys_of(numbers), numbers, strict=True)
+    ]
     workers.page_in(refs, True)
     everywhere(workers, fill, numbers)
 
 
-def everywhere(workers: ShardEngine | ShardGroup, function: Callable[..., Any], *arguments: Any) -> None:
+def everywhere(
+    workers: ShardEngine | ShardGroup, function: Callable[..., Any], *arguments: Any
+) -> None:
     """Run `function(engine, …)` on every shard."""
     if isinstance(workers, ShardEngine):
         function(workers, *arguments)
@@ -119,10 +130,16 @@ def everywhere(workers: ShardEngine | ShardGroup, function: Callable[..., Any], 
 
 
 def wave_of(numbers: Sequence[int], turn: int) -> WaveBatch:
-    return WaveBatch(adapters=tuple(batch_of(n, key, turn) for n, key in zip(numbers, keys_of(numbers), strict=True)))
+    return WaveBatch(
+        adapters=tuple(
+            batch_of(n, key, turn) for n, key in zip(numbers, keys_of(numbers), strict=True)
+        )
+    )
 
 
-def two_waves(workers: ShardEngine | ShardGroup, numbers: Sequence[int] = NUMBERS) -> list[StepResult]:
+def two_waves(
+    workers: ShardEngine | ShardGroup, numbers: Sequence[int] = NUMBERS
+) -> list[StepResult]:
     admit(workers, numbers)
     return [workers.train_wave(wave_of(numbers, turn)) for turn in range(2)]
 
@@ -133,17 +150,24 @@ def assert_same(got: Sequence[StepResult], expected: Sequence[StepResult]) -> No
             assert mine.status == theirs.status
             assert mine.metrics == theirs.metrics, (turn, mine.adapter)
             for part in ("weights", "moments"):
-                left, right = (np.frombuffer(getattr(update, part), np.uint8) for update in (mine, theirs))
+                left, right = (
+                    np.frombuffer(getattr(update, part), np.uint8) for update in (mine, theirs)
+                )
                 assert len(left) == len(right)
                 share = (left != right).mean() if len(left) else 0.0
-                assert share == 0, f"{part} of {mine.adapter} in turn {turn}: {share:.1%} of bytes differ"
+                assert share == 0, (
+                    f"{part} of {mine.adapter} in turn {turn}: {share:.1%} of bytes differ"
+                )
             assert mine.experts == theirs.experts
 
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_sharded_wave_and_rollout_are_bitwise_those_of_one_shard(
-    settings: Callable[..., ShardSettings], standing: Callable[..., ShardGroup], family: str, count: int
+    settings: Callable[..., ShardSettings],
+    standing: Callable[..., ShardGroup],
+    family: str,
+    count: int,
 ) -> None:
     alone = ShardEngine(settings(family), MemoryStore())
     group = standing(settings(family), count)
@@ -167,13 +191,17 @@ def test_shards_without_a_row_run_along(
     settings: Callable[..., ShardSettings], standing: Callable[..., ShardGroup], numbers: list[int]
 ) -> None:
     group = standing(settings("mixtral"), 4)
-    assert_same(two_waves(group, numbers), two_waves(ShardEngine(settings("mixtral"), MemoryStore()), numbers))
+    assert_same(
+        two_waves(group, numbers),
+        two_waves(ShardEngine(settings("mixtral"), MemoryStore()), numbers),
+    )
     (answer,) = group.roll_out([request(keys_of(numbers)[0])])
     assert answer.samples
 
 
 def make_overflow(engine: ShardEngine, number: int, expert: int) -> None:
-    """An A so large that this expert's gradient of B overflows; its own B is zero, so nothing else notices."""
+    """An A so large that this expert's gradient of B overflows; its own B is zero, so nothing else
+    notices."""
     key = keys_of([number])[0]
     slot = engine.slab.slots[key]
     if expert not in engine.base.shard.experts:
@@ -204,12 +232,16 @@ def test_the_whole_adapters_norm_decides_how_far_it_is_clipped(
 ) -> None:
     group = standing(settings("mixtral"), 2)
     admit(group, NUMBERS)
-    wave = WaveBatch(adapters=tuple(batch_of(n, k, 0, reward_scale=1e6) for n, k in enumerate(keys_of(NUMBERS))))
+    wave = WaveBatch(
+        adapters=tuple(batch_of(n, k, 0, reward_scale=1e6) for n, k in enumerate(keys_of(NUMBERS)))
+    )
     alone = ShardEngine(settings("mixtral"), MemoryStore())
     admit(alone, NUMBERS)
     expected = alone.train_wave(wave)
     limit = alone.settings.trainer.optimizer.max_grad_norm
-    assert all(update.metrics["grad_norm"] > limit for update in expected.updates), "clipping is at work"
+    assert all(update.metrics["grad_norm"] > limit for update in expected.updates), (
+        "clipping is at work"
+    )
     assert_same([group.train_wave(wave)], [expected])
 
 
@@ -228,7 +260,10 @@ def dense_rows_in_use(engine: ShardEngine) -> list[str]:
     for key, slot in engine.slab.slots.items():
         arena = engine.slab.arenas[slot.arena]
         dense = slice(0, arena.layout.dense_size)
-        if any(bool(flat[slot.row, dense].any()) for flat in (arena.weights, arena.grads, arena.m, arena.v)):
+        if any(
+            bool(flat[slot.row, dense].any())
+            for flat in (arena.weights, arena.grads, arena.m, arena.v)
+        ):
             found.append(key.pseudonym)
     return found
 
@@ -252,7 +287,9 @@ def test_a_group_that_loses_a_shard_starts_again_as_one(
 def test_a_group_that_always_dies_gives_up(settings: Callable[..., ShardSettings]) -> None:
     group = ShardGroup(settings("mixtral"), GroupSettings(count=2, cpus=0.5, max_restarts=0))
     try:
-        with pytest.raises(ShardGroupLost, match="started again 0 times in a row and died each time"):
+        with pytest.raises(
+            ShardGroupLost, match="started again 0 times in a row and died each time"
+        ):
             group.start_again()
     finally:
         group.stop()
@@ -302,13 +339,17 @@ def test_a_second_controller_goes_on_with_the_loaded_shards(
     finally:
         third.stop()
     left = [item for item in placement_group_table().values() if item["state"] != "REMOVED"]
-    assert not [item for item in left if item["name"].startswith("test-")], "no place stays reserved"
+    assert not [item for item in left if item["name"].startswith("test-")], (
+        "no place stays reserved"
+    )
 
 
 def test_a_group_that_finds_no_room_says_so(settings: Callable[..., ShardSettings]) -> None:
     group = ShardGroup(settings("mixtral"), GroupSettings(count=2, cpus=100.0, place_timeout_s=1.0))
     try:
-        with pytest.raises(InvalidInput, match=r"shard.count is 2 and shard.cpus is 100.0, but the cluster has"):
+        with pytest.raises(
+            InvalidInput, match=r"shard.count is 2 and shard.cpus is 100.0, but the cluster has"
+        ):
             group.wait_until_ready()
     finally:
         group.stop()
@@ -324,7 +365,8 @@ def test_offloaded_moments_are_the_same_on_shards(
 def test_a_dense_part_cut_by_zero3_gives_the_same_but_for_rounding_in_less_memory(
     settings: Callable[..., ShardSettings], start: Callable[..., ShardGroup]
 ) -> None:
-    """Forward bit for bit; backward adds a row's gradients in an order of DeepSpeed's, so bits are not promised."""
+    """Forward bit for bit; backward adds a row's gradients in an order of DeepSpeed's, so bits are
+    not promised."""
     alone = ShardEngine(settings("mixtral"), MemoryStore())
     group = start(settings("mixtral"), 2, dense="zero3")
     assert group.describe()[1]["numerics"] == "fast"
@@ -332,11 +374,18 @@ def test_a_dense_part_cut_by_zero3_gives_the_same_but_for_rounding_in_less_memor
     for one, other in zip(got[1].updates, expected[1].updates, strict=True):
         mine, theirs = (np.frombuffer(update.weights, np.float32) for update in (one, other))
         assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
-    assert [u.metrics["loss"] for u in got[0].updates] == [u.metrics["loss"] for u in expected[0].updates]
+    assert [u.metrics["loss"] for u in got[0].updates] == [
+        u.metrics["loss"] for u in expected[0].updates
+    ]
     whole = sum(parameter.numel() for parameter in alone.base.decoder.parameters())
     held = [ray.get(shard.__ray_call__.remote(dense_elements)) for shard in group._shards]
-    assert whole <= sum(held) <= 1.1 * whole, "every part is there once, but for what evens them out"
+    assert whole <= sum(held) <= 1.1 * whole, (
+        "every part is there once, but for what evens them out"
+    )
 
 
 def dense_elements(engine: ShardEngine) -> int:
-    return sum(parameter.numel() + parameter.ds_tensor.numel() for parameter in engine.base.decoder.parameters())
+    return sum(
+        parameter.numel() + parameter.ds_tensor.numel()
+        for parameter in engine.base.decoder.parameters()
+    )

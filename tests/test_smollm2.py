@@ -27,14 +27,19 @@ SPEC = AdapterSpec(rank=4, expert_rank=1, alpha=32, learning_rate=1e-3)
 
 @pytest.fixture(scope="module")
 def base() -> PreparedBase:
-    return prepare_base("smollm2-moe", print)  # raises when its logits differ from the dense model's
+    return prepare_base(
+        "smollm2-moe", print
+    )  # raises when its logits differ from the dense model's
 
 
-def make_engine(base: PreparedBase, *, dtype: str = "float32", slots: int = 4, threads: int = 2) -> ShardEngine:
+def make_engine(
+    base: PreparedBase, *, dtype: str = "float32", slots: int = 4, threads: int = 2
+) -> ShardEngine:
     # Small passes: 256 adapters and what they return take 18 GB of the 24 that this test may use.
     trainer = TrainerSettings.of(TrainSettings(max_rows_per_pass=512), OptimizerSettings())
     settings = ShardSettings(
-        base_folder=base.folder, dtype=dtype, store_url="memory://", population="test", slots=slots, threads=threads,
+        base_folder=base.folder, dtype=dtype, store_url="memory://", population="test",
+        slots=slots, threads=threads,
         eos_ids=Chat(base.folder).eos_ids, trainer=trainer,
     )  # fmt: skip
     return ShardEngine(settings, MemoryStore())
@@ -45,12 +50,20 @@ def admit(engine: ShardEngine, keys: list[AdapterKey]) -> None:
     engine.page_in([AdapterRef(key=key, spec=SPEC, seed=0) for key in keys], True)
     for key in keys:
         size = engine.slab.exact_layout(SPEC).size
-        values = np.random.default_rng(list(key.pseudonym.encode())).normal(0, 0.02, size).astype(np.float32)
+        values = (
+            np.random.default_rng(list(key.pseudonym.encode()))
+            .normal(0, 0.02, size)
+            .astype(np.float32)
+        )
         engine.slab.load(key, values.tobytes(), None, (0, 1, 2, 3))
 
 
-@pytest.mark.parametrize(("dtype", "mean", "maximum"), [("float32", 1e-4, 1e-3), ("bfloat16", 0.08, 0.6)])
-def test_trainer_and_sampler_agree_on_smollm2_moe(base: PreparedBase, dtype: str, mean: float, maximum: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "mean", "maximum"), [("float32", 1e-4, 1e-3), ("bfloat16", 0.08, 0.6)]
+)
+def test_trainer_and_sampler_agree_on_smollm2_moe(
+    base: PreparedBase, dtype: str, mean: float, maximum: float
+) -> None:
     assert digest_folder(Path(base.folder)) == base.digest
     chat, engine = Chat(base.folder), make_engine(base, dtype=dtype)
     keys = [AdapterKey(name, 0) for name in ("ada", "bob")]
@@ -66,7 +79,10 @@ def test_trainer_and_sampler_agree_on_smollm2_moe(base: PreparedBase, dtype: str
         ]
     )  # fmt: skip
     gap = np.abs(trainer_logprobs(engine, groups) - sampler_logprobs(groups))
-    print(f"smollm2-moe {dtype}: mean {gap.mean():.5f}, maximum {gap.max():.4f} over {len(gap)} tokens")
+    print(
+        f"smollm2-moe {dtype}: mean {gap.mean():.5f}, maximum {gap.max():.4f} over {len(gap)} "
+        "tokens"
+    )
     assert gap.mean() <= mean
     assert gap.max() <= maximum
 

@@ -46,7 +46,11 @@ P1 = name_of("p1")
 
 @pytest.fixture(params=["file", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return open_store(f"file://{tmp_path}/store") if request.param == "file" else open_store("memory://")
+    return (
+        open_store(f"file://{tmp_path}/store")
+        if request.param == "file"
+        else open_store("memory://")
+    )
 
 
 @pytest.fixture
@@ -66,16 +70,36 @@ def test_a_blob_is_read_by_range_and_checked(store: ObjectStore) -> None:
 
 def test_every_record_comes_back_as_it_was_sealed(history: History) -> None:
     header = RecordHeader(
-        population="p", partition=1, seq=4, epoch=2, attempt_id="a", previous="0" * 64, written_at=1.5
+        population="p",
+        partition=1,
+        seq=4,
+        epoch=2,
+        attempt_id="a",
+        previous="0" * 64,
+        written_at=1.5,
     )
     signer = history.keyring.signer(history.root_key)
-    moved = MovedBlob(pseudonym=P1, revision=3, part="weights", offset=8, size_bytes=4, sha256="a" * 64)
+    moved = MovedBlob(
+        pseudonym=P1, revision=3, part="weights", offset=8, size_bytes=4, sha256="a" * 64
+    )
     records = [
         Claim(owner="me"),
         AdapterCreated(pseudonym=P1, spec={"rank": 4}, seed=7),
         Attempt(wave="w", num_adapters=1, adapters={P1: [event(1), event(2)]}),
-        Settled(pseudonym=P1, events=[SettledEvent(event=event(1), reason="r", detail="ZA==")], consumed=(1, 0)),
-        Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r", numbers={"x": 1.0}),
+        Settled(
+            pseudonym=P1,
+            events=[SettledEvent(event=event(1), reason="r", detail="ZA==")],
+            consumed=(1, 0),
+        ),
+        Verdict(
+            pseudonym=P1,
+            decision="promote",
+            judged=1,
+            tip=1,
+            serving=1,
+            reason="r",
+            numbers={"x": 1.0},
+        ),
         Tombstone(pseudonym=P1, command="c"),
         Repack(rule={"last": 2}, pack="k", moved=[moved], dropped=[(P1, 1, "moments")]),
         Checkpoint(sha256="c" * 64, size_bytes=9, rotations=["{}"]),
@@ -104,13 +128,19 @@ def test_a_wave_is_a_signed_in_toto_statement_with_slsa_provenance(history: Hist
     assert payload["subject"][0]["name"] == f"{P1}@2"
     definition = payload["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["algorithm"] == "grpo"
-    parent = next(item for item in definition["resolvedDependencies"] if item["name"] == f"{P1}@2#parent")
+    parent = next(
+        item for item in definition["resolvedDependencies"] if item["name"] == f"{P1}@2#parent"
+    )
     assert parent["digest"]["sha256"] == catalog.revision_of(P1, 1).blobs["weights"].sha256
-    assert [signature["keyid"] for signature in json.loads(sealed)["signatures"]] == [history.root_key.keyid]
+    assert [signature["keyid"] for signature in json.loads(sealed)["signatures"]] == [
+        history.root_key.keyid
+    ]
     places = manifest.revisions[0].blobs
     request = BlobRequest(pseudonym=P1, revision=2, part="weights", place=places["weights"])
     assert [bytes(view) for view in load_wave(history.store, history.keys(), [request])] == [b"two"]
-    assert read_blob(history.store, places["weights"]) != b"two", "nothing of a user lies in the store in the clear"
+    assert read_blob(history.store, places["weights"]) != b"two", (
+        "nothing of a user lies in the store in the clear"
+    )
 
 
 def test_an_older_owner_is_fenced_by_a_newer_claim(history: History) -> None:
@@ -166,7 +196,9 @@ def test_a_lost_answer_never_commits_twice_or_not_at_all(faults: list[str], tmp_
     assert [type(record).__name__ for record in records] == ["Claim", "AdapterCreated", "Settled"]
 
 
-def test_a_store_that_never_answers_leaves_the_outcome_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_store_that_never_answers_leaves_the_outcome_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     owner, _ = History(MemoryStore(), tmp_path).claim()
     owner.reader.log.store = Unreliable(owner.reader.log.store, iter(["dropped"] * 99))  # type: ignore[assignment]
@@ -195,7 +227,9 @@ def test_a_tampered_swapped_or_resigned_record_is_named(history: History) -> Non
         list(history.reader().read_new())
 
 
-def test_a_rotated_key_signs_what_follows_and_the_old_one_no_longer_counts(history: History) -> None:
+def test_a_rotated_key_signs_what_follows_and_the_old_one_no_longer_counts(
+    history: History,
+) -> None:
     owner, catalog = history.claim()
     history.create(owner, catalog, "p1")
     new = history.keyring.new_signing_key()
@@ -233,11 +267,21 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
     add(Attempt(wave="w1", num_adapters=2, adapters={P1: [event(1)], name_of("p2"): [event(2)]}))
     history.commit(owner, catalog, "p1")
     assert list(catalog.attempts.unfinished[0]) == [name_of("p2")]
-    add(Settled(pseudonym=name_of("p2"), events=[SettledEvent(event=event(2), reason="no signal")], consumed=(2, 0)))
+    add(
+        Settled(
+            pseudonym=name_of("p2"),
+            events=[SettledEvent(event=event(2), reason="no signal")],
+            consumed=(2, 0),
+        )
+    )
     assert not catalog.attempts.unfinished
     add(Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r"))
     catalog.apply(*owner.commit_wave("w2", [history.draft(catalog, "p1", at=60)], **FIXED))
-    add(Verdict(pseudonym=P1, decision="rollback", judged=1, tip=1, serving=1, reason="r", command="c1"))
+    add(
+        Verdict(
+            pseudonym=P1, decision="rollback", judged=1, tip=1, serving=1, reason="r", command="c1"
+        )
+    )
     add(Attempt(wave="w3", num_adapters=1, adapters={P1: [event(3)]}))
     for found in (catalog, history.open()[1]):
         adapter = found.require(P1)
@@ -251,31 +295,49 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
         assert list(found.attempts.unfinished[0]) == [P1]
         assert found.owned[0] and found.num_settled[0] == 3
         assert found.changed_since(0, 5) == [P1]
-        assert found.revisions_using(0, 60) == [(P1, 2)] and found.revisions_using(0, 1) == [(P1, 1)]
+        assert found.revisions_using(0, 60) == [(P1, 2)] and found.revisions_using(0, 1) == [
+            (P1, 1)
+        ]
         assert found.revisions_using(1, 60) == []
         assert set(found.pseudonyms(found.in_partition(0))) == {P1, name_of("p2")}
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 2**128 - 1), unique=True, max_size=60), st.lists(st.integers(1, 30), max_size=8))
-def test_the_index_finds_what_is_there_and_nothing_else(numbers: list[int], sizes: list[int]) -> None:
+@given(
+    st.lists(st.integers(0, 2**128 - 1), unique=True, max_size=60),
+    st.lists(st.integers(1, 30), max_size=8),
+)
+def test_the_index_finds_what_is_there_and_nothing_else(
+    numbers: list[int], sizes: list[int]
+) -> None:
     import numpy as np
 
     from populace.storage.catalog.columns import Index
 
-    index, names = Index(), [f"{number % 2**66:032x}" for number in dict.fromkeys(n % 2**66 for n in numbers)]
+    index, names = (
+        Index(),
+        [f"{number % 2**66:032x}" for number in dict.fromkeys(n % 2**66 for n in numbers)],
+    )
     start = 0
     for size in [*sizes, len(names)]:
         part = names[start : start + size]
-        halves = np.array([[int(name[:16], 16), int(name[16:], 16)] for name in part], np.uint64).reshape(-1, 2)
+        halves = np.array(
+            [[int(name[:16], 16), int(name[16:], 16)] for name in part], np.uint64
+        ).reshape(-1, 2)
         if size % 2:
-            index._recent.update({(int(a), int(b)): start + place for place, (a, b) in enumerate(halves)})
+            index._recent.update(
+                {(int(a), int(b)): start + place for place, (a, b) in enumerate(halves)}
+            )
         else:
             # Beyond the size of the dictionary, everything goes into the sorted array.
             filler = np.arange(5000, dtype=np.uint64) + np.uint64(2**63 + start * 10_000)
             high = np.concatenate([halves[:, 0], filler])
             low = np.concatenate([halves[:, 1], filler])
-            index.add(high, low, np.concatenate([np.arange(start, start + len(part)), np.full(5000, 10**6)]))
+            index.add(
+                high,
+                low,
+                np.concatenate([np.arange(start, start + len(part)), np.full(5000, 10**6)]),
+            )
         start += len(part)
     for place, name in enumerate(names[:start]):
         key = np.array([int(name[:16], 16)], np.uint64), np.array([int(name[16:], 16)], np.uint64)
@@ -322,8 +384,18 @@ def build(history: History) -> tuple[Owner, Catalog]:
     history.commit(owner, catalog, "p1", "p3")
     history.commit(owner, catalog, "p3", "p2", body=b"second")
     for record in (
-        Verdict(pseudonym=name_of("p3"), decision="promote", judged=2, tip=2, serving=2, reason="r", command="c"),
-        Settled(pseudonym=P1, events=[SettledEvent(event=event(7), reason="no signal")], consumed=(7, 0)),
+        Verdict(
+            pseudonym=name_of("p3"),
+            decision="promote",
+            judged=2,
+            tip=2,
+            serving=2,
+            reason="r",
+            command="c",
+        ),
+        Settled(
+            pseudonym=P1, events=[SettledEvent(event=event(7), reason="no signal")], consumed=(7, 0)
+        ),
         Tombstone(pseudonym=name_of("p2"), command="c2"),
         Tombstone(pseudonym=name_of("never an adapter"), command="c3"),
         Attempt(wave="w", num_adapters=1, adapters={P1: [event(8)]}),
@@ -347,10 +419,14 @@ def test_a_checkpoint_and_the_tail_are_the_same_as_the_whole_log(history: Histor
         history.store.delete(reader.log.key(number))
     assert state_of(history.open()[1]) == state_of(catalog)
     write_checkpoint(owner, catalog)
-    assert state_of(history.open()[1]) == state_of(catalog), "a checkpoint of a restored catalog is as good"
+    assert state_of(history.open()[1]) == state_of(catalog), (
+        "a checkpoint of a restored catalog is as good"
+    )
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(history: History, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    history: History, caplog: pytest.LogCaptureFixture
+) -> None:
     owner, catalog = build(history)
     first = write_checkpoint(owner, catalog)
     history.commit(owner, catalog, "p1")
@@ -359,7 +435,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(history: History, caplog:
     key = f"pop/checkpoints/0/{second:020d}.parquet"
     body = history.store.get(key)
     history.store.put(key, body[:99] + bytes([body[99] ^ 1]) + body[100:])
-    history.store.delete(history.reader().log.key(0))  # the older checkpoint must serve: the log alone can't
+    history.store.delete(
+        history.reader().log.key(0)
+    )  # the older checkpoint must serve: the log alone can't
     assert state_of(history.open()[1]) == state_of(catalog)
     assert key in caplog.text and "passed over" in caplog.text
 
@@ -412,7 +490,9 @@ def test_partitions_are_checkpointed_apart_and_loaded_together(tmp_path: Path) -
 # Retention and garbage.
 
 
-def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(history: History) -> None:
+def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(
+    history: History,
+) -> None:
     owner, catalog = history.claim()
     for user in ("p1", "p2"):
         history.create(owner, catalog, user)
@@ -421,7 +501,9 @@ def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(histo
         decision = {0: ("pin", 1, 0), 1: ("promote", 2, 2)}.get(turn)
         if decision is not None:
             name, judged, serving = decision
-            record = Verdict(pseudonym=P1, decision=name, judged=judged, tip=judged, serving=serving, reason="r")
+            record = Verdict(
+                pseudonym=P1, decision=name, judged=judged, tip=judged, serving=serving, reason="r"
+            )
             catalog.apply(owner.append(record), record)
     packs = set(history.store.list("pop/packs/0"))
     report = repack(owner, catalog, RetentionRule(last=2))
@@ -429,10 +511,12 @@ def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(histo
     kept = {"p1": [1, 2, 5, 6], "p2": [5, 6]}
     for found in (catalog, history.open()[1]):
         for user, revisions in kept.items():
-            assert [state.revision for state in found.revisions_of(name_of(user)) if state.is_kept] == revisions
-            assert [s.revision for s in found.revisions_of(name_of(user)) if "moments" in s.blobs] == (
-                [1, 6] if user == "p1" else [6]
-            )
+            assert [
+                state.revision for state in found.revisions_of(name_of(user)) if state.is_kept
+            ] == revisions
+            assert [
+                s.revision for s in found.revisions_of(name_of(user)) if "moments" in s.blobs
+            ] == ([1, 6] if user == "p1" else [6])
             requests = [
                 BlobRequest(
                     pseudonym=name_of(user),
@@ -445,7 +529,9 @@ def test_repacking_drops_what_the_rule_lets_go_and_keeps_the_rest_loadable(histo
             views = load_wave(history.store, history.keys(), requests)
             assert [bytes(view) for view in views] == [b"turn %d" % (n - 1) for n in revisions]
             assert found.lineage_of(name_of(user), 6)[-1] == 0
-        with pytest.raises(InvalidInput, match="dropped by the retention rule; still there: \\[0, 1, 2, 5, 6\\]"):
+        with pytest.raises(
+            InvalidInput, match="dropped by the retention rule; still there: \\[0, 1, 2, 5, 6\\]"
+        ):
             found.loadable(found.require(P1), 3)
     assert report.num_dropped > 0 and report.num_packs_deleted > 0
     left = set(history.store.list("pop/packs/0"))

@@ -1,4 +1,5 @@
-"""Tiny random bases of every family, with a tokenizer: built in seconds, experts distinct, top-2."""
+"""Tiny random bases of every family, with a tokenizer: built in seconds, experts distinct,
+top-2."""
 
 from __future__ import annotations
 
@@ -22,10 +23,15 @@ from transformers import (
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = ["the rain falls on the quiet hills and the river runs to the sea", "say yes or no", "What is rain?"]
+TEXT = [
+    "the rain falls on the quiet hills and the river runs to the sea",
+    "say yes or no",
+    "What is rain?",
+]
 VOCABULARY = 300
 
 
@@ -41,13 +47,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     inner.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=TEMPLATE
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=TEMPLATE,
     )
 
 
 def build(family: str, folder: Path, seed: int = 0) -> Path:
-    """Save a tiny base of `family` into `folder`. Weights are large enough that experts and routing matter: with the
-    usual 0.02 a wrong expert would hide in rounding."""
+    """Save a tiny base of `family` into `folder`. Weights are large enough that experts and routing
+    matter: with the usual 0.02 a wrong expert would hide in rounding."""
     torch.manual_seed(seed)
     common = {
         "vocab_size": VOCABULARY,
@@ -64,14 +73,19 @@ def build(family: str, folder: Path, seed: int = 0) -> Path:
         "pad_token_id": 1,
     }
     latent = {
-        "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4, "q_lora_rank": 16,
-        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 8,
-        "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "moe_intermediate_size": 24, "intermediate_size": 48,
+        "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "moe_intermediate_size": 24,
+        "intermediate_size": 48,
     }  # fmt: skip
     plain = {name: value for name, value in common.items() if name != "head_dim"}
     model: PreTrainedModel
     if family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**common, intermediate_size=48, num_local_experts=4))
+        model = MixtralForCausalLM(
+            MixtralConfig(**common, intermediate_size=48, num_local_experts=4)
+        )
     elif family == "qwen3_moe":
         model = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(

@@ -1,6 +1,7 @@
 """What crosses the Ray boundary: plain frozen records of NumPy arrays, one noun per stage.
 
-    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch -> ShardStep -> StepResult
+    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch ->
+    ShardStep -> StepResult
 
 Suffixes: P prompt tokens, C completion tokens, L layers, K experts per token.
 """
@@ -36,7 +37,8 @@ class AdapterKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """An adapter revision and where its bytes are; without places it is the initialisation of `seed`."""
+    """An adapter revision and where its bytes are; without places it is the initialisation of
+    `seed`."""
 
     key: AdapterKey
     spec: AdapterSpec
@@ -49,7 +51,9 @@ class AdapterRef:
         """What is to be loaded: weights, then moments; nothing for an initialisation."""
         parts = {"weights": self.weights, "moments": self.moments if with_moments else None}
         return [
-            BlobRequest(pseudonym=self.key.pseudonym, revision=self.key.revision, part=part, place=place)
+            BlobRequest(
+                pseudonym=self.key.pseudonym, revision=self.key.revision, part=part, place=place
+            )
             for part, place in parts.items()
             if place is not None
         ]
@@ -144,7 +148,8 @@ class WaveBatch:
 
 
 class AdapterParts(NamedTuple):
-    """What one shard keeps of an adapter, exact and fp32: the dense part under -1, experts under their numbers."""
+    """What one shard keeps of an adapter, exact and fp32: the dense part under -1, experts under
+    their numbers."""
 
     weights: dict[int, Floats]
     m: dict[int, Floats]
@@ -178,9 +183,9 @@ class ShardStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUpdate:
-    """What one adapter's step gave. `status`: updated, no_signal or non_finite; only `updated` has bytes: fp32
-    little-endian in `AdapterLayout` order, without the experts that no token ever reached; the moments are step,
-    baseline and reward count as three fp64, then m, then v."""
+    """What one adapter's step gave. `status`: updated, no_signal or non_finite; only `updated` has
+    bytes: fp32 little-endian in `AdapterLayout` order, without the experts that no token ever
+    reached; the moments are step, baseline and reward count as three fp64, then m, then v."""
 
     adapter: AdapterKey
     status: str
@@ -196,8 +201,8 @@ class StepResult:
     num_rows: int
     """Rows that went through the base, forward and backward."""
     out_of_route: tuple[int, int] = (0, 0)
-    """Of all replayed selections (row and layer), how many the trainer's own gates would have made otherwise, and how
-    many there were."""
+    """Of all replayed selections (row and layer), how many the trainer's own gates would have made
+    otherwise, and how many there were."""
 
 
 def revision_ref(adapter: AdapterState, state: RevisionState | None) -> AdapterRef:

@@ -29,7 +29,8 @@ _EVIDENCE = pa.schema(
 
 
 def encode_evidence(groups: Sequence[TrainGroup]) -> bytes:
-    """What a revision learned from, as an Arrow IPC stream with one row per sample; expert ids are `.npy`."""
+    """What a revision learned from, as an Arrow IPC stream with one row per sample; expert ids are
+    `.npy`."""
     rows = [
         {
             "event_id": group.event_id,

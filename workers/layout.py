@@ -1,7 +1,9 @@
-"""`AdapterLayout`: which modules carry LoRA, their shapes, and each tensor's place in an adapter's flat buffer.
+"""`AdapterLayout`: which modules carry LoRA, their shapes, and each tensor's place in an adapter's
+flat buffer.
 
-The order is fixed for ever: the dense part (layer by layer, module by module, A then B), then expert 0 … E-1,
-each layer by layer. So a blob is independent of the number of shards, and an expert's tensors lie together.
+The order is fixed for ever: the dense part (layer by layer, module by module, A then B), then
+expert 0 … E-1, each layer by layer. So a blob is independent of the number of shards, and an
+expert's tensors lie together.
 
 Suffixes: L layers, E experts, D in, F out, R rank.
 """
@@ -69,7 +71,8 @@ class BaseDims:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """One tensor inside the flat buffer; an expert's place is relative to the start of that expert's part."""
+    """One tensor inside the flat buffer; an expert's place is relative to the start of that
+    expert's part."""
 
     module: str
     layer: int
@@ -84,7 +87,9 @@ class AdapterLayout:
     def __init__(self, dims: BaseDims, rank: int, expert_rank: int) -> None:
         self.dims, self.rank, self.expert_rank = dims, rank, expert_rank
         self.dense, self.dense_size = self._places(dims.dense_modules, rank, 0)
-        self.expert, self.expert_size = self._places(EXPERT_MODULES, expert_rank, dims.num_dense_layers)
+        self.expert, self.expert_size = self._places(
+            EXPERT_MODULES, expert_rank, dims.num_dense_layers
+        )
         self.size = self.dense_size + dims.num_experts * self.expert_size
 
     def _places(
@@ -101,17 +106,21 @@ class AdapterLayout:
         return places, offset
 
     def view(self, flat: Tensor, module: str, layer: int, which: str) -> Tensor:
-        """The tensor inside `flat` [..., N]: [..., rows, cols], or [..., E, rows, cols] for expert modules.
-        Shares memory."""
+        """The tensor inside `flat` [..., N]: [..., rows, cols], or [..., E, rows, cols] for expert
+        modules. Shares memory."""
         lead, strides = flat.shape[:-1], flat.stride()[:-1]
         if module in EXPERT_MODULES:
             place = self.expert[module, layer, which]
             shape = (*lead, self.dims.num_experts, *place.shape)
             stride = (*strides, self.expert_size, place.shape[1], 1)
-            return flat.as_strided(shape, stride, flat.storage_offset() + self.dense_size + place.offset)
+            return flat.as_strided(
+                shape, stride, flat.storage_offset() + self.dense_size + place.offset
+            )
         place = self.dense[module, layer, which]
         return flat.as_strided(
-            (*lead, *place.shape), (*strides, place.shape[1], 1), flat.storage_offset() + place.offset
+            (*lead, *place.shape),
+            (*strides, place.shape[1], 1),
+            flat.storage_offset() + place.offset,
         )
 
     def expert_range(self, expert: int) -> tuple[int, int]:
@@ -120,25 +129,29 @@ class AdapterLayout:
 
 
 def stored_rank(rank: int, dtype: torch.dtype) -> int:
-    """Rank as a slab stores it: rows of 16 bytes, which grouped products need and which keeps rank 1 off the
-    matrix-vector path whose bits depend on the number of rows."""
+    """Rank as a slab stores it: rows of 16 bytes, which grouped products need and which keeps rank
+    1 off the matrix-vector path whose bits depend on the number of rows."""
     multiple = 16 // dtype.itemsize
     return math.ceil(rank / multiple) * multiple
 
 
 def unpad(row_N: Tensor, stored: AdapterLayout, exact: AdapterLayout, dense: bool = True) -> Tensor:
-    """A row of a slab without what pads its ranks; the row itself where nothing does. `dense` False leaves the dense
-    part out, undefined."""
+    """A row of a slab without what pads its ranks; the row itself where nothing does. `dense` False
+    leaves the dense part out, undefined."""
     if exact is stored:
         return row_N
     flat = row_N.new_empty(exact.size)
     for place in _places(exact, dense):
         source = stored.view(row_N, place.module, place.layer, place.which)
-        exact.view(flat, place.module, place.layer, place.which).copy_(source[..., : place.shape[0], : place.shape[1]])
+        exact.view(flat, place.module, place.layer, place.which).copy_(
+            source[..., : place.shape[0], : place.shape[1]]
+        )
     return flat
 
 
-def pad_into(row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout, dense: bool = True) -> None:
+def pad_into(
+    row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout, dense: bool = True
+) -> None:
     """The inverse of `unpad`; what pads is not written."""
     if exact is stored:
         start = 0 if dense else exact.dense_size
@@ -146,7 +159,9 @@ def pad_into(row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterL
         return
     for place in _places(exact, dense):
         target = stored.view(row_N, place.module, place.layer, place.which)
-        target[..., : place.shape[0], : place.shape[1]] = exact.view(flat, place.module, place.layer, place.which)
+        target[..., : place.shape[0], : place.shape[1]] = exact.view(
+            flat, place.module, place.layer, place.which
+        )
 
 
 def _places(layout: AdapterLayout, dense: bool) -> list[TensorPlace]:
@@ -159,13 +174,16 @@ def layout_of(dims: BaseDims, rank: int, expert_rank: int) -> AdapterLayout:
 
 
 def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
-    """Revision 0 as a flat fp32 buffer [N]: A uniform in ±1/sqrt(D) as PEFT and nn.Linear draw it (Kaiming with
-    a = sqrt 5), B zero. NumPy's Philox, so that the same seed gives the same bits in every torch version."""
+    """Revision 0 as a flat fp32 buffer [N]: A uniform in ±1/sqrt(D) as PEFT and nn.Linear draw it
+    (Kaiming with a = sqrt 5), B zero. NumPy's Philox, so that the same seed gives the same bits in
+    every torch version."""
     flat = torch.zeros(layout.size)
     generator = np.random.Generator(np.random.Philox(key=seed))
     draws = torch.from_numpy(generator.random(layout.size, dtype=np.float32) * 2 - 1)
     for (module, layer, which), place in {**layout.dense, **layout.expert}.items():
         if which == "a":
             bound = 1 / math.sqrt(place.shape[1])
-            layout.view(flat, module, layer, which).copy_(layout.view(draws, module, layer, which) * bound)
+            layout.view(flat, module, layer, which).copy_(
+                layout.view(draws, module, layer, which) * bound
+            )
     return flat

@@ -1,8 +1,8 @@
 """Rewards of the demo: what each simulated user likes about a reply, between 0 and 1.
 
-Every preference is gradual where it can be, so that a small model that never does the whole thing still learns
-from doing a part of it. All are multiplied by `plausible`: a reply must be made of words and stay likely under
-the base, so gibberish buys nothing.
+Every preference is gradual where it can be, so that a small model that never does the whole thing
+still learns from doing a part of it. All are multiplied by `plausible`: a reply must be made of
+words and stay likely under the base, so gibberish buys nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def plausible(reply: Reply) -> float:
     if len(words) < 2:
         return 0.0
     letters = sum(char.isalpha() or char.isspace() for char in text) / len(text)
-    voweled = sum(bool(re.search(r"[aeiouyAEIOUY]", word)) and len(word) < 18 for word in words) / len(words)
+    voweled = sum(
+        bool(re.search(r"[aeiouyAEIOUY]", word)) and len(word) < 18 for word in words
+    ) / len(words)
     distinct = min(1.0, 1.5 * len({word.lower() for word in words}) / len(words))
     likely = min(1.0, max(0.0, (reply.base_logprob - UNLIKELY) / (LIKELY - UNLIKELY)))
     return min(1.0, letters / 0.75) * voweled * distinct * likely
@@ -38,11 +40,15 @@ def preference(reply: Reply, *, like: str, **arguments: Any) -> float:
     return plausible(reply) * _LIKES[like](reply.text, reply, **arguments)
 
 
-ANSWER = {"syllogism": re.compile(r"\b(Yes|No)\b", re.IGNORECASE), "chain_sum": re.compile(r"(-?\d+)\D*$")}
+ANSWER = {
+    "syllogism": re.compile(r"\b(Yes|No)\b", re.IGNORECASE),
+    "chain_sum": re.compile(r"(-?\d+)\D*$"),
+}
 
 
 def work(reply: Reply, *, family: str, entry: dict[str, Any]) -> float:
-    """A reasoning-gym task: the family's own score of the first thing in the reply that can be an answer."""
+    """A reasoning-gym task: the family's own score of the first thing in the reply that can be an
+    answer."""
     import reasoning_gym
 
     found = ANSWER[family].search(reply.text)

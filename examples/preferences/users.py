@@ -1,4 +1,5 @@
-"""The demo's population: fourteen users with a taste of their own, two with work from reasoning-gym."""
+"""The demo's population: fourteen users with a taste of their own, two with work from
+reasoning-gym."""
 
 from __future__ import annotations
 
@@ -56,7 +57,11 @@ LIKES: dict[str, dict[str, Any]] = {
     "bo-to": {"like": "opens", "words": ["to"]},
     "cleo-lowercase": {"like": "lower"},
     "dev-the": {"like": "opens", "words": ["the"]},
-    "eva-us": {"like": "uses", "words": ["i", "i'm", "my", "me", "we", "our", "us", "let's"], "enough": 2},
+    "eva-us": {
+        "like": "uses",
+        "words": ["i", "i'm", "my", "me", "we", "our", "us", "let's"],
+        "enough": 2,
+    },
     "finn-asks": {"like": "marks", "pattern": r"\?", "enough": 1, "hint": r"\byou"},
     "gil-excited": {
         "like": "marks",
@@ -64,9 +69,18 @@ LIKES: dict[str, dict[str, Any]] = {
         "enough": 1,
         "hint": "great|good|best|wonder|delicious|beaut",
     },
-    "hana-lists": {"like": "marks", "pattern": r"(?m)^\s*(?:[-*•]|\d+[.)])|\n", "enough": 2, "hint": ":"},
+    "hana-lists": {
+        "like": "marks",
+        "pattern": r"(?m)^\s*(?:[-*•]|\d+[.)])|\n",
+        "enough": 2,
+        "hint": ":",
+    },
     "ivo-commas": {"like": "marks", "pattern": ",", "enough": 2},
-    "jun-you": {"like": "uses", "words": ["you", "your", "yours", "you're", "yourself"], "enough": 2},
+    "jun-you": {
+        "like": "uses",
+        "words": ["you", "your", "yours", "you're", "yourself"],
+        "enough": 2,
+    },
     "kim-a": {"like": "opens", "words": ["a", "an"]},
     "leo-learned": {"like": "long_words"},
     "mia-asides": {"like": "marks", "pattern": '["“”()]', "enough": 2, "hint": "[:;]"},
@@ -75,7 +89,10 @@ LIKES: dict[str, dict[str, Any]] = {
 
 WORK: dict[str, dict[str, Any]] = {
     "oli-logic": {"family": "syllogism", "config": {}},
-    "pam-sums": {"family": "chain_sum", "config": {"max_terms": 2, "max_digits": 1, "allow_negation": False}},
+    "pam-sums": {
+        "family": "chain_sum",
+        "config": {"max_terms": 2, "max_digits": 1, "allow_negation": False},
+    },
 }
 
 
@@ -104,7 +121,9 @@ def experience(settings: Settings) -> Iterator[tuple[str, list[Task]]]:
 def _work_tasks(user: str, family: str, config: dict[str, Any], seed: int) -> Iterator[Task]:
     import reasoning_gym
 
-    for number, entry in enumerate(reasoning_gym.create_dataset(family, size=len(PROMPTS), seed=seed, **config)):
+    for number, entry in enumerate(
+        reasoning_gym.create_dataset(family, size=len(PROMPTS), seed=seed, **config)
+    ):
         yield Task(
             event_id=f"{family}-{number:02d}",
             prompt=(

@@ -1,6 +1,7 @@
 """Prints the dependencies in pyproject.toml with those of the extras that are named.
 
-The image installs them before it copies the sources: a change of the sources then leaves that layer alone.
+The image installs them before it copies the sources: a change of the sources then leaves that layer
+alone.
 """
 
 import sys

@@ -28,7 +28,9 @@ def gauge(name: str, function: str = "sum", by: str = "") -> str:
 
 
 def quantile(share: float, name: str) -> str:
-    return f"histogram_quantile({share}, sum by (le) (rate(ray_populace_{name}_bucket{OF}[{WINDOW}])))"
+    return (
+        f"histogram_quantile({share}, sum by (le) (rate(ray_populace_{name}_bucket{OF}[{WINDOW}])))"
+    )
 
 
 ROWS: list[tuple[str, list[Panel]]] = [
@@ -82,7 +84,8 @@ ROWS: list[tuple[str, list[Panel]]] = [
         ("Mismatch KL", "short", "KL between rollout and trainer, nats per token.",
          [("{{controller}}", gauge("rollout_kl", "avg", "controller"))]),
         ("Masked and out of route", "percentunit",
-         "Tokens left out because their routing is unknown; selections that the trainer would have made otherwise.",
+         "Tokens left out because their routing is unknown; selections that the trainer would have "
+         "made otherwise.",
          [("masked", gauge("masked_share", "avg")), ("out of route", gauge("out_of_route", "avg"))]),
         ("Partitions", "short", "Partitions that each controller owns.",
          [("{{controller}}", gauge("partitions", "sum", "controller"))]),
@@ -105,9 +108,17 @@ def panel(number: int, x: int, y: int, width: int, found: Panel) -> dict[str, An
             "defaults": {"unit": unit, "min": 0, "custom": {"lineWidth": 1, "fillOpacity": 8}},
             "overrides": [],
         },
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi"},
+        },
         "targets": [
-            {"refId": chr(ord("A") + index), "expr": query, "legendFormat": legend, "datasource": DATASOURCE}
+            {
+                "refId": chr(ord("A") + index),
+                "expr": query,
+                "legendFormat": legend,
+                "datasource": DATASOURCE,
+            }
             for index, (legend, query) in enumerate(queries)
         ],
     }

@@ -1,1 +1,2 @@
-"""The `populace` command: `app.py` has the main group, the other files one group of commands each."""
+"""The `populace` command: `app.py` has the main group, the other files one group of commands
+each."""

@@ -1,4 +1,5 @@
-"""Commands about one user's adapter: its revisions, manifests, answers, rollbacks, pins, erasure, export."""
+"""Commands about one user's adapter: its revisions, manifests, answers, rollbacks, pins, erasure,
+export."""
 
 from __future__ import annotations
 
@@ -71,7 +72,11 @@ def sample(
     from populace.configs.schema import RolloutSettings
 
     rollout = RolloutSettings(max_new_tokens=max_new_tokens, temperature=temperature)
-    console.print(open_population(store, name).sample(user, prompt, revision, rollout), highlight=False, markup=False)
+    console.print(
+        open_population(store, name).sample(user, prompt, revision, rollout),
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command()
@@ -85,13 +90,19 @@ def rollback(user: str, to: int, store: Store = "build/store", name: Name = None
 def pin(
     user: str,
     revision: int,
-    off: Annotated[bool, typer.Option("--off", help="Let the retention rule have it again.")] = False,
+    off: Annotated[
+        bool, typer.Option("--off", help="Let the retention rule have it again.")
+    ] = False,
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
     """Keep a revision whatever the retention rule says."""
     done = open_population(store, name).pin(user, revision, not off)
-    _say_when(done, f"{user}@{revision} is {'under the rule again' if off else 'pinned'}", f"{user}@{revision}: asked")
+    _say_when(
+        done,
+        f"{user}@{revision} is {'under the rule again' if off else 'pinned'}",
+        f"{user}@{revision}: asked",
+    )
 
 
 @app.command()
@@ -103,7 +114,9 @@ def forget(
 ) -> None:
     """Make everything of a user unreadable for ever. This can't be undone."""
     if not yes:
-        typer.confirm(f"Destroy the key of {user!r}: their experience and all their revisions?", abort=True)
+        typer.confirm(
+            f"Destroy the key of {user!r}: their experience and all their revisions?", abort=True
+        )
     done = open_population(store, name).forget(user)
     _say_when(done, "forgotten; `populace repack` removes the bytes", "asked to forget")
 
@@ -114,7 +127,8 @@ def export(
     folder: Path,
     revision: Annotated[str, typer.Option(help="serving, tip, or a number.")] = "serving",
     link_hours: Annotated[
-        float | None, typer.Option(min=0.01, max=168, help="Also upload it (s3:// only) and print a link.")
+        float | None,
+        typer.Option(min=0.01, max=168, help="Also upload it (s3:// only) and print a link."),
     ] = None,
     store: Store = "build/store",
     name: Name = None,
@@ -124,7 +138,9 @@ def export(
 
     population = open_population(store, name)
     if link_hours is not None and not population.store.url.startswith("s3:"):
-        raise InvalidInput(f"store is {population.store.url}; links need s3://, a folder can be copied as it is")
+        raise InvalidInput(
+            f"store is {population.store.url}; links need s3://, a folder can be copied as it is"
+        )
     number = export_peft(population, user, folder, revision)
     console.print(f"{user}@{number} -> {folder}", markup=False, highlight=False, soft_wrap=True)
     if link_hours is not None:

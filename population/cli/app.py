@@ -47,14 +47,17 @@ app.add_typer(operate_commands)
 
 
 def main() -> None:
-    """Entry point: errors that Populace raises on purpose are one line, not a traceback. The exit code is 2 where
-    something has to change first, `TEMPORARY` where the same may work later, 1 for everything unforeseen."""
+    """Entry point: errors that Populace raises on purpose are one line, not a traceback. The exit
+    code is 2 where something has to change first, `TEMPORARY` where the same may work later, 1 for
+    everything unforeseen."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a base is always local; never ask a hub
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
     except PopulaceError as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(
+            f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+        )
         sys.exit(TEMPORARY if error.is_temporary else 2)
 
 
@@ -62,7 +65,9 @@ def main() -> None:
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
-    log: Annotated[str, typer.Option(help="text, or json: one object a line, for machines.")] = "text",
+    log: Annotated[
+        str, typer.Option(help="text, or json: one object a line, for machines.")
+    ] = "text",
 ) -> None:
     """Train a population until its experience is used up. Again on the same store continues."""
     if log not in ("text", "json"):
@@ -81,7 +86,8 @@ def run(
         population, reported = run_population(settings, view)
     figures = population.status()
     console.print(
-        f"{figures.name}: {figures.adapters} adapters, {figures.revisions} revisions, {figures.promoted} promoted, "
+        f"{figures.name}: {figures.adapters} adapters, {figures.revisions} revisions, "
+        f"{figures.promoted} promoted, "
         f"{figures.rejected} rejected, {figures.pending_events} events pending"
     )
     if settings.report is not None and reported:

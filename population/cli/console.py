@@ -21,7 +21,9 @@ TEMPORARY = 75
 
 Store = Annotated[str, typer.Option(help="Where the population lives.", envvar="POPULACE_STORE")]
 
-Name = Annotated[str | None, typer.Option(help="The population; needed when the store has several.")]
+Name = Annotated[
+    str | None, typer.Option(help="The population; needed when the store has several.")
+]
 
 
 def open_population(store: str, name: str | None) -> Population:
@@ -40,13 +42,21 @@ def find_population(store: str, name: str | None) -> tuple[ObjectStore, Populati
 
     opened = open_store(store)
     if name is None:
-        names = [folder for folder in opened.folders() if PopulationMeta.find(opened, folder) is not None]
+        names = [
+            folder for folder in opened.folders() if PopulationMeta.find(opened, folder) is not None
+        ]
         if not names:
-            raise InvalidInput(f"{opened.url} holds no population; create one with `populace run CONFIG`")
+            raise InvalidInput(
+                f"{opened.url} holds no population; create one with `populace run CONFIG`"
+            )
         if len(names) > 1:
-            raise InvalidInput(f"{opened.url} holds {len(names)} populations {names}; choose one with --name")
+            raise InvalidInput(
+                f"{opened.url} holds {len(names)} populations {names}; choose one with --name"
+            )
         name = names[0]
     meta = PopulationMeta.find(opened, name)
     if meta is None:
-        raise InvalidInput(f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`")
+        raise InvalidInput(
+            f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`"
+        )
     return opened, meta

@@ -19,15 +19,25 @@ commands = typer.Typer()
 
 @commands.command()
 def enqueue(
-    path: Annotated[Path, typer.Argument(help="FILE.jsonl, FILE.parquet, or a folder of Hugging Face `datasets`.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="FILE.jsonl, FILE.parquet, or a folder of Hugging Face `datasets`."),
+    ],
     user: Annotated[str | None, typer.Option(help="Whose events rows without a user are.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given again.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Check tasks against the rewards of this YAML file.")] = None,
-    rejects: Annotated[Path | None, typer.Option(help="Where bad rows go; FILE.rejects.jsonl by default.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A column to leave out; may be given again.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Check tasks against the rewards of this YAML file.")
+    ] = None,
+    rejects: Annotated[
+        Path | None, typer.Option(help="Where bad rows go; FILE.rejects.jsonl by default.")
+    ] = None,
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
-    """Make a file's experience durable. Needs no running trainer; the same file again changes nothing."""
+    """Make a file's experience durable. Needs no running trainer; the same file again changes
+    nothing."""
     from populace.configs.load import load_settings
     from populace.population.experience.files import enqueue_file, num_rows
     from populace.population.experience.producer import Producer
@@ -36,7 +46,13 @@ def enqueue(
     opened, meta = find_population(store, name)
     producer = Producer(opened, meta, rewards=rewards)
     rejects = rejects or path.with_name(f"{path.name}.rejects.jsonl")
-    columns = (TextColumn("enqueueing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
+    columns = (
+        TextColumn("enqueueing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def tick(rows: int) -> None:
@@ -46,7 +62,9 @@ def enqueue(
         report = enqueue_file(producer, path, rejects, user=user, ignore=ignore or (), tick=tick)
         progress.update(bar, completed=report.num_events + report.num_rejected)
     producer.close()
-    console.print(f"{report.num_events} events of {report.num_users} users are durable in {meta.name}")
+    console.print(
+        f"{report.num_events} events of {report.num_users} users are durable in {meta.name}"
+    )
     if report.num_rejected:
         text = f"{report.num_rejected} rows were rejected; line, reason and row of each: {rejects}"
         console.print(text, soft_wrap=True, markup=False)

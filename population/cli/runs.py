@@ -14,19 +14,33 @@ from typing import Annotated
 
 import typer
 
-from populace.population.cli.console import TEMPORARY, Name, Store, console, find_population, open_population
+from populace.population.cli.console import (
+    TEMPORARY,
+    Name,
+    Store,
+    console,
+    find_population,
+    open_population,
+)
 
 commands = typer.Typer()
 
 
 @commands.command()
 def stop(
-    name: Annotated[str | None, typer.Argument(help="The population; needed when the store has several.")] = None,
-    controller: Annotated[str | None, typer.Option(help="Only this one of several that share it.")] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.0, help="How long to wait for the wave to end.")] = 600.0,
+    name: Annotated[
+        str | None, typer.Argument(help="The population; needed when the store has several.")
+    ] = None,
+    controller: Annotated[
+        str | None, typer.Option(help="Only this one of several that share it.")
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.0, help="How long to wait for the wave to end.")
+    ] = 600.0,
     store: Store = "build/store",
 ) -> None:
-    """End a run after its wave, from any machine that sees the store. Running it again continues."""
+    """End a run after its wave, from any machine that sees the store. Running it again
+    continues."""
     from populace.population.watching.stop import stop_run
 
     opened, meta = find_population(store, name)
@@ -35,7 +49,9 @@ def stop(
         def tick(outcomes: Mapping[str, str]) -> None:
             status.update(", ".join(f"{each}: {outcome}" for each, outcome in outcomes.items()))
 
-        outcomes = stop_run(opened, meta.name, controller=controller, timeout_s=timeout_s, tick=tick)
+        outcomes = stop_run(
+            opened, meta.name, controller=controller, timeout_s=timeout_s, tick=tick
+        )
     texts = {
         "stopped": "stopped",
         "dead": "shows no life; the next run takes its partitions over",
@@ -54,7 +70,8 @@ def top(
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
-    """Live figures of a population's controllers, until Ctrl-C. Needs the store alone, no key and no Ray."""
+    """Live figures of a population's controllers, until Ctrl-C. Needs the store alone, no key and
+    no Ray."""
     from rich.live import Live
 
     from populace.population.watching.beacon import controllers_of
@@ -62,7 +79,9 @@ def top(
 
     opened, meta = find_population(store, name)
     if as_json:
-        json.dump([asdict(seen) for seen in controllers_of(opened, meta.name)], sys.stdout, indent=1)
+        json.dump(
+            [asdict(seen) for seen in controllers_of(opened, meta.name)], sys.stdout, indent=1
+        )
         print()
         return
     watch = Watch()
@@ -71,7 +90,9 @@ def top(
         return
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(top_table(meta.name, watch.look(controllers_of(opened, meta.name))), refresh=True)
+            live.update(
+                top_table(meta.name, watch.look(controllers_of(opened, meta.name))), refresh=True
+            )
             time.sleep(1.0)
 
 
@@ -79,12 +100,17 @@ def top(
 def page(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8270,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Another name that browsers call it by.")] = None,
-    report: Annotated[Path | None, typer.Option(help="A run's report folder, for the specialisation matrix.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name that browsers call it by.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A run's report folder, for the specialisation matrix.")
+    ] = None,
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
-    """Serve the population page until Ctrl-C, with or without a run. POPULACE_PAGE_TOKEN allows actions."""
+    """Serve the population page until Ctrl-C, with or without a run. POPULACE_PAGE_TOKEN allows
+    actions."""
     from populace.population.page.serve import serving_page
     from populace.population.run import start_ray
 
@@ -93,6 +119,8 @@ def page(
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
     hosts = tuple(allow_host or ())
-    with serving_page(population, host, port, hosts, "" if report is None else str(report)) as address:
+    with serving_page(
+        population, host, port, hosts, "" if report is None else str(report)
+    ) as address:
         print(f"{address} shows {population.meta.name}; Ctrl-C ends it", flush=True)
         stopped.wait()

@@ -17,7 +17,9 @@ from populace.storage.errors import InvalidInput
 
 
 @base_app.command()
-def prepare(model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging Face MoE folder.")]) -> None:
+def prepare(
+    model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging Face MoE folder.")],
+) -> None:
     """Make or register a base, so that configurations can name it."""
     with console.status("starting") as status:
         from populace.workers.base.registry import prepare_base
@@ -28,12 +30,16 @@ def prepare(model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging
                 console.print(stage)
 
         base = prepare_base(model, show)
-    console.print(f"base [bold]{base.name}[/]  sha256 {base.digest[:16]}…  {base.folder}", soft_wrap=True)
+    console.print(
+        f"base [bold]{base.name}[/]  sha256 {base.digest[:16]}…  {base.folder}", soft_wrap=True
+    )
 
 
 @app.command()
 def plan(
-    base: Annotated[str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")],
+    base: Annotated[
+        str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")
+    ],
     device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     devices: Annotated[int, typer.Option(help="Of one shard group.")] = 8,
     users: Annotated[float, typer.Option(help="1e6 is a million.")] = 1e6,
@@ -44,10 +50,16 @@ def plan(
     samples_per_event: int = 8,
     prompt_tokens: int = 256,
     completion_tokens: int = 256,
-    slots: Annotated[int, typer.Option(help="Adapters in device memory, over the whole group.")] = 256,
+    slots: Annotated[
+        int, typer.Option(help="Adapters in device memory, over the whole group.")
+    ] = 256,
     kept_revisions: int = 8,
-    efficiency: Annotated[float, typer.Option(help="Share of the data sheet's rates that is reached.")] = 0.4,
-    store_bandwidth: Annotated[float, typer.Option(help="Bytes per second of the object store.")] = 10e9,
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the data sheet's rates that is reached.")
+    ] = 0.4,
+    store_bandwidth: Annotated[
+        float, typer.Option(help="Bytes per second of the object store.")
+    ] = 10e9,
     partitions: int = 64,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
@@ -57,9 +69,12 @@ def plan(
     from populace.workers.base.footprint import config_of, tensors_of
 
     request = planner.Request(
-        device=device, devices=devices, users=users, updates_per_user_and_day=updates_per_user_and_day, rank=rank,
-        expert_rank=expert_rank, events_per_update=events_per_update, samples_per_event=samples_per_event,
-        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, slots=slots, kept_revisions=kept_revisions,
+        device=device, devices=devices, users=users,
+        updates_per_user_and_day=updates_per_user_and_day, rank=rank,
+        expert_rank=expert_rank, events_per_update=events_per_update,
+        samples_per_event=samples_per_event,
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, slots=slots,
+        kept_revisions=kept_revisions,
         efficiency=efficiency, store_bandwidth=store_bandwidth, partitions=partitions,
     )  # fmt: skip
     planner.check(request)
@@ -68,7 +83,9 @@ def plan(
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
         return
-    table = Table("", "figure", "value", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users")
+    table = Table(
+        "", "figure", "value", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users"
+    )
     section = ""
     for line in found.lines:
         is_new, section = line.section != section, line.section
@@ -77,31 +94,42 @@ def plan(
         value = planner.readable(line.value, line.unit)
         table.add_row(section if is_new else "", line.name, value, f"[dim]{line.source}[/]")
     console.print(table)
-    console.print(f"{'[green]fits[/]' if found.fits else '[red]does not fit[/]'}; bottleneck: {found.bottleneck}")
+    console.print(
+        f"{'[green]fits[/]' if found.fits else '[red]does not fit[/]'}; bottleneck: "
+        f"{found.bottleneck}"
+    )
     console.print(f"what moves it: {found.knob}", soft_wrap=True)
 
 
 @commands.command()
 def simulate(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; its `scheduler` section is tried out.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file; its `scheduler` section is tried out.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
     users: Annotated[int, typer.Option(help="How many send events.")] = 10_000,
     rate: Annotated[float, typer.Option(help="Events per second of all users, on average.")] = 50.0,
     hours: Annotated[float, typer.Option(help="Simulated time.")] = 1.0,
-    wave_s: Annotated[float, typer.Option(help="How long a wave takes; `populace plan` estimates it.")] = 1.0,
+    wave_s: Annotated[
+        float, typer.Option(help="How long a wave takes; `populace plan` estimates it.")
+    ] = 1.0,
     zipf: Annotated[float, typer.Option(help="How unequal users are; 0: all alike.")] = 1.0,
-    day: Annotated[float, typer.Option(help="0 to 1: how far the rate swings over 24 hours.")] = 0.0,
+    day: Annotated[
+        float, typer.Option(help="0 to 1: how far the rate swings over 24 hours.")
+    ] = 0.0,
     burst_every_s: Annotated[float, typer.Option(help="Mean time between bursts; 0: none.")] = 0.0,
     burst_s: Annotated[float, typer.Option(help="How long a burst lasts.")] = 30.0,
     burst_factor: Annotated[float, typer.Option(help="What it multiplies the rate by.")] = 5.0,
     tokens: Annotated[int, typer.Option(help="Of an event.")] = 200,
     share: Annotated[
-        list[float] | None, typer.Option(help="Of the events, tenant by tenant, the default one first.")
+        list[float] | None,
+        typer.Option(help="Of the events, tenant by tenant, the default one first."),
     ] = None,
     seed: int = 0,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Try scheduler settings on synthetic users before deploying them: waits, fairness, throughput."""
+    """Try scheduler settings on synthetic users before deploying them: waits, fairness,
+    throughput."""
     from populace.configs.load import load_settings
     from populace.population.tools.simulate import Load
     from populace.population.tools.simulate import simulate as run
@@ -112,26 +140,44 @@ def simulate(
     shares = tuple(share or (1.0,) * num_tenants)
     if len(shares) != num_tenants:
         raise InvalidInput(
-            f"--share was given {len(shares)} times; there are {num_tenants} tenants, the default included"
+            f"--share was given {len(shares)} times; there are {num_tenants} tenants, the default "
+            "included"
         )
     load = Load(
-        users=users, events_per_s=rate, hours=hours, wave_s=wave_s, zipf=zipf, day_amplitude=day, burst_s=burst_s,
-        burst_every_s=burst_every_s, burst_factor=burst_factor, tokens_per_event=tokens, rank=settings.adapter.rank,
+        users=users, events_per_s=rate, hours=hours, wave_s=wave_s, zipf=zipf, day_amplitude=day,
+        burst_s=burst_s,
+        burst_every_s=burst_every_s, burst_factor=burst_factor, tokens_per_event=tokens,
+        rank=settings.adapter.rank,
         shares=shares, seed=seed,
     )  # fmt: skip
     report = run(load, settings, policy_of(settings.scheduler))
     if as_json:
         figures = dataclasses.asdict(dataclasses.replace(report, waves=()))
-        print(json.dumps({key: value for key, value in figures.items() if key != "waves"}, indent=1))
+        print(
+            json.dumps({key: value for key, value in figures.items() if key != "waves"}, indent=1)
+        )
         return
-    table = Table("tenant", "weight", "arrived", "served", "waiting", "wait: median", "99 %", "longest")
+    table = Table(
+        "tenant", "weight", "arrived", "served", "waiting", "wait: median", "99 %", "longest"
+    )
     for item in report.tenants:
-        waits = (f"{value:.1f} s" for value in (item.wait_median_s, item.wait_99_s, item.wait_longest_s))
-        table.add_row(item.name, f"{item.weight:g}", str(item.arrived), str(item.served), str(item.waiting), *waits)
+        waits = (
+            f"{value:.1f} s" for value in (item.wait_median_s, item.wait_99_s, item.wait_longest_s)
+        )
+        table.add_row(
+            item.name,
+            f"{item.weight:g}",
+            str(item.arrived),
+            str(item.served),
+            str(item.waiting),
+            *waits,
+        )
     console.print(table)
     console.print(
-        f"{report.num_waves} waves of {report.adapters_per_wave:.1f} adapters; {report.events_per_s:.1f} events/s; "
-        f"fairness between tenants that always waited {report.fairness:.4f} (Jain); {report.hot_share:.1%} of adapters "
+        f"{report.num_waves} waves of {report.adapters_per_wave:.1f} adapters; "
+        f"{report.events_per_s:.1f} events/s; "
+        f"fairness between tenants that always waited {report.fairness:.4f} (Jain); "
+        f"{report.hot_share:.1%} of adapters "
         "were still hot",
         soft_wrap=True, highlight=False,
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Commands about what lies in a store: `populace verify`, `repack`, `keys`, `catalog` and `store dev`."""
+"""Commands about what lies in a store: `populace verify`, `repack`, `keys`, `catalog` and `store
+dev`."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 @store_app.command("dev")
 def store_dev(
-    folder: Annotated[Path | None, typer.Option(help="Keep the data here; without it they go with the server.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the data here; without it they go with the server.")
+    ] = None,
 ) -> None:
     """Run an S3 on this machine for development (SeaweedFS on loopback) until Ctrl-C."""
     from populace.storage.objects.bucket import Bucket
@@ -49,36 +52,50 @@ def repack(
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
-    """Drop old revisions and forgotten users from the packs. Kept: the last ones, tip, serving, promoted, pinned."""
+    """Drop old revisions and forgotten users from the packs. Kept: the last ones, tip, serving,
+    promoted, pinned."""
     from populace.storage.catalog.repack import RetentionRule
 
     report = open_population(store, name).repack(RetentionRule(last=last))
     console.print(
-        f"dropped {report.num_dropped} blobs, moved {report.num_moved}, deleted {report.num_packs_deleted} packs"
+        f"dropped {report.num_dropped} blobs, moved {report.num_moved}, deleted "
+        f"{report.num_packs_deleted} packs"
     )
 
 
 @app.command()
 def verify(
     user: Annotated[str | None, typer.Argument(help="One user; or --all.")] = None,
-    everybody: Annotated[bool, typer.Option("--all", help="The whole population; needs no key.")] = False,
+    everybody: Annotated[
+        bool, typer.Option("--all", help="The whole population; needs no key.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-    root_key: Annotated[str | None, typer.Option(help="Id of the root key that you know to be right.")] = None,
-    since: Annotated[Path | None, typer.Option(help="JSON of an earlier --all: finds a log that was cut off.")] = None,
+    root_key: Annotated[
+        str | None, typer.Option(help="Id of the root key that you know to be right.")
+    ] = None,
+    since: Annotated[
+        Path | None, typer.Option(help="JSON of an earlier --all: finds a log that was cut off.")
+    ] = None,
     replay: Annotated[
-        str | None, typer.Option(help="USER@NUMBER, or USER: train kept revisions again, alone, and compare the bytes.")
+        str | None,
+        typer.Option(
+            help="USER@NUMBER, or USER: train kept revisions again, alone, and compare the bytes."
+        ),
     ] = None,
     store: Store = "build/store",
     name: Name = None,
 ) -> None:
-    """Walk every chain of revisions from 0: signatures, parents, digests of all bytes, no gap, no unexplained fork."""
+    """Walk every chain of revisions from 0: signatures, parents, digests of all bytes, no gap, no
+    unexplained fork."""
     from dataclasses import asdict
 
     from populace.storage.log.verify import Findings, verify_partition
 
     if replay is not None:
         if user is not None or everybody or since is not None or root_key is not None:
-            raise InvalidInput("--replay stands alone; run `populace verify` without it for signatures and digests")
+            raise InvalidInput(
+                "--replay stands alone; run `populace verify` without it for signatures and digests"
+            )
         _replay(replay, as_json, store, name)
         return
     if (user is None) != everybody:
@@ -86,7 +103,9 @@ def verify(
     if since is not None and not everybody:
         raise InvalidInput("--since compares whole logs; use it with --all")
     if root_key is not None and len(root_key) < 16:
-        raise InvalidInput(f"root key {root_key!r} is too short to pin anything; give at least 16 digits")
+        raise InvalidInput(
+            f"root key {root_key!r} is too short to pin anything; give at least 16 digits"
+        )
     if user is not None:
         population = open_population(store, name)
         findings, meta = population.verify(user), population.meta
@@ -97,18 +116,28 @@ def verify(
         with console.status("verifying") as status:
             for partition in range(meta.partitions):
                 verify_partition(
-                    opened, meta.name, partition, meta.root_key, findings, known=known.get(partition),
+                    opened, meta.name, partition, meta.root_key, findings,
+                    known=known.get(partition),
                     progress=lambda count: status.update(f"verifying: {count} blobs"),
                 )  # fmt: skip
     if root_key is not None and not meta.root_key.keyid.startswith(root_key):
-        findings.problems.append(f"population.json names the root key {meta.root_key.keyid}, not {root_key}")
+        findings.problems.append(
+            f"population.json names the root key {meta.root_key.keyid}, not {root_key}"
+        )
     if as_json:
-        print(json.dumps({"population": meta.name, "root_key": meta.root_key.keyid, **asdict(findings)}, indent=1))
+        print(
+            json.dumps(
+                {"population": meta.name, "root_key": meta.root_key.keyid, **asdict(findings)},
+                indent=1,
+            )
+        )
     else:
         console.print(
-            f"{meta.name}: {findings.num_records} records signed and chained, {findings.num_revisions} revisions "
+            f"{meta.name}: {findings.num_records} records signed and chained, "
+            f"{findings.num_revisions} revisions "
             f"({findings.num_not_kept} of them not kept), {findings.num_blobs} blobs "
-            f"({findings.num_bytes / 1e6:.1f} MB) match their manifests; root key {meta.root_key.keyid[:16]}",
+            f"({findings.num_bytes / 1e6:.1f} MB) match their manifests; root key "
+            f"{meta.root_key.keyid[:16]}",
             soft_wrap=True,
         )
         for problem in findings.problems:
@@ -133,7 +162,11 @@ def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
         table = Table("revision", "outcome", "")
         for item in found:
             colour = "green" if item.is_same else "red" if item.outcome == "DIFFERENT" else "yellow"
-            table.add_row(escape(f"{user}@{item.revision}"), f"[{colour}]{item.outcome}[/]", escape(item.detail))
+            table.add_row(
+                escape(f"{user}@{item.revision}"),
+                f"[{colour}]{item.outcome}[/]",
+                escape(item.detail),
+            )
         console.print(table)
     if not all(item.is_same for item in found):
         raise typer.Exit(1)
@@ -144,15 +177,20 @@ def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
     """Sign with a new key from now on; the old one vouches for it."""
     key = open_population(store, name).rotate_signing_key()
     console.print(
-        f"records are signed by {key.keyid[:16]} from now on; its private half is in {_key_folder()}", soft_wrap=True
+        f"records are signed by {key.keyid[:16]} from now on; its private half is in "
+        f"{_key_folder()}",
+        soft_wrap=True,
     )
 
 
 @keys_app.command("rotate-master")
 def rotate_master(store: Store = "build/store", name: Name = None) -> None:
-    """Wrap every user's key with a new master key. The old one is needed until this is done, and not afterwards."""
+    """Wrap every user's key with a new master key. The old one is needed until this is done, and
+    not afterwards."""
     master = open_population(store, name).rotate_master_key()
-    console.print(f"every key is wrapped by master key {master} now; it is in {_key_folder()}", soft_wrap=True)
+    console.print(
+        f"every key is wrapped by master key {master} now; it is in {_key_folder()}", soft_wrap=True
+    )
 
 
 @catalog_app.command("export")

@@ -19,7 +19,8 @@ from populace.workers.batch import AdapterKey
 
 
 class Examiner:
-    """Measures held-out rewards, each revision once, and appends verdicts. `ledger` must be claimed to judge."""
+    """Measures held-out rewards, each revision once, and appends verdicts. `ledger` must be claimed
+    to judge."""
 
     def __init__(self, trials: Trials, ledger: Ledger) -> None:
         self.trials, self.ledger, self.settings = trials, ledger, trials.settings
@@ -36,7 +37,9 @@ class Examiner:
             }
         )
         owned = set(self.ledger.owned())
-        candidates = [adapter for adapter in self.ledger.catalog.unjudged() if adapter.partition in owned]
+        candidates = [
+            adapter for adapter in self.ledger.catalog.unjudged() if adapter.partition in owned
+        ]
         verdicts = []
         size = self.settings.scheduler.max_adapters_per_wave
         for start in range(0, len(candidates), size):
@@ -44,7 +47,10 @@ class Examiner:
             self.measure([(adapter, n) for adapter in part for n in (adapter.tip, adapter.serving)])
             judged: list[tuple[int, Verdict]] = []
             for adapter in part:
-                tip, serving = (self.heldout_rewards(adapter, number) for number in (adapter.tip, adapter.serving))
+                tip, serving = (
+                    self.heldout_rewards(adapter, number)
+                    for number in (adapter.tip, adapter.serving)
+                )
                 judged.append((adapter.partition, verdict(adapter, tip, serving, policy)))
             self.ledger.append_all(judged)
             verdicts += [record for _, record in judged]
@@ -64,13 +70,19 @@ class Examiner:
             del self._heldout_rewards[key]
 
     def heldout_tasks(self, pseudonym: str) -> list[LoggedEvent]:
-        """The held-out tasks that evaluations use: the first ones that can be answered and rewarded."""
+        """The held-out tasks that evaluations use: the first ones that can be answered and
+        rewarded."""
         positions, most = self.ledger.pending.heldout(pseudonym), self.settings.evaluation.max_tasks
         num_seen, tasks = self._tasks.get(pseudonym, (0, []))
         if len(tasks) < most and num_seen < len(positions):
             partition = self.ledger.catalog.require(pseudonym).partition
             new = self.ledger.events(partition, positions[num_seen:])
-            tasks = [*tasks, *itertools.islice((item for item in new if self._is_answerable(item)), most - len(tasks))]
+            tasks = [
+                *tasks,
+                *itertools.islice(
+                    (item for item in new if self._is_answerable(item)), most - len(tasks)
+                ),
+            ]
             self._tasks[pseudonym] = (len(positions), tasks)
         return tasks
 
@@ -83,9 +95,12 @@ class Examiner:
     def answer_heldout(
         self, exams: Sequence[tuple[AdapterState, int, Sequence[LoggedEvent]]], num_samples: int
     ) -> list[tuple[AdapterKey, LoggedEvent, tuple[Reply, ...]]]:
-        """Let revisions answer tasks: every (revision, task) with what a reward sees of the answers, in order."""
+        """Let revisions answer tasks: every (revision, task) with what a reward sees of the
+        answers, in order."""
         asked = [
-            (AdapterKey(adapter.pseudonym, revision), logged) for adapter, revision, tasks in exams for logged in tasks
+            (AdapterKey(adapter.pseudonym, revision), logged)
+            for adapter, revision, tasks in exams
+            for logged in tasks
         ]
         if not asked:
             return []
@@ -100,7 +115,8 @@ class Examiner:
         ]
 
     def measure(self, pairs: Sequence[tuple[AdapterState, int]]) -> None:
-        """Measure the held-out rewards that aren't known yet. Revisions never change, so once is enough."""
+        """Measure the held-out rewards that aren't known yet. Revisions never change, so once is
+        enough."""
         exams = []
         for pseudonym, revision in dict.fromkeys((adapter.pseudonym, n) for adapter, n in pairs):
             known = self._heldout_rewards.get(AdapterKey(pseudonym, revision), {})
@@ -110,7 +126,8 @@ class Examiner:
         requests = [self.trials.reward_request(logged, replies) for _, logged, replies in answers]
         outcomes = self.trials.judge(requests)
         for (key, logged, _), outcome in zip(answers, outcomes, strict=True):
-            # An answer that its reward can't judge is worth nothing: a tip must not be promoted for breaking it.
+            # An answer that its reward can't judge is worth nothing: a tip must not be promoted for
+            # breaking it.
             reward = 0.0 if isinstance(outcome, str) else fmean(outcome)
             self._heldout_rewards.setdefault(key, {})[logged.event_id] = reward
 

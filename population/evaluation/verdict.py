@@ -22,12 +22,16 @@ class VerdictPolicy:
 
 
 def verdict(
-    adapter: AdapterState, tip: Mapping[str, float], serving: Mapping[str, float], policy: VerdictPolicy
+    adapter: AdapterState,
+    tip: Mapping[str, float],
+    serving: Mapping[str, float],
+    policy: VerdictPolicy,
 ) -> Verdict:
     """Compare the tip with what serves on the same held-out tasks (task id -> mean reward).
 
-    promote: the tip is at least as good on average; serving moves to it. reject: the whole confidence interval
-    of the paired difference lies below minus the tolerance; the tip falls back to serving. keep: neither.
+    promote: the tip is at least as good on average; serving moves to it. reject: the whole
+    confidence interval of the paired difference lies below minus the tolerance; the tip falls back
+    to serving. keep: neither.
     """
     tasks = sorted(tip.keys() & serving.keys())
     if len(tasks) < policy.min_tasks:

@@ -1,1 +1,2 @@
-"""Experience from a caller's hand to the pending index: records, checks, sealing, the log, its reading end."""
+"""Experience from a caller's hand to the pending index: records, checks, sealing, the log, its
+reading end."""

@@ -60,12 +60,15 @@ def check_user(user: str) -> UserId:
     if not isinstance(user, str) or not user or not _is_utf8(user):
         raise InvalidInput(f"user is {user!r}; give a non-empty string")
     if (size := len(user.encode())) > MAX_USER_BYTES:
-        raise InvalidInput(f"user {user[:24]!r}… has {size} bytes; at most {MAX_USER_BYTES} are allowed")
+        raise InvalidInput(
+            f"user {user[:24]!r}… has {size} bytes; at most {MAX_USER_BYTES} are allowed"
+        )
     return UserId(user)
 
 
 def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
-    """Raises `InvalidInput` naming the event, field, value and way out. `rewards`: the registered ones; None: any."""
+    """Raises `InvalidInput` naming the event, field, value and way out. `rewards`: the registered
+    ones; None: any."""
     where = f"event {getattr(event, 'event_id', '?')!r}"
     if type(event) not in KIND_NAMES:
         raise InvalidInput(f"{event!r} is not an event; use Task, Trajectory or Demonstration")
@@ -74,12 +77,18 @@ def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
         if not 0 <= event_id < 2**63:  # type: ignore[operator]
             raise InvalidInput(f"{where}: an integer event_id counts up from 0, below 2**63")
     elif (
-        not isinstance(event_id, str) or not _is_utf8(event_id) or not 0 < len(event_id.encode()) <= MAX_EVENT_ID_BYTES
+        not isinstance(event_id, str)
+        or not _is_utf8(event_id)
+        or not 0 < len(event_id.encode()) <= MAX_EVENT_ID_BYTES
     ):
-        raise InvalidInput(f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text, or an integer")
+        raise InvalidInput(
+            f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text, or an integer"
+        )
     if isinstance(event, Command):
         method = kind_of(event)
-        raise InvalidInput(f"{where}: a {method} is a command, not experience; use Population.{method}")
+        raise InvalidInput(
+            f"{where}: a {method} is a command, not experience; use Population.{method}"
+        )
     check_prompt(where, event.prompt)
     match event:
         case Task():
@@ -98,11 +107,16 @@ def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
                     raise TypeError("names must be strings")
                 canonical_json(dict(event.reward_args))
             except (TypeError, ValueError) as error:
-                raise InvalidInput(f"{where}: reward_args are not JSON ({error}); use plain values") from None
+                raise InvalidInput(
+                    f"{where}: reward_args are not JSON ({error}); use plain values"
+                ) from None
         case Trajectory():
             _check_completion(where, event.completion)
             if not is_number(event.reward) or not abs(event.reward) <= MAX_REWARD:
-                raise InvalidInput(f"{where}: reward is {event.reward!r}; give a finite number, by convention 0 to 1")
+                raise InvalidInput(
+                    f"{where}: reward is {event.reward!r}; give a finite number, by convention 0 "
+                    "to 1"
+                )
             if not _is_integer(event.revision) or event.revision < 0:
                 raise InvalidInput(f"{where}: revision is {event.revision!r}; revisions start at 0")
             _check_lengths(where, event)
@@ -144,18 +158,27 @@ def _check_lengths(where: str, event: Trajectory) -> None:
         given = len(getattr(event, name))
         if given and given != num_tokens:
             raise InvalidInput(
-                f"{where}: {name} has {given} entries for {num_tokens} completion_ids; give one per token"
+                f"{where}: {name} has {given} entries for {num_tokens} completion_ids; give one "
+                "per token"
             )
     if not all(is_number(value) and MIN_LOGPROB <= value <= 0 for value in event.logprobs):
         raise InvalidInput(f"{where}: logprobs must be natural logarithms, finite and at most 0")
     try:
-        shapes = {(len(layers), *sorted({len(ids) for ids in layers})) for layers in event.expert_ids}
-        known = all(_is_integer(k) and -1 <= k < 2**31 for layers in event.expert_ids for ids in layers for k in ids)
+        shapes = {
+            (len(layers), *sorted({len(ids) for ids in layers})) for layers in event.expert_ids
+        }
+        known = all(
+            _is_integer(k) and -1 <= k < 2**31
+            for layers in event.expert_ids
+            for ids in layers
+            for k in ids
+        )
     except TypeError:
         shapes, known = set(), False
     if not known or len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
         raise InvalidInput(
-            f"{where}: expert_ids must be [token][layer][k] integers from -1 up, with the same shape for every token"
+            f"{where}: expert_ids must be [token][layer][k] integers from -1 up, with the same "
+            "shape for every token"
         )
 
 

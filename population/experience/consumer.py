@@ -1,10 +1,11 @@
-"""The reading end of a partition's experience: what is new, what is a repetition, and what can be cut off behind it.
+"""The reading end of a partition's experience: what is new, what is a repetition, and what can be
+cut off behind it.
 
     segments -> seen before? -> held out, pending, or a command -> PendingIndex
     PendingIndex -> snapshot -> `compaction` record -> floor raised -> old segments deleted
 
-A snapshot holds the events below the floor that wait or are held out, and the memory of event ids: opening reads it and
-the segments behind it, never the whole history.
+A snapshot holds the events below the floor that wait or are held out, and the memory of event ids:
+opening reads it and the segments behind it, never the whole history.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from populace.population.experience.memory import EventMemory
 from populace.population.experience.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
 from populace.population.experience.sealing import LoggedEvent, Seals
 from populace.population.experience.segments import checked, decode_rows, enqueued_at, with_digest
-from populace.population.experience.snapshot import Payload, SegmentCache, Snapshot, payload_at, row_from
+from populace.population.experience.snapshot import (
+    Payload,
+    SegmentCache,
+    Snapshot,
+    payload_at,
+    row_from,
+)
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.identity import PopulationMeta
@@ -82,7 +89,8 @@ class Consumer:
         """Events since the last snapshot."""
 
     def observe(self, catalog: Catalog) -> int:
-        """Read what is new; returns the number of events. What forgotten users sent can't be read any more."""
+        """Read what is new; returns the number of events. What forgotten users sent can't be read
+        any more."""
         compaction = catalog.compactions.get(self.partition)
         if compaction is not None and compaction.floor > self.next_segment:
             self._start_from(self._read_snapshot(compaction), catalog)
@@ -110,17 +118,24 @@ class Consumer:
     def let_go(self) -> None:
         """Forget what was read: another process has the partition now."""
         self.index.clear_partition(self.partition)
-        self.next_segment, self.commands, self.memory, self._snapshot = 0, [], EventMemory(self.memory.horizon), None
+        self.next_segment, self.commands, self.memory, self._snapshot = (
+            0,
+            [],
+            EventMemory(self.memory.horizon),
+            None,
+        )
         self._num_read = 0
 
     # Compaction; the partition's owner alone.
 
     def is_worth_a_snapshot(self) -> bool:
-        """Whether at least as much was read since the last one as has to be copied: a backlog isn't copied for ever."""
+        """Whether at least as much was read since the last one as has to be copied: a backlog isn't
+        copied for ever."""
         return self._num_read >= self.index.num_kept(self.partition)
 
     def write_snapshot(self, catalog: Catalog) -> Compaction:
-        """Save what is still needed of everything read so far. Nothing depends on it until its record is there."""
+        """Save what is still needed of everything read so far. Nothing depends on it until its
+        record is there."""
         floor, alive = self.next_segment, self.index.survivors(self.partition, self.next_segment)
         positions = list(zip(alive.segment.tolist(), alive.row.tolist(), strict=True))
         entries = list(zip(positions, alive.state.tolist(), alive.tokens.tolist(), strict=True))
@@ -149,13 +164,15 @@ class Consumer:
         return compaction
 
     def finish_compaction(self, now: Compaction) -> None:
-        """Raise the floor that the record names, and delete what lies below it. Repeated by the next owner if this one
-        dies in it."""
+        """Raise the floor that the record names, and delete what lies below it. Repeated by the
+        next owner if this one dies in it."""
         self.log.raise_floor(now.previous, now.floor)
         self.log.delete_below(now.floor)
         folder = now.snapshot.rpartition("/")[0]
         for key in list(self.log.log.store.list(folder)):
-            if key < now.snapshot:  # never a newer one: this may be an owner that was fenced meanwhile
+            if (
+                key < now.snapshot
+            ):  # never a newer one: this may be an owner that was fenced meanwhile
                 self.log.log.store.delete(key)
 
     def _payloads(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, Payload]:
@@ -182,7 +199,9 @@ class Consumer:
     def _read_snapshot(self, compaction: Compaction) -> Snapshot:
         body = self.log.log.store.get(compaction.snapshot)
         if hashlib.sha256(body).hexdigest() != compaction.sha256:
-            raise Damaged(f"{compaction.snapshot} is not what its record vouches for; restore it from a copy")
+            raise Damaged(
+                f"{compaction.snapshot} is not what its record vouches for; restore it from a copy"
+            )
         source, tables = pa.BufferReader(checked(compaction.snapshot, body)), []
         for _ in range(4):
             tables.append(pa.ipc.open_stream(source).read_all())
@@ -195,8 +214,13 @@ class Consumer:
         names = table.column("pseudonym").to_pylist()
         unique = list(dict.fromkeys(names))
         consumed = dict(zip(unique, catalog.consumed_of(unique), strict=True)) if unique else {}
-        places = zip(*(table.column(name).to_pylist() for name in ("segment", "row", "state", "tokens")), strict=True)
-        for number, (name, (segment, row, state, tokens)) in enumerate(zip(names, places, strict=True)):
+        places = zip(
+            *(table.column(name).to_pylist() for name in ("segment", "row", "state", "tokens")),
+            strict=True,
+        )
+        for number, (name, (segment, row, state, tokens)) in enumerate(
+            zip(names, places, strict=True)
+        ):
             position = (segment, row)
             if catalog.is_forgotten(name):
                 continue
@@ -231,7 +255,8 @@ class Consumer:
             new[logged.ref.tag] = digest
             if logged.sequence is not None:
                 if logged.sequence <= self.memory.highest(logged.pseudonym):
-                    # Not remembered, though all is: it came late. Else it is a repetition from before the memory.
+                    # Not remembered, though all is: it came late. Else it is a repetition from
+                    # before the memory.
                     if not self.memory.has_forgotten and logged.ref.position > limit:
                         self._add(logged, OUT_OF_ORDER, catalog, arrived_at)
                     continue
@@ -241,7 +266,9 @@ class Consumer:
             self.memory.add(list(new), list(new.values()))
         return len(logged_events)
 
-    def _sort(self, logged: LoggedEvent, is_consumed: bool, catalog: Catalog, arrived_at: float) -> None:
+    def _sort(
+        self, logged: LoggedEvent, is_consumed: bool, catalog: Catalog, arrived_at: float
+    ) -> None:
         """Where a new event belongs."""
         if catalog.is_forgotten(logged.pseudonym):
             return  # the tombstone is there, the key not yet gone
@@ -249,14 +276,18 @@ class Consumer:
         if isinstance(event, Command):
             if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed:
                 self.commands.append(logged)
-        elif isinstance(event, Task) and is_held_out(logged.event_id, self._heldout_key, self._heldout_share):
+        elif isinstance(event, Task) and is_held_out(
+            logged.event_id, self._heldout_key, self._heldout_share
+        ):
             self._add(logged, HELD, catalog, arrived_at)
         elif not is_consumed:
             self._add(logged, PENDING, catalog, arrived_at)
 
     def _add(self, logged: LoggedEvent, state: int, catalog: Catalog, arrived_at: float) -> None:
         tokens = self.reading.price(logged.event) if state == PENDING else 0
-        self.index.add(self._user(logged.pseudonym, catalog), logged.ref.position, state, tokens, arrived_at)
+        self.index.add(
+            self._user(logged.pseudonym, catalog), logged.ref.position, state, tokens, arrived_at
+        )
 
     def _user(self, pseudonym: str, catalog: Catalog) -> int:
         row = self.index.row_of(pseudonym)
@@ -276,5 +307,7 @@ class Consumer:
         except Forgotten:
             return None
         except (Damaged, ObjectNotFound) as error:  # of one user; everybody else goes on
-            logger.error("%s, row %d, is passed over: %s", self.log.log.key(position[0]), position[1], error)
+            logger.error(
+                "%s, row %d, is passed over: %s", self.log.log.key(position[0]), position[1], error
+            )
             return None

@@ -1,8 +1,9 @@
 """Experience: what users' models learn from. Records and their validation.
 
-An event id identifies an event of its user: the same id sent again with the same content is the same event, with other
-content it is an error that the controller settles with that reason. Ids are texts, or integers that increase per user.
-Texts are remembered for the last 2**20 events of a partition at least, integers for ever.
+An event id identifies an event of its user: the same id sent again with the same content is the
+same event, with other content it is an error that the controller settles with that reason. Ids are
+texts, or integers that increase per user. Texts are remembered for the last 2**20 events of a
+partition at least, integers for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def _new_id() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Something to try: the policy answers `prompt` several times, `reward` scores each answer in 0..1."""
+    """Something to try: the policy answers `prompt` several times, `reward` scores each answer in
+    0..1."""
 
     prompt: str | Messages
     reward: str
@@ -132,7 +134,9 @@ def event_bytes(event: LogEvent) -> bytes:
     try:
         return canonical_json(encode_event(event))
     except (TypeError, ValueError) as error:  # NumPy arrays, lone surrogates
-        raise InvalidInput(f"event {event.event_id!r} can't be stored: {error}; use plain values") from None
+        raise InvalidInput(
+            f"event {event.event_id!r} can't be stored: {error}; use plain values"
+        ) from None
 
 
 def decode_event(encoded: Mapping[str, Any]) -> LogEvent:
@@ -144,16 +148,19 @@ def decode_event(encoded: Mapping[str, Any]) -> LogEvent:
 
 
 def is_held_out(event_id: str, population_key: bytes, share: float) -> bool:
-    """Whether a task is kept for evaluation: a keyed hash of its id, so that neither order nor repetition can
-    change the answer."""
+    """Whether a task is kept for evaluation: a keyed hash of its id, so that neither order nor
+    repetition can change the answer."""
     digest = hashlib.blake2b(event_id.encode(), key=population_key, digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def estimate_tokens(event: LogEvent, rollout: RolloutSettings) -> int:
-    """What an event costs, about: three bytes of text are a token; a task's samples share its prompt."""
+    """What an event costs, about: three bytes of text are a token; a task's samples share its
+    prompt."""
     prompt = getattr(event, "prompt", "")
-    num_bytes = sum(len(message["content"].encode()) for message in messages_of(prompt)) if prompt else 0
+    num_bytes = (
+        sum(len(message["content"].encode()) for message in messages_of(prompt)) if prompt else 0
+    )
     num_bytes += len(getattr(event, "completion", "").encode())
     samples = rollout.samples_per_task * rollout.max_new_tokens if isinstance(event, Task) else 0
     return num_bytes // 3 + 1 + samples

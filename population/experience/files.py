@@ -1,7 +1,7 @@
 """Files of experience: JSON lines, Parquet, and folders that Hugging Face `datasets` wrote.
 
-One row is one event; docs/experience.md has the columns. A row that can't be an event is reported with its number and
-goes into a file of its own; the others go on.
+One row is one event; docs/experience.md has the columns. A row that can't be an event is reported
+with its number and goes into a file of its own; the others go on.
 """
 
 from __future__ import annotations
@@ -43,11 +43,23 @@ COLUMNS = {
 
 _FIELDS = {
     "task": ("prompt", "reward", "reward_args"),
-    "trajectory": ("prompt", "completion", "reward", "revision", "completion_ids", "logprobs", "expert_ids"),
+    "trajectory": (
+        "prompt",
+        "completion",
+        "reward",
+        "revision",
+        "completion_ids",
+        "logprobs",
+        "expert_ids",
+    ),
     "demonstration": ("prompt", "completion"),
 }
 
-_CLASSES: dict[str, type[Any]] = {"task": Task, "trajectory": Trajectory, "demonstration": Demonstration}
+_CLASSES: dict[str, type[Any]] = {
+    "task": Task,
+    "trajectory": Trajectory,
+    "demonstration": Demonstration,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +91,28 @@ def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                     yield number, _json_row(line)
     else:
         raise InvalidInput(
-            f"{path} is neither .jsonl nor .parquet nor a folder that `datasets` wrote; convert it to one"
+            f"{path} is neither .jsonl nor .parquet nor a folder that `datasets` wrote; convert it "
+            "to one"
         )
 
 
 def event_from_row(row: Mapping[str, Any], user: str | None = None) -> tuple[str, Experience]:
-    """User and event of a row; `InvalidInput` names the column, its value and the way out. `user`: of rows without."""
+    """User and event of a row; `InvalidInput` names the column, its value and the way out. `user`:
+    of rows without."""
     given = {name: value for name, value in row.items() if value is not None}
     if unknown := sorted(set(given) - set(COLUMNS)):
         close = difflib.get_close_matches(unknown[0], COLUMNS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(COLUMNS)}; leave it out with --ignore"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"known: {', '.join(COLUMNS)}; leave it out with --ignore"
+        )
         raise InvalidInput(f"column {unknown[0]!r} is unknown; {hint}")
     name = given.get("user", user)
     if name is None:
-        raise InvalidInput("column 'user' is missing; add it, or name one user for all rows with --user")
+        raise InvalidInput(
+            "column 'user' is missing; add it, or name one user for all rows with --user"
+        )
     if "messages" in given:
         given = _split_conversation(given)
     kind = given.get("kind", _kind_of(given))
@@ -106,7 +126,9 @@ def event_from_row(row: Mapping[str, Any], user: str | None = None) -> tuple[str
         if field not in given:
             raise InvalidInput(f"column {field!r} is missing; a {kind} needs it")
     if beside := sorted(set(given) - {"user", "kind", "event_id", *_FIELDS[kind]}):
-        raise InvalidInput(f"column {beside[0]!r} is {given[beside[0]]!r}; a {kind} has none, leave it empty")
+        raise InvalidInput(
+            f"column {beside[0]!r} is {given[beside[0]]!r}; a {kind} has none, leave it empty"
+        )
     fields = {field: given[field] for field in _FIELDS[kind] if field in given}
     if isinstance(fields["prompt"], list):
         fields["prompt"] = tuple(fields["prompt"])
@@ -125,8 +147,9 @@ def enqueue_file(
     ignore: Collection[str] = (),
     tick: Callable[[int], None] = lambda rows: None,
 ) -> ReadReport:
-    """Make a file's events durable, in order; calls `tick` with the number of rows done. Rows that can't be events go
-    into `rejects` as JSON lines of `line`, `error` and `row`; the file is only made if there are any."""
+    """Make a file's events durable, in order; calls `tick` with the number of rows done. Rows that
+    can't be events go into `rejects` as JSON lines of `line`, `error` and `row`; the file is only
+    made if there are any."""
     users: set[str] = set()
     num_events = num_rejected = num_waiting = 0
     waiting: dict[str, list[CheckedEvent]] = {}
@@ -140,7 +163,10 @@ def enqueue_file(
         except (InvalidInput, TypeError, ValueError) as error:
             num_rejected += 1
             with open(rejects, "a") as file:
-                file.write(json.dumps({"line": number, "error": str(error), "row": row}, default=str) + "\n")
+                file.write(
+                    json.dumps({"line": number, "error": str(error), "row": row}, default=str)
+                    + "\n"
+                )
         else:
             users.add(name)
             waiting.setdefault(name, []).extend(checked[name])
@@ -159,7 +185,11 @@ def _json_row(line: bytes) -> Mapping[str, Any] | str:
         row = json.loads(line)
     except ValueError as error:
         return f"not JSON: {error}; write one object a line"
-    return row if isinstance(row, dict) else f"a {type(row).__name__}, not an object; write one object a line"
+    return (
+        row
+        if isinstance(row, dict)
+        else f"a {type(row).__name__}, not an object; write one object a line"
+    )
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -168,7 +198,8 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _folder_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of a folder of Parquet files."""
+    """Of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of a folder of Parquet
+    files."""
     if (splits := folder / "dataset_dict.json").exists():
         for split in json.loads(splits.read_text())["splits"]:
             yield from _folder_rows(folder / split)
@@ -181,15 +212,21 @@ def _folder_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
         for file in files:
             yield from _parquet_rows(file)
     else:
-        raise InvalidInput(f"{folder} holds neither what `Dataset.save_to_disk` writes nor Parquet files")
+        raise InvalidInput(
+            f"{folder} holds neither what `Dataset.save_to_disk` writes nor Parquet files"
+        )
 
 
 def _split_conversation(given: Mapping[str, Any]) -> dict[str, Any]:
     messages = given["messages"]
     if "prompt" in given or "completion" in given:
-        raise InvalidInput("column 'messages' stands beside 'prompt' or 'completion'; use one or the other")
+        raise InvalidInput(
+            "column 'messages' stands beside 'prompt' or 'completion'; use one or the other"
+        )
     if not isinstance(messages, list) or len(messages) < 2 or not isinstance(messages[-1], Mapping):
-        raise InvalidInput(f"messages is {messages!r}; give a list of at least two, the last one the completion")
+        raise InvalidInput(
+            f"messages is {messages!r}; give a list of at least two, the last one the completion"
+        )
     rest = {name: value for name, value in given.items() if name != "messages"}
     return {**rest, "prompt": messages[:-1], "completion": messages[-1].get("content")}
 
@@ -206,11 +243,17 @@ def _kind_of(given: Mapping[str, Any]) -> str:
 def _object(value: Any) -> Any:
     if not isinstance(value, str):
         # Parquet gives every row all fields of a struct.
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else dict(value)
+        return (
+            {k: v for k, v in value.items() if v is not None}
+            if isinstance(value, Mapping)
+            else dict(value)
+        )
     try:
         parsed = json.loads(value)
     except ValueError as error:
-        raise InvalidInput(f"reward_args is {value!r}: {error}; give an object or its JSON") from None
+        raise InvalidInput(
+            f"reward_args is {value!r}: {error}; give an object or its JSON"
+        ) from None
     if not isinstance(parsed, dict):
         raise InvalidInput(f"reward_args is {value!r}; give an object or its JSON")
     return parsed
@@ -221,4 +264,6 @@ def _digest(row: Mapping[str, Any]) -> str:
     try:
         return hashlib.blake2b(canonical_json(dict(row)), digest_size=16).hexdigest()
     except (TypeError, ValueError) as error:
-        raise InvalidInput(f"the row holds values that are not JSON ({error}); give it an event_id") from None
+        raise InvalidInput(
+            f"the row holds values that are not JSON ({error}); give it an event_id"
+        ) from None

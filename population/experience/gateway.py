@@ -1,11 +1,12 @@
-"""The gateway: a Ray actor through which many small producers share segments, and which alone needs keys and store.
+"""The gateway: a Ray actor through which many small producers share segments, and which alone needs
+keys and store.
 
     gateway = Gateway.start("s3://people", "assistants")        # once; `stream.gateway: true` lets a run do it
     gateway = Gateway.connect("s3://people", "assistants")      # anywhere in the cluster
     gateway.enqueue("ada", [Trajectory(...)])                   # durable when it returns
 
-The actor is detached and starts again when it dies. A call that it died in is sent again: events have ids, so a
-repetition trains nothing twice.
+The actor is detached and starts again when it dies. A call that it died in is sent again: events
+have ids, so a repetition trains nothing twice.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class GatewayActor:
     """One `Producer` for everybody."""
 
     def __init__(self, store_url: str, name: str, stream: StreamSettings, keys_folder: str) -> None:
-        self._producer = Producer.open(store_url, name, settings=stream, keyring=Keyring(Path(keys_folder)))
+        self._producer = Producer.open(
+            store_url, name, settings=stream, keyring=Keyring(Path(keys_folder))
+        )
 
     async def enqueue(self, events: Checked) -> int:
         """Make checked events durable; returns their number."""
@@ -60,12 +63,17 @@ class Gateway:
 
     @staticmethod
     def start(
-        store_url: str, name: str, *, rewards: Mapping[str, str] | None = None, stream: StreamSettings | None = None
+        store_url: str,
+        name: str,
+        *,
+        rewards: Mapping[str, str] | None = None,
+        stream: StreamSettings | None = None,
     ) -> Gateway:
         """The gateway of a population, started if there is none."""
         store_url = open_store(store_url).url
         options = ray.remote(GatewayActor).options(
-            name=_actor_name(store_url, name), namespace=NAMESPACE, lifetime="detached", get_if_exists=True,
+            name=_actor_name(store_url, name), namespace=NAMESPACE, lifetime="detached",
+            get_if_exists=True,
             num_cpus=0, max_restarts=-1, max_task_retries=MAX_TRIES, max_concurrency=MAX_CALLS,
         )  # fmt: skip
         actor = options.remote(store_url, name, stream or StreamSettings(), str(Keyring().folder))
@@ -77,10 +85,13 @@ class Gateway:
         """The gateway that runs already; `InvalidInput` if there is none."""
         store_url = open_store(store_url).url
         try:
-            return Gateway(ray.get_actor(_actor_name(store_url, name), namespace=NAMESPACE), rewards)
+            return Gateway(
+                ray.get_actor(_actor_name(store_url, name), namespace=NAMESPACE), rewards
+            )
         except ValueError:
             raise InvalidInput(
-                f"no gateway of population {name!r} in {store_url} runs in this Ray cluster; start it with "
+                f"no gateway of population {name!r} in {store_url} runs in this Ray cluster; start "
+                "it with "
                 "Gateway.start, or run the population with stream.gateway=true"
             ) from None
 
@@ -125,4 +136,7 @@ def _plain(error: RayTaskError | RayActorError) -> Exception:
     """What the gateway raised, or that it is gone."""
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, PopulaceError) else error
-    return OutcomeUnknown(f"the gateway died and did not come back: {error}; send these events again with the same ids")
+    return OutcomeUnknown(
+        f"the gateway died and did not come back: {error}; send these events again with the same "
+        "ids"
+    )

@@ -16,10 +16,12 @@ ROWS_PER_SEGMENT = 4096
 
 
 class GroupCommit:
-    """Gathers rows of many callers into segments: one writer per partition, which takes all that waits whenever it is
-    free. `linger_s`: how long it lets more come in first."""
+    """Gathers rows of many callers into segments: one writer per partition, which takes all that
+    waits whenever it is free. `linger_s`: how long it lets more come in first."""
 
-    def __init__(self, logs: Mapping[int, ExperienceLog], linger_s: float, max_waiting_bytes: int) -> None:
+    def __init__(
+        self, logs: Mapping[int, ExperienceLog], linger_s: float, max_waiting_bytes: int
+    ) -> None:
         self._logs, self._linger_s, self._max_waiting_bytes = logs, linger_s, max_waiting_bytes
         self._lock = threading.Condition()
         self._waiting: dict[int, deque[_Entry]] = {}
@@ -29,8 +31,8 @@ class GroupCommit:
         self._closed = False
 
     def submit(self, rows: Mapping[int, Sequence[Row]]) -> list[Future[None]]:
-        """Partition -> rows, all or none; each future is done when its rows are durable. `Overloaded` when more waits
-        than `max_waiting_bytes`."""
+        """Partition -> rows, all or none; each future is done when its rows are durable.
+        `Overloaded` when more waits than `max_waiting_bytes`."""
         entries = {partition: _Entry(own) for partition, own in rows.items() if own}
         size = sum(entry.size_bytes for entry in entries.values())
         with self._lock:
@@ -40,14 +42,17 @@ class GroupCommit:
                 retry_after_s = max(0.05, self._waiting_bytes / self._bytes_per_s)
                 raise Overloaded(
                     f"{self._waiting_bytes / 1e6:.1f} MB of events wait to be written, at most "
-                    f"{self._max_waiting_bytes / 1e6:g} (stream.max_waiting_mb); try again in {retry_after_s:.2f} s",
+                    f"{self._max_waiting_bytes / 1e6:g} (stream.max_waiting_mb); try again in "
+                    f"{retry_after_s:.2f} s",
                     retry_after_s,
                 )
             for partition, entry in entries.items():
                 if partition not in self._waiting:
                     self._waiting[partition] = deque()
                     name = f"populace-commit-{partition}"
-                    threading.Thread(target=self._write, args=(partition,), name=name, daemon=True).start()
+                    threading.Thread(
+                        target=self._write, args=(partition,), name=name, daemon=True
+                    ).start()
                 self._waiting[partition].append(entry)
             self._waiting_bytes += size
             self._lock.notify_all()

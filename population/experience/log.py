@@ -1,8 +1,8 @@
 """Durable enqueue and ordered consumption: one experience log per partition.
 
-Producers race for the next number: a loser goes on to the next free one and never reads a body, a winner rests in
-proportion to its collisions, so that nobody starves. A segment is one Arrow IPC stream of `SCHEMA`: whose event it is
-stands there as a pseudonym, what it is only encrypted.
+Producers race for the next number: a loser goes on to the next free one and never reads a body, a
+winner rests in proportion to its collisions, so that nobody starves. A segment is one Arrow IPC
+stream of `SCHEMA`: whose event it is stands there as a pseudonym, what it is only encrypted.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ MAX_UNKNOWN = 8
 class ExperienceLog:
     """One partition's stream.
 
-    The log grows at one end and is cut at the other: the owner replaces what it has consumed by a snapshot and raises
-    the `floor`. A floor is an object that is created once, at the floor before it, so that it can only rise."""
+    The log grows at one end and is cut at the other: the owner replaces what it has consumed by a
+    snapshot and raises the `floor`. A floor is an object that is created once, at the floor before
+    it, so that it can only rise."""
 
     def __init__(self, store: ObjectStore, population: str, partition: int) -> None:
         self.log = Log(store, f"{population}/experience/{partition}", ".arrow")
@@ -62,11 +63,14 @@ class ExperienceLog:
                     # The same number again: only then is it certain who occupies it.
                     unknown_seq = seq
                     raise
-                # Whatever fails from here on: the segment is there, and must not get a second number.
+                # Whatever fails from here on: the segment is there, and must not get a second
+                # number.
                 self._next, unknown_seq = seq + 1, seq
                 if seq >= self.floor():
                     took_s = time.monotonic() - started
-                    self._rest_until = started + took_s * (1 + num_collisions * random.uniform(0.5, 1.0))
+                    self._rest_until = started + took_s * (
+                        1 + num_collisions * random.uniform(0.5, 1.0)
+                    )
                     return seq
                 # Nobody reads there any more: the segment with that number was already deleted.
                 self.log.store.delete(self.log.key(seq))
@@ -75,13 +79,15 @@ class ExperienceLog:
                 num_unknown += 1
                 if num_unknown > MAX_UNKNOWN:
                     raise OutcomeUnknown(
-                        f"{self.log.prefix}: the store did not say whether these events were written ({error}); send "
+                        f"{self.log.prefix}: the store did not say whether these events were "
+                        f"written ({error}); send "
                         "them again with the same event ids when it is reachable"
                     ) from error
                 time.sleep(random.uniform(0.0, 0.05 * 2**num_unknown))
 
     def read_from(self, segment: int) -> Iterator[tuple[int, pa.Table]]:
-        """Segments from `segment` on, each with its rows in order; `Damaged` for one that isn't what was written."""
+        """Segments from `segment` on, each with its rows in order; `Damaged` for one that isn't
+        what was written."""
         for seq, body in self.log.read_from(segment):
             yield seq, decode_rows(self.log.key(seq), body)
 
@@ -92,7 +98,8 @@ class ExperienceLog:
         return self._floor
 
     def raise_floor(self, old: int, new: int) -> None:
-        """Say that everything below `new` is in a snapshot that a record names; `old` is the floor so far."""
+        """Say that everything below `new` is in a snapshot that a record names; `old` is the floor
+        so far."""
         with contextlib.suppress(AlreadyExists):  # an owner before this one did it
             self.log.store.create(self._floor_key(old), str(new).encode())
 
@@ -117,4 +124,7 @@ class ExperienceLog:
         body = self.log.read(seq)
         if body is None:
             return False
-        return bool(decode_rows(self.log.key(seq), body).schema.metadata[b"attempt_id"] == attempt_id.encode())
+        return bool(
+            decode_rows(self.log.key(seq), body).schema.metadata[b"attempt_id"]
+            == attempt_id.encode()
+        )

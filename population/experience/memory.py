@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from populace.storage.catalog.columns import Index, Table, halves_of
 
 HORIZON = 1 << 20
-"""Event ids of a partition that are remembered at least: repetitions fall out as long as no more events came between.
-Integer ids need no memory: they fall out for ever."""
+"""Event ids of a partition that are remembered at least: repetitions fall out as long as no more
+events came between. Integer ids need no memory: they fall out for ever."""
 
 
 class EventMemory:
-    """Which event ids came lately, with what content; and the highest integer id of every user who uses integers.
+    """Which event ids came lately, with what content; and the highest integer id of every user who
+    uses integers.
 
     Two generations of `horizon` ids: when one is full, the older one goes."""
 
@@ -28,7 +29,8 @@ class EventMemory:
         """Whether ids ever fell out of the memory."""
 
     def find(self, tags: Sequence[str]) -> NDArray[np.uint64]:
-        """For each tag the first half of the digest it came with; 0 for those that aren't remembered."""
+        """For each tag the first half of the digest it came with; 0 for those that aren't
+        remembered."""
         high, low = halves_of(tags)
         found = np.zeros(len(high), np.uint64)
         for generation in self._generations:
@@ -59,7 +61,12 @@ class EventMemory:
             tables.append(pa.table(columns).replace_schema_metadata(metadata))
         keys = np.array(list(self._highest), np.uint64).reshape(-1, 2)
         highest = pa.array(list(self._highest.values()), pa.int64())
-        return [*tables, pa.table({"high": pa.array(keys[:, 0]), "low": pa.array(keys[:, 1]), "highest": highest})]
+        return [
+            *tables,
+            pa.table(
+                {"high": pa.array(keys[:, 0]), "low": pa.array(keys[:, 1]), "highest": highest}
+            ),
+        ]
 
     @staticmethod
     def load(tables: Sequence[pa.Table], horizon: int = HORIZON) -> EventMemory:
@@ -76,7 +83,9 @@ class _Generation:
     def __init__(self) -> None:
         self.index, self.table = Index(), Table(high="u8", low="u8", digest="u8")
 
-    def add(self, high: NDArray[np.uint64], low: NDArray[np.uint64], digest: NDArray[np.uint64]) -> None:
+    def add(
+        self, high: NDArray[np.uint64], low: NDArray[np.uint64], digest: NDArray[np.uint64]
+    ) -> None:
         if len(high):
             first = self.table.append(len(high), high=high, low=low, digest=digest)
             self.index.add(high, low, np.arange(first, first + len(high)))

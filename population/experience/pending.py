@@ -3,7 +3,8 @@
     users    one row per user who ever had an event here, chained to its events
     events   one row per event that is not accounted for yet, or held out; rows of finished ones are used again
 
-Derived state: `consumer.py` fills it from the experience log, `follow` empties it as the revision log says.
+Derived state: `consumer.py` fills it from the experience log, `follow` empties it as the revision
+log says.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.log.records import Position, Record, Settled, WaveManifest
 
 PENDING, CLASH, OUT_OF_ORDER, HELD = 1, 2, 3, 4
-"""States of an event: to be trained on; to be settled because its id was used before with other content, or is an
-integer that doesn't increase; kept for evaluation."""
+"""States of an event: to be trained on; to be settled because its id was used before with other
+content, or is an integer that doesn't increase; kept for evaluation."""
 
 REASONS = {
     CLASH: "event id reused with other content",
@@ -49,13 +50,16 @@ class Survivors:
 
 
 class PendingIndex:
-    """`events_per_update`: as many events as one update takes at most; their tokens are what a user's turn costs."""
+    """`events_per_update`: as many events as one update takes at most; their tokens are what a
+    user's turn costs."""
 
     def __init__(self, events_per_update: int = 1) -> None:
         self.events_per_update = events_per_update
         self.users = Table(
-            high="u8", low="u8", partition="u2", tenant="u2", rank="u4", head="i4", tail="i4", held="i4",
-            held_tail="i4", num_waiting="u4", num_pending="u4", num_held="u4", tokens="u4", since="f8", updated="f8",
+            high="u8", low="u8", partition="u2", tenant="u2", rank="u4", head="i4", tail="i4",
+            held="i4",
+            held_tail="i4", num_waiting="u4", num_pending="u4", num_held="u4", tokens="u4",
+            since="f8", updated="f8",
             is_hot="?", is_busy="?", is_candidate="?",
         )  # fmt: skip
         self.events = Table(user="u4", segment="u4", row="u4", next="i4", tokens="u4", state="u1")
@@ -73,15 +77,20 @@ class PendingIndex:
         """A row for a new user; `rank`: of the adapter, if there is one."""
         high, low = halves_of([pseudonym])
         row = self.users.append(
-            1, high=high, low=low, partition=partition, tenant=tenant, rank=rank, head=NONE, tail=NONE,
-            held=NONE, held_tail=NONE, num_waiting=0, num_pending=0, num_held=0, tokens=0, since=0.0,
+            1, high=high, low=low, partition=partition, tenant=tenant, rank=rank, head=NONE,
+            tail=NONE,
+            held=NONE, held_tail=NONE, num_waiting=0, num_pending=0, num_held=0, tokens=0,
+            since=0.0,
             updated=-np.inf, is_hot=False, is_busy=False, is_candidate=False,
         )  # fmt: skip
         self.index.add(high, low, np.array([row]))
         return row
 
-    def add(self, user: int, position: Position, state: int, tokens: int, arrived_at: float) -> None:
-        """Append an event to a user's chain; `arrived_at`: seconds since 1970, 0 when nobody knows."""
+    def add(
+        self, user: int, position: Position, state: int, tokens: int, arrived_at: float
+    ) -> None:
+        """Append an event to a user's chain; `arrived_at`: seconds since 1970, 0 when nobody
+        knows."""
         event = (
             self._free.pop()
             if self._free
@@ -101,7 +110,8 @@ class PendingIndex:
             users["num_held"][user] += 1
             return
         if not users["num_waiting"][user]:
-            # What isn't known is old; nobody waits from before this index, though, or waits would look like decades.
+            # What isn't known is old; nobody waits from before this index, though, or waits would
+            # look like decades.
             users["since"][user] = self._in_line(min(arrived_at, time.time()) or self._epoch)
         users["num_waiting"][user] += 1
         if not users["is_busy"][user] and not users["is_candidate"][user]:
@@ -124,12 +134,15 @@ class PendingIndex:
                 self.consume(record.pseudonym, record.consumed)
 
     def consume(self, pseudonym: str, consumed: Position) -> None:
-        """Everything of the user up to here is accounted for. Who has more gets in at the end of the line."""
+        """Everything of the user up to here is accounted for. Who has more gets in at the end of
+        the line."""
         if (user := self.row_of(pseudonym)) is None:
             return
         users, events = self.users, self.events
         event, num_gone = int(users["head"][user]), 0
-        while event != NONE and (int(events["segment"][event]), int(events["row"][event])) <= consumed:
+        while (
+            event != NONE and (int(events["segment"][event]), int(events["row"][event])) <= consumed
+        ):
             users["num_pending"][user] -= events["state"][event] == PENDING
             num_gone += 1
             following = int(events["next"][event])
@@ -151,9 +164,11 @@ class PendingIndex:
             self._clear(user)
 
     def clear_partition(self, partition: int) -> None:
-        """Drop everything of a partition: another process has it, or it is about to be read anew."""
+        """Drop everything of a partition: another process has it, or it is about to be read
+        anew."""
         rows = np.flatnonzero(
-            (self.users["partition"] == partition) & ((self.users["num_waiting"] + self.users["num_held"]) > 0)
+            (self.users["partition"] == partition)
+            & ((self.users["num_waiting"] + self.users["num_held"]) > 0)
         )
         for user in rows.tolist():
             self._clear(user)
@@ -182,7 +197,9 @@ class PendingIndex:
         """A user's held-out events, oldest first."""
         user = self.row_of(pseudonym)
         return (
-            [] if user is None else [self._at(event).position for event in self._chain(int(self.users["held"][user]))]
+            []
+            if user is None
+            else [self._at(event).position for event in self._chain(int(self.users["held"][user]))]
         )
 
     def num_pending(self) -> int:
@@ -205,13 +222,21 @@ class PendingIndex:
         """Events of a partition below segment `floor` that wait or are held out."""
         events, users = self.events, self.users
         alive = np.flatnonzero(events["state"] > 0)
-        alive = alive[(users["partition"][events["user"][alive]] == partition) & (events["segment"][alive] < floor)]
+        alive = alive[
+            (users["partition"][events["user"][alive]] == partition)
+            & (events["segment"][alive] < floor)
+        ]
         order = alive[np.lexsort((events["row"][alive], events["segment"][alive]))]
-        return Survivors(**{name: events[name][order].copy() for name in ("segment", "row", "state", "tokens")})
+        return Survivors(
+            **{name: events[name][order].copy() for name in ("segment", "row", "state", "tokens")}
+        )
 
     def candidates(self, load_bytes_per_rank: float = 0.0) -> Candidates:
         """Who may be in a wave, and what the scheduler has to know of them."""
-        columns = {name: self.users[name] for name in ("since", "tokens", "tenant", "rank", "is_hot", "updated")}
+        columns = {
+            name: self.users[name]
+            for name in ("since", "tokens", "tenant", "rank", "is_hot", "updated")
+        }
         return Candidates(
             row_U=self._candidate_rows(),
             num_events=self.users["num_pending"],
@@ -220,7 +245,8 @@ class PendingIndex:
         )
 
     def _candidate_rows(self) -> NDArray[np.int64]:
-        """In order. Kept from call to call: looking through a million users takes longer than the rest of a wave."""
+        """In order. Kept from call to call: looking through a million users takes longer than the
+        rest of a wave."""
         is_candidate = self.users["is_candidate"]
         rows = self._candidates[is_candidate[self._candidates]]
         joined = np.unique(np.array(self._joined, np.int64))
@@ -289,7 +315,9 @@ class PendingIndex:
 
     def _at(self, event: int) -> EventAt:
         events = self.events
-        return EventAt((int(events["segment"][event]), int(events["row"][event])), int(events["state"][event]))
+        return EventAt(
+            (int(events["segment"][event]), int(events["row"][event])), int(events["state"][event])
+        )
 
     def _drop(self, event: int) -> None:
         self.events["state"][event] = 0

@@ -1,8 +1,11 @@
-"""The writing end of a population: users' events in, durable when the call returns. Loads no model and no catalog.
+"""The writing end of a population: users' events in, durable when the call returns. Loads no model
+and no catalog.
 
-    check -> user's key -> seal -> group commit -> one segment per partition -> was the user forgotten meanwhile?
+    check -> user's key -> seal -> group commit -> one segment per partition -> was the user
+    forgotten meanwhile?
 
-Calls from several threads share segments: while one segment is being written, what comes in waits for the next.
+Calls from several threads share segments: while one segment is being written, what comes in waits
+for the next.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from populace.storage.objects.open import open_store
 
 
 class Producer:
-    """Makes events durable. Any number of producers work at once, in any processes, without knowing of each other."""
+    """Makes events durable. Any number of producers work at once, in any processes, without knowing
+    of each other."""
 
     def __init__(
         self,
@@ -41,7 +45,8 @@ class Producer:
         rewards: Mapping[str, str] | None = None,
         settings: StreamSettings | None = None,
     ) -> None:
-        """`rewards`: the registered ones, against which tasks are checked; None: tasks may name any."""
+        """`rewards`: the registered ones, against which tasks are checked; None: tasks may name
+        any."""
         self.store, self.meta, self.rewards = store, meta, rewards
         self.keyring = keyring or Keyring()
         self.secrets = Secrets.read(store, meta.name, self.keyring)
@@ -49,7 +54,9 @@ class Producer:
         self.seals = Seals(self.keys, bytes.fromhex(self.secrets.pseudonym_key))
         self.logs = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
         settings = settings or StreamSettings()
-        self._commit = GroupCommit(self.logs, settings.linger_ms / 1000, int(settings.max_waiting_mb * 1e6))
+        self._commit = GroupCommit(
+            self.logs, settings.linger_ms / 1000, int(settings.max_waiting_mb * 1e6)
+        )
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="populace-keys")
         # One thread, so that calls that were made one after another are written in that order.
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="populace-enqueue")
@@ -67,15 +74,19 @@ class Producer:
         opened = open_store(store) if isinstance(store, str) else store
         meta = PopulationMeta.find(opened, check_name(name))
         if meta is None:
-            raise InvalidInput(f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`")
+            raise InvalidInput(
+                f"no population {name!r} in {opened.url}; create it with `populace run CONFIG`"
+            )
         return Producer(opened, meta, keyring, rewards=rewards, settings=settings)
 
     def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
-        """Make a user's events durable, in order; returns their number. All are checked before any is written.
-        Sending an event again (same id, same content) is harmless, through whatever producer.
+        """Make a user's events durable, in order; returns their number. All are checked before any
+        is written. Sending an event again (same id, same content) is harmless, through whatever
+        producer.
 
-        `InvalidInput`: nothing was written. `Overloaded`: nothing was written, try again when it says. `Forgotten`:
-        this user was. `OutcomeUnknown`: the store does not answer; send again."""
+        `InvalidInput`: nothing was written. `Overloaded`: nothing was written, try again when
+        it says. `Forgotten`: this user was. `OutcomeUnknown`: the store does not answer; send
+        again."""
         return self.enqueue_many([(user, events)])
 
     def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
@@ -83,7 +94,8 @@ class Producer:
         return self.send_checked(check_events(pairs, self.rewards))
 
     async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
-        """`enqueue` for asyncio. Of calls that are under way together, those made first are written first."""
+        """`enqueue` for asyncio. Of calls that are under way together, those made first are written
+        first."""
         return await self.enqueue_many_async([(user, events)])
 
     async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
@@ -99,7 +111,8 @@ class Producer:
     def send(self, events: Mapping[str, Sequence[LogEvent]]) -> None:
         """`enqueue_many` without its checks: how commands get into a stream too."""
         plain = {
-            user: [CheckedEvent(str(item.event_id), event_bytes(item)) for item in own] for user, own in events.items()
+            user: [CheckedEvent(str(item.event_id), event_bytes(item)) for item in own]
+            for user, own in events.items()
         }
         self._finish(self._start(plain))
 
@@ -109,7 +122,9 @@ class Producer:
 
     def pseudonym(self, user: str) -> str:
         """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
-        return hmac.digest(bytes.fromhex(self.secrets.pseudonym_key), user.encode(), "sha256").hex()[:32]
+        return hmac.digest(
+            bytes.fromhex(self.secrets.pseudonym_key), user.encode(), "sha256"
+        ).hex()[:32]
 
     def close(self) -> None:
         """End this producer's threads; what was acknowledged is durable anyway."""
@@ -118,12 +133,14 @@ class Producer:
         self._pool.shutdown()
 
     def _master(self) -> str:
-        """The master key that wraps new keys, as the store has it now: another process may have rotated it."""
+        """The master key that wraps new keys, as the store has it now: another process may have
+        rotated it."""
         self.secrets = Secrets.read(self.store, self.meta.name, self.keyring)
         return self.secrets.master
 
     def _start(self, events: Mapping[str, Sequence[CheckedEvent]]) -> _Started:
-        """Everything up to handing rows to the group commit. `Forgotten` if one of the users was."""
+        """Everything up to handing rows to the group commit. `Forgotten` if one of the users
+        was."""
         users = {user: self.pseudonym(user) for user in events}
         self._for_all(lambda user: self.keys.ensure(users[user], user, self._master), list(users))
         rows: dict[int, list[Row]] = {}
@@ -136,15 +153,16 @@ class Producer:
                         num_events=sum(map(len, events.values())))  # fmt: skip
 
     def _finish(self, started: _Started) -> int:
-        """Wait until all is durable. `Forgotten` to who raced with a forgetting: what was written can't be read by
-        anybody then."""
+        """Wait until all is durable. `Forgotten` to who raced with a forgetting: what was written
+        can't be read by anybody then."""
         for future in started.written:
             future.result()
         self._for_all(self.keys.fetch, self.keys.outdated(started.pseudonyms))
         return started.num_events
 
     def _for_all(self, call: Callable[[str], object], names: Sequence[str]) -> None:
-        """Ask about many users' keys: side by side where an answer takes its time, and in few threads where not."""
+        """Ask about many users' keys: side by side where an answer takes its time, and in few
+        threads where not."""
 
         def some(part: Sequence[str]) -> None:
             for name in part:
@@ -154,7 +172,9 @@ class Producer:
         if len(names) <= size:
             some(names)
         else:
-            for _ in self._pool.map(some, [names[start : start + size] for start in range(0, len(names), size)]):
+            for _ in self._pool.map(
+                some, [names[start : start + size] for start in range(0, len(names), size)]
+            ):
                 pass
 
 

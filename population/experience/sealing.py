@@ -40,7 +40,11 @@ class Seals:
     def seal(self, pseudonym: str, event_id: str, plain: bytes) -> Row:
         """A row of `SCHEMA` from an event's bytes (`event_bytes`); the user's key must be there."""
         tag = self.tag(pseudonym, event_id)
-        return {"pseudonym": pseudonym, "tag": tag, "sealed": self.keys.seal(pseudonym, plain, f"event/{tag}")}
+        return {
+            "pseudonym": pseudonym,
+            "tag": tag,
+            "sealed": self.keys.seal(pseudonym, plain, f"event/{tag}"),
+        }
 
     def open(self, row: Mapping[str, str | bytes], position: tuple[int, int]) -> LoggedEvent:
         """The event in a row; `Forgotten` when its user was."""
@@ -59,16 +63,26 @@ class Seals:
         )
 
     def settled(self, logged: LoggedEvent, reason: str) -> SettledEvent:
-        """Why an event ends without being trained on. What stands behind a line break came from the user's words or
-        code, and goes into the log sealed only."""
+        """Why an event ends without being trained on. What stands behind a line break came from the
+        user's words or code, and goes into the log sealed only."""
         public, _, said = reason.partition("\n")
-        detail = b"" if not said else self.keys.seal(logged.pseudonym, said.encode(), f"detail/{logged.ref.tag}")
-        return SettledEvent(event=logged.ref, reason=public, detail=base64.b64encode(detail).decode())
+        detail = (
+            b""
+            if not said
+            else self.keys.seal(logged.pseudonym, said.encode(), f"detail/{logged.ref.tag}")
+        )
+        return SettledEvent(
+            event=logged.ref, reason=public, detail=base64.b64encode(detail).decode()
+        )
 
     def detail(self, pseudonym: str, settled: SettledEvent) -> str:
         """What was sealed."""
         sealed = base64.b64decode(settled.detail)
-        return self.keys.open(pseudonym, sealed, f"detail/{settled.event.tag}").decode() if sealed else ""
+        return (
+            self.keys.open(pseudonym, sealed, f"detail/{settled.event.tag}").decode()
+            if sealed
+            else ""
+        )
 
     def tag(self, pseudonym: str, event_id: str) -> str:
         """The name under which an event stands in the logs: 128 bits of a keyed hash, hex."""

@@ -24,7 +24,8 @@ Row = dict[str, str | bytes]
 def encode_rows(rows: Sequence[Row], metadata: Mapping[str, str]) -> bytes:
     """An Arrow IPC stream, and behind its end, where Arrow's readers don't look, its sha256."""
     columns = [
-        pa.array([row[name] for row in rows], kind) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
+        pa.array([row[name] for row in rows], kind)
+        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
     ]
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(dict(metadata)))
     return with_digest([table])
@@ -54,11 +55,13 @@ def decode_rows(key: str, body: bytes) -> pa.Table:
 
 
 def enqueued_at(table: pa.Table) -> float:
-    """When a segment was written, by its producer's clock, in seconds since 1970. Decides about order of service only,
-    never about safety."""
+    """When a segment was written, by its producer's clock, in seconds since 1970. Decides about
+    order of service only, never about safety."""
     return float((table.schema.metadata or {}).get(b"enqueued_at", b"0"))
 
 
 def partition_of(user: str, partitions: int) -> int:
     """The fixed partition of a user."""
-    return int.from_bytes(hashlib.blake2b(user.encode(), digest_size=8).digest(), "big") % partitions
+    return (
+        int.from_bytes(hashlib.blake2b(user.encode(), digest_size=8).digest(), "big") % partitions
+    )

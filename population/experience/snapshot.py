@@ -18,8 +18,8 @@ Payload = tuple[str, str, bytes]
 
 
 class SegmentCache:
-    """The newest segments read, up to a number of bytes: a wave mostly takes what has just come in. As they are stored,
-    because an Arrow table of a few rows takes several times the memory."""
+    """The newest segments read, up to a number of bytes: a wave mostly takes what has just come in.
+    As they are stored, because an Arrow table of a few rows takes several times the memory."""
 
     def __init__(self, max_bytes: int) -> None:
         self._segments = Tier[tuple[int, int]](max_bytes)
@@ -39,12 +39,16 @@ class Snapshot:
 
     def __init__(self, compaction: Compaction, tables: list[pa.Table]) -> None:
         self.compaction, self.tables = compaction, tables
-        self._places = _packed(tables[0].column("segment").to_numpy(), tables[0].column("row").to_numpy())
+        self._places = _packed(
+            tables[0].column("segment").to_numpy(), tables[0].column("row").to_numpy()
+        )
 
     def payload(self, position: Position) -> Payload:
         place = _packed(np.array([position[0]]), np.array([position[1]]))[0]
         number = int(np.searchsorted(self._places, place))
-        assert number < len(self._places) and self._places[number] == place, f"{position} is not in the snapshot"
+        assert number < len(self._places) and self._places[number] == place, (
+            f"{position} is not in the snapshot"
+        )
         return payload_at(self.tables[0], number)
 
 
@@ -53,7 +57,9 @@ def _packed(segment: NDArray[np.integer], row: NDArray[np.integer]) -> NDArray[n
 
 
 def payload_at(table: pa.Table, number: int) -> Payload:
-    pseudonym, tag, sealed = (table.column(name)[number].as_py() for name in ("pseudonym", "tag", "sealed"))
+    pseudonym, tag, sealed = (
+        table.column(name)[number].as_py() for name in ("pseudonym", "tag", "sealed")
+    )
     return pseudonym, tag, sealed
 
 

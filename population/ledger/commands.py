@@ -11,7 +11,8 @@ from populace.storage.log.records import Verdict
 
 
 def _answer(catalog: Catalog, adapter: AdapterState, logged: LoggedEvent) -> Verdict:
-    """The record that answers a command about a revision; what can't be done changes nothing and says why."""
+    """The record that answers a command about a revision; what can't be done changes nothing and
+    says why."""
     event, reason, tip, serving = logged.event, "", adapter.tip, adapter.serving
     assert isinstance(event, (Rollback, Pin))
     target = event.to if isinstance(event, Rollback) else event.revision
@@ -22,7 +23,12 @@ def _answer(catalog: Catalog, adapter: AdapterState, logged: LoggedEvent) -> Ver
     else:
         match event:
             case Rollback():
-                decision, reason, tip, serving = "rollback", f"asked for revision {target}", target, target
+                decision, reason, tip, serving = (
+                    "rollback",
+                    f"asked for revision {target}",
+                    target,
+                    target,
+                )
             case Pin(pinned=True):
                 decision, reason = "pin", "to be kept whatever the retention rule says"
             case _:

@@ -1,7 +1,8 @@
-"""Who owns which partition: controllers that share a population show life, and agree without talking to each other.
+"""Who owns which partition: controllers that share a population show life, and agree without
+talking to each other.
 
-Nothing here is about safety. Two controllers that both believe that a partition is theirs collide in its revision log,
-and the older claim loses.
+Nothing here is about safety. Two controllers that both believe that a partition is theirs collide
+in its revision log, and the older claim loses.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ HEARTBEAT_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
-    """What was last seen at one place, and when by this process's monotonic clock it last changed."""
+    """What was last seen at one place, and when by this process's monotonic clock it last
+    changed."""
 
     body: str
     changed_s: float
@@ -43,9 +45,16 @@ class Life:
 class Heartbeat(threading.Thread):
     """Shows this process's life, and watches the others'."""
 
-    def __init__(self, store: ObjectStore, population: str, num_partitions: int, name: str, interval_s: float) -> None:
+    def __init__(
+        self, store: ObjectStore, population: str, num_partitions: int, name: str, interval_s: float
+    ) -> None:
         super().__init__(daemon=True, name="populace-heartbeat")
-        self._store, self._population, self.owner, self._interval_s = store, population, name, interval_s
+        self._store, self._population, self.owner, self._interval_s = (
+            store,
+            population,
+            name,
+            interval_s,
+        )
         self._num_partitions = num_partitions
         self._stopped = threading.Event()
         self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -58,11 +67,14 @@ class Heartbeat(threading.Thread):
         """Key -> life of the others."""
 
     def own(self, partition: int) -> None:
-        """Show life for this partition from now on, at once: until then others see that nobody holds it."""
+        """Show life for this partition from now on, at once: until then others see that nobody
+        holds it."""
         with self._lock:
             self._owned.add(partition)
         with self._writing, contextlib.suppress(PopulaceError):  # then the next beat does
-            self._put(owner_key(self._population, partition), {"owner": self.owner, "counter": "claimed"})
+            self._put(
+                owner_key(self._population, partition), {"owner": self.owner, "counter": "claimed"}
+            )
 
     def drop(self, partition: int) -> None:
         """Show no life for a partition that somebody else has now."""
@@ -73,11 +85,13 @@ class Heartbeat(threading.Thread):
         """Say that this partition was released."""
         with self._writing:  # so that no sign of life comes after it
             self.drop(partition)
-            self._put(owner_key(self._population, partition), {"owner": self.owner, "released": True})
+            self._put(
+                owner_key(self._population, partition), {"owner": self.owner, "released": True}
+            )
 
     def announce(self, controller: str, on_stop: Callable[[], None]) -> None:
-        """Show life as a controller, also while it owns nothing; `on_stop` is called, again and again, when somebody
-        asks it to stop."""
+        """Show life as a controller, also while it owns nothing; `on_stop` is called, again and
+        again, when somebody asks it to stop."""
         self._controller, self._on_stop = controller, on_stop
 
     def living(self, within_s: float) -> set[str]:
@@ -88,17 +102,23 @@ class Heartbeat(threading.Thread):
             return {
                 life.owner
                 for key, life in self.seen.items()
-                if key.startswith(folder) and not life.is_released and now - life.changed_s < within_s
+                if key.startswith(folder)
+                and not life.is_released
+                and now - life.changed_s < within_s
             }
 
-    def holder(self, partition: int, claim: tuple[str, float] | None, within_s: float) -> str | None:
-        """Who else holds a claimed partition and showed life lately. `claim`: whose it is, and when it was seen here;
-        None: from before this process read the log."""
+    def holder(
+        self, partition: int, claim: tuple[str, float] | None, within_s: float
+    ) -> str | None:
+        """Who else holds a claimed partition and showed life lately. `claim`: whose it is, and when
+        it was seen here; None: from before this process read the log."""
         with self._lock:
             life = self.seen.get(owner_key(self._population, partition))
         if life is None:
             return "somebody"  # nobody has looked yet
-        if claim is not None and life.owner != claim[0]:  # a sign from before the claim; the claim itself is one too
+        if (
+            claim is not None and life.owner != claim[0]
+        ):  # a sign from before the claim; the claim itself is one too
             return claim[0] if time.monotonic() - claim[1] < within_s else None
         if life.is_released or time.monotonic() - life.changed_s >= within_s:
             return None
@@ -111,7 +131,9 @@ class Heartbeat(threading.Thread):
                 self._beat(counter)
                 if self._controller is not None:
                     self._look()
-            except Exception as error:  # a store that is away for a moment must not end the heartbeat
+            except (
+                Exception
+            ) as error:  # a store that is away for a moment must not end the heartbeat
                 logger.warning("heartbeat of %s failed: %s", self.owner, error)
             counter += 1
             if self._stopped.wait(self._interval_s):
@@ -134,11 +156,18 @@ class Heartbeat(threading.Thread):
     def _look(self) -> None:
         """Read what others show; a listing is good enough, nothing rests on it."""
         assert self._controller is not None
-        own, request = controller_key(self._population, self._controller), stop_key(self._population, self._controller)
+        own, request = (
+            controller_key(self._population, self._controller),
+            stop_key(self._population, self._controller),
+        )
         there = list(self._store.list(controllers_folder(self._population)))
         keys = [key for key in there if key.endswith(".json") and key != own]
         with self._lock:
-            keys += [owner_key(self._population, p) for p in range(self._num_partitions) if p not in self._owned]
+            keys += [
+                owner_key(self._population, p)
+                for p in range(self._num_partitions)
+                if p not in self._owned
+            ]
         for key in keys:
             body = read_life(self._store, key)
             with self._lock:

@@ -1,7 +1,8 @@
-"""A population's durable state seen from one process: its identity, its logs, and the catalog derived from them.
+"""A population's durable state seen from one process: its identity, its logs, and the catalog
+derived from them.
 
-Reading needs no permission. Writing a partition's revision log needs `claim`, and the log itself fences whoever
-claimed before.
+Reading needs no permission. Writing a partition's revision log needs `claim`, and the log itself
+fences whoever claimed before.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from populace.population.experience.sealing import LoggedEvent
 from populace.population.experience.segments import partition_of
 from populace.population.experience.snapshot import SegmentCache
 from populace.population.ledger.commands import _answer, exports_folder
-from populace.population.ledger.heartbeat import HEARTBEAT_S, Heartbeat, controller_key, owner_key, read_life, stop_key
+from populace.population.ledger.heartbeat import (
+    HEARTBEAT_S,
+    Heartbeat,
+    controller_key,
+    owner_key,
+    read_life,
+    stop_key,
+)
 from populace.population.ledger.sharing import share_out
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.checkpoint import restore, write_checkpoint
@@ -81,15 +89,22 @@ class Ledger:
         reading = reading or Reading()
         self.store, self.meta = store, meta
         self.producer = producer or Producer(store, meta, keyring)
-        self.keyring, self.keys, self.seals = self.producer.keyring, self.producer.keys, self.producer.seals
+        self.keyring, self.keys, self.seals = (
+            self.producer.keyring,
+            self.producer.keys,
+            self.producer.seals,
+        )
         self.experience = self.producer.logs
         self.catalog = Catalog(self.mask_seed)
         self.pending = PendingIndex(reading.events_per_update)
         cache = SegmentCache(reading.cache_bytes)
         self.consumers = {
-            p: Consumer(log, p, self.seals, self.pending, cache, meta, reading) for p, log in self.experience.items()
+            p: Consumer(log, p, self.seals, self.pending, cache, meta, reading)
+            for p, log in self.experience.items()
         }
-        self.readers = {p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)}
+        self.readers = {
+            p: RevisionLogReader(store, meta.name, p, meta.root_key) for p in range(meta.partitions)
+        }
         self._owners: dict[int, Owner] = {}
         self._checkpointed: dict[int, int] = {}
         self._claims: dict[int, tuple[str, float]] = {}
@@ -112,25 +127,29 @@ class Ledger:
         return self.producer.pseudonym(user)
 
     def mask_seed(self, pseudonym: str, seed: int) -> int:
-        """Hides a seed in the log, and brings it back: seeds follow from user ids, and nobody without the secrets may
-        test a guess at who somebody is."""
+        """Hides a seed in the log, and brings it back: seeds follow from user ids, and nobody
+        without the secrets may test a guess at who somebody is."""
         key = bytes.fromhex(self.secrets.pseudonym_key)
         digest = hmac.new(key, f"seed/{pseudonym}".encode(), hashlib.sha256).digest()
         return seed ^ (int.from_bytes(digest[:8], "big") >> 1)
 
     def refresh(self) -> None:
-        """`follow`, and read new experience. Partitions that this process owns have nothing new from others."""
+        """`follow`, and read new experience. Partitions that this process owns have nothing new
+        from others."""
         for turn in range(3):
             self.follow()
             try:
                 self.read_experience()
                 return
-            except ObjectNotFound:  # a snapshot that was replaced meanwhile; the record that says so is there now
+            except (
+                ObjectNotFound
+            ):  # a snapshot that was replaced meanwhile; the record that says so is there now
                 if turn == 2:
                     raise
 
     def read_experience(self) -> int:
-        """Take in newly enqueued events, of the owned partitions once there was a claim; returns how many."""
+        """Take in newly enqueued events, of the owned partitions once there was a claim; returns
+        how many."""
         partitions = self.readers if self._heartbeat is None else sorted(self._owners)
         return sum(self.consumers[partition].observe(self.catalog) for partition in partitions)
 
@@ -139,14 +158,16 @@ class Ledger:
         self.producer.send(events)
 
     def events(self, partition: int, positions: Sequence[tuple[int, int]]) -> list[LoggedEvent]:
-        """Events at their places in a partition's log, in that order; without those of forgotten users."""
+        """Events at their places in a partition's log, in that order; without those of forgotten
+        users."""
         found = self.consumers[partition].load(positions, self.catalog)
         return [found[position] for position in positions if position in found]
 
     # Owning partitions.
 
     def claim(self, takeover_s: float, partitions: Iterable[int] | None = None) -> None:
-        """Own these partitions, or all. Raises `OwnerAlive` when another process shows life within `takeover_s`."""
+        """Own these partitions, or all. Raises `OwnerAlive` when another process shows life within
+        `takeover_s`."""
         wanted = sorted(self.readers if partitions is None else partitions)
         held = [partition for partition in wanted if self.catalog.owned.get(partition)]
         before = {partition: self._life(partition) for partition in held}
@@ -155,13 +176,17 @@ class Ledger:
         for partition in held:
             if self._life(partition) != before[partition]:
                 raise OwnerAlive(
-                    f"population {self.meta.name!r} is being run by another process ({before[partition]}); "
+                    f"population {self.meta.name!r} is being run by another process "
+                    f"({before[partition]}); "
                     "stop that one first, or wait for it"
                 )
         seen = {partition: self.readers[partition].next_seq for partition in wanted}
         self.follow()
         if any(self.readers[partition].next_seq != seen[partition] for partition in wanted):
-            raise OwnerAlive(f"population {self.meta.name!r} was written by another process just now; start again")
+            raise OwnerAlive(
+                f"population {self.meta.name!r} was written by another process just now; start "
+                "again"
+            )
         try:
             heartbeat = self._beat(takeover_s)
             for partition in wanted:
@@ -174,9 +199,12 @@ class Ledger:
             self.release()
             raise
 
-    def join(self, controller: str, takeover_s: float, on_stop: Callable[[], None] = lambda: None) -> None:
-        """Become the controller of that name, owning nothing yet; see `rebalance`. `OwnerAlive` if there is one.
-        `on_stop` is called, in a thread, when somebody asks this controller to stop."""
+    def join(
+        self, controller: str, takeover_s: float, on_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        """Become the controller of that name, owning nothing yet; see `rebalance`. `OwnerAlive`
+        if there is one. `on_stop` is called, in a thread, when somebody asks this controller to
+        stop."""
         heartbeat = self._beat(takeover_s)
         key = controller_key(self.meta.name, controller)
         if before := read_life(self.store, key):
@@ -184,7 +212,8 @@ class Ledger:
             if read_life(self.store, key) != before:
                 self.release()
                 raise OwnerAlive(
-                    f"population {self.meta.name!r} is being run by another process ({before}); stop that one first, "
+                    f"population {self.meta.name!r} is being run by another process ({before}); "
+                    "stop that one first, "
                     "or let this one share its partitions under another name: run.controller=NAME"
                 )
         self._controller = controller
@@ -195,13 +224,16 @@ class Ledger:
     def show(self, figures: Mapping[str, Any]) -> None:
         """Let others see these with this controller's signs of life."""
         if self._heartbeat is not None:
-            self._heartbeat.figures = json.loads(json.dumps(figures))  # what can't be written fails here
+            self._heartbeat.figures = json.loads(
+                json.dumps(figures)
+            )  # what can't be written fails here
 
     def rebalance(
         self, takeover_s: float, before_release: Callable[[], None]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Claim and release partitions so that every controller that shows life has its share; returns what was claimed
-        and what was released. `before_release` is called before anything is released: nothing may be under way then."""
+        """Claim and release partitions so that every controller that shows life has its share;
+        returns what was claimed and what was released. `before_release` is called before anything
+        is released: nothing may be under way then."""
         heartbeat = self._heartbeat
         assert heartbeat is not None
         self.follow()
@@ -212,7 +244,9 @@ class Ledger:
             else:
                 is_claimed = self.catalog.owned.get(partition)
                 claim = self._claims.get(partition)
-                holders[partition] = heartbeat.holder(partition, claim, takeover_s) if is_claimed else None
+                holders[partition] = (
+                    heartbeat.holder(partition, claim, takeover_s) if is_claimed else None
+                )
         claims, releases = share_out(heartbeat.owner, holders, heartbeat.living(takeover_s))
         if releases:
             before_release()
@@ -228,8 +262,8 @@ class Ledger:
         return tuple(claimed), releases
 
     def release(self) -> None:
-        """Give every partition back; a no-op without a claim. Whatever can't be given back is taken over later: no sign
-        of life comes after this, also when it raises."""
+        """Give every partition back; a no-op without a claim. Whatever can't be given back is taken
+        over later: no sign of life comes after this, also when it raises."""
         try:
             if self._cleaning is not None:
                 self._cleaning.result()
@@ -248,8 +282,8 @@ class Ledger:
             self._heartbeat = self._controller = None
 
     def give_up(self) -> None:
-        """Stop owning without a word: the store is away, or what is in the logs isn't known any more. Whatever landed
-        is read again by the next claim."""
+        """Stop owning without a word: the store is away, or what is in the logs isn't known any
+        more. Whatever landed is read again by the next claim."""
         for partition, owner in self._owners.items():
             owner.lost_by = owner.lost_by or OutcomeUnknown("given up")
             self.catalog.owned[partition] = False
@@ -288,13 +322,18 @@ class Ledger:
         if self._heartbeat is None:
             name = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
             interval_s = min(HEARTBEAT_S, takeover_s / 4)
-            self._heartbeat = Heartbeat(self.store, self.meta.name, self.meta.partitions, name, interval_s)
+            self._heartbeat = Heartbeat(
+                self.store, self.meta.name, self.meta.partitions, name, interval_s
+            )
             self._heartbeat.start()
         return self._heartbeat
 
     def follow(self, partitions: Collection[int] | None = None) -> None:
-        """Read the revision logs of these partitions; None: of those that this process doesn't write."""
-        for partition in self.readers.keys() - self._owners.keys() if partitions is None else partitions:
+        """Read the revision logs of these partitions; None: of those that this process doesn't
+        write."""
+        for partition in (
+            self.readers.keys() - self._owners.keys() if partitions is None else partitions
+        ):
             for header, record in self.readers[partition].read_new():
                 self.apply(header, record)
 
@@ -314,7 +353,8 @@ class Ledger:
         self.apply(self._owners[partition].append(record), record)
 
     def rewrap_keys(self) -> str:
-        """Make a master key and wrap everything with it. The secrets first, so that new users' keys get it too."""
+        """Make a master key and wrap everything with it. The secrets first, so that new users' keys
+        get it too."""
         new = replace(self.secrets, master=self.keyring.new_master_key())
         self.store.put(Secrets.path(self.meta.name), new.wrap(self.meta.name, self.keyring))
         self.producer.secrets = new
@@ -337,7 +377,8 @@ class Ledger:
                 self.keys.drop([part.pseudonym])
 
     def checkpoint(self, every_records: int) -> None:
-        """Save the catalog of owned partitions whose log has grown by that many records since the last time."""
+        """Save the catalog of owned partitions whose log has grown by that many records since the
+        last time."""
         for partition, owner in self._owners.items():
             if owner.reader.next_seq - self._checkpointed.get(partition, -1) > every_records:
                 seq = write_checkpoint(owner, self.catalog)
@@ -345,9 +386,10 @@ class Ledger:
                     self._checkpointed[partition] = seq
 
     def compact(self, every_segments: int) -> None:
-        """Replace the experience that the owned partition with the longest log has read by a snapshot of what is still
-        needed, if the log has grown by that many segments since the last time. Old segments are deleted in the
-        background. One partition at a time, so that no wave waits for all."""
+        """Replace the experience that the owned partition with the longest log has read by a
+        snapshot of what is still needed, if the log has grown by that many segments since the last
+        time. Old segments are deleted in the background. One partition at a time, so that no wave
+        waits for all."""
         if not self._owners or (self._cleaning is not None and not self._cleaning.done()):
             return
         grown = {partition: self.consumers[partition].next_segment for partition in self._owners}
@@ -358,7 +400,9 @@ class Ledger:
         consumer, before = self.consumers[partition], self.catalog.compactions.get(partition)
         if grown[partition] < every_segments or not consumer.is_worth_a_snapshot():
             return
-        if before is not None:  # the chain must have no gap, and the thread that raised this floor may have failed
+        if (
+            before is not None
+        ):  # the chain must have no gap, and the thread that raised this floor may have failed
             consumer.log.raise_floor(before.previous, before.floor)
         now = consumer.write_snapshot(self.catalog)
         self.append(partition, now)
@@ -367,8 +411,12 @@ class Ledger:
     def _clean(self, partition: int, now: Compaction) -> None:
         try:
             self.consumers[partition].finish_compaction(now)
-        except PopulaceError as error:  # the next compaction, or the next owner, raises the floor and deletes the rest
-            logger.warning("what lies below the floor of partition %d stays for now: %s", partition, error)
+        except (
+            PopulaceError
+        ) as error:  # the next compaction, or the next owner, raises the floor and deletes the rest
+            logger.warning(
+                "what lies below the floor of partition %d stays for now: %s", partition, error
+            )
 
     def repack(self, rule: RetentionRule) -> RepackReport:
         """Drop what the rule lets go, in every owned partition."""
@@ -378,15 +426,19 @@ class Ledger:
         return report
 
     def adapter(self, user: str) -> AdapterState:
-        """The adapter of `user`; `InvalidInput` if there is none yet, `Forgotten` if there is none any more."""
+        """The adapter of `user`; `InvalidInput` if there is none yet, `Forgotten` if there is none
+        any more."""
         pseudonym = self.pseudonym(user)
         found = self.catalog.get(pseudonym)
         if found is not None:
             return found
         if self.catalog.is_forgotten(pseudonym):
-            raise Forgotten(f"user {user!r} was forgotten; nothing of theirs can be read or written again")
+            raise Forgotten(
+                f"user {user!r} was forgotten; nothing of theirs can be read or written again"
+            )
         raise InvalidInput(
-            f"user {user!r} has no adapter in population {self.meta.name!r} yet; adapters are created when a "
+            f"user {user!r} has no adapter in population {self.meta.name!r} yet; adapters are "
+            "created when a "
             "run first learns from a user's experience"
         )
 
@@ -401,14 +453,17 @@ class Ledger:
     def ref(self, adapter: AdapterState, revision: int) -> AdapterRef:
         """How workers find a revision's bytes; `InvalidInput` if they were dropped."""
         self.catalog.loadable(adapter, revision)
-        return revision_ref(adapter, self.catalog.revision_of(adapter.pseudonym, revision) if revision else None)
+        return revision_ref(
+            adapter, self.catalog.revision_of(adapter.pseudonym, revision) if revision else None
+        )
 
     def entry(self, adapter: AdapterState, revision: int) -> RevisionEntry:
         """All that the wave record says of a revision above 0."""
         return self.commit_of(adapter, revision)[1].entry(adapter.pseudonym, revision)
 
     def obey_commands(self, busy: Collection[str] = ()) -> list[Verdict | Tombstone]:
-        """Execute the commands that users' logs hold, in order, each once; those of `busy` users wait."""
+        """Execute the commands that users' logs hold, in order, each once; those of `busy` users
+        wait."""
         done: list[Verdict | Tombstone] = []
         for partition in sorted(self._owners):
             consumer, waiting = self.consumers[partition], []
@@ -428,7 +483,8 @@ class Ledger:
         return done
 
     def _finish_forgetting(self, partitions: Collection[int], has_died: bool) -> None:
-        """An owner may have died between a tombstone and the end of the key, or before it told the producers."""
+        """An owner may have died between a tombstone and the end of the key, or before it told the
+        producers."""
         forgotten = self.catalog.forgotten(partitions)
         for pseudonym in forgotten:
             if not self.keys.is_forgotten(pseudonym):

@@ -10,7 +10,14 @@ from populace.storage.catalog.states import AdapterState, Note
 from populace.storage.errors import InvalidInput
 from populace.storage.identity import PopulationMeta
 from populace.storage.log.reader import RevisionLogReader
-from populace.storage.log.records import Position, Record, Settled, SettledEvent, WaveManifest, parts_of
+from populace.storage.log.records import (
+    Position,
+    Record,
+    Settled,
+    SettledEvent,
+    WaveManifest,
+    parts_of,
+)
 from populace.storage.objects.contract import ObjectStore
 
 
@@ -47,7 +54,8 @@ class RevisionInfo:
     is_kept: bool
     """Whether its weights are still in the store; a retention rule drops old ones."""
     committed_at: float | None
-    """Seconds since 1970 by its controller's clock; None for revision 0, and in logs of before this was recorded."""
+    """Seconds since 1970 by its controller's clock; None for revision 0, and in logs of before this
+    was recorded."""
     num_events: int
     metrics: Mapping[str, float]
     verdicts: tuple[str, ...]
@@ -65,7 +73,9 @@ class ParkedEvent:
     """What the user's reward said."""
 
 
-def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> Iterator[tuple[str, SettledEvent]]:
+def parked_events(
+    store: ObjectStore, meta: PopulationMeta, partition: int
+) -> Iterator[tuple[str, SettledEvent]]:
     """(pseudonym, event) of everything that was parked in a partition, oldest first."""
     reader = RevisionLogReader(store, meta.name, partition, meta.root_key)
     for _, record in reader.read_new():
@@ -74,7 +84,9 @@ def parked_events(store: ObjectStore, meta: PopulationMeta, partition: int) -> I
 
 def settling_records(catalog: Catalog, adapter: AdapterState) -> list[int]:
     """Numbers of the records that may have settled something of this adapter, oldest first."""
-    settled = {note.seq for note in catalog.notes_of(adapter.pseudonym) if note.decision == "settled"}
+    settled = {
+        note.seq for note in catalog.notes_of(adapter.pseudonym) if note.decision == "settled"
+    }
     return sorted(settled | {state.seq for state in catalog.revisions_of(adapter.pseudonym)})
 
 
@@ -83,10 +95,14 @@ def parked_in(whole: Record) -> Iterator[tuple[str, SettledEvent]]:
     for record in parts_of(whole):
         settled: list[tuple[str, SettledEvent]] = []
         if isinstance(record, WaveManifest):
-            settled = [(entry.pseudonym, item) for entry in record.revisions for item in entry.settled]
+            settled = [
+                (entry.pseudonym, item) for entry in record.revisions for item in entry.settled
+            ]
         elif isinstance(record, Settled):
             settled = [(record.pseudonym, item) for item in record.events]
-        yield from ((pseudonym, item) for pseudonym, item in settled if item.reason.startswith("parked: "))
+        yield from (
+            (pseudonym, item) for pseudonym, item in settled if item.reason.startswith("parked: ")
+        )
 
 
 def revision_number(catalog: Catalog, adapter: AdapterState, revision: int | str) -> int:
@@ -103,4 +119,6 @@ def revision_number(catalog: Catalog, adapter: AdapterState, revision: int | str
 
 
 def _verdicts(notes: Sequence[Note], revision: int) -> tuple[str, ...]:
-    return tuple(note.decision for note in notes if note.decision != "settled" and note.judged == revision)
+    return tuple(
+        note.decision for note in notes if note.decision != "settled" and note.judged == revision
+    )

@@ -8,15 +8,17 @@ from collections.abc import Collection, Mapping
 def share_out(
     me: str, holders: Mapping[int, str | None], living: Collection[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The partitions that `me` should claim, and those that it should release. `holders`: partition -> who holds it,
-    None for nobody alive; `living`: controllers that show life.
+    """The partitions that `me` should claim, and those that it should release. `holders`: partition
+    -> who holds it, None for nobody alive; `living`: controllers that show life.
 
-    Everybody gets as many as everybody else, give or take one. Only what nobody holds is claimed, and what is above the
-    fair share is released only while somebody has less than its own."""
+    Everybody gets as many as everybody else, give or take one. Only what nobody holds is claimed,
+    and what is above the fair share is released only while somebody has less than its own."""
     controllers = sorted({*living, me})
     fair, extra = divmod(len(holders), len(controllers))
     targets = {name: fair + (rank < extra) for rank, name in enumerate(controllers)}
-    held = {name: sorted(p for p, holder in holders.items() if holder == name) for name in controllers}
+    held = {
+        name: sorted(p for p, holder in holders.items() if holder == name) for name in controllers
+    }
     free = sorted(p for p, holder in holders.items() if holder is None)
     wanted = targets[me] - len(held[me])
     if wanted > 0:

@@ -48,4 +48,6 @@ def _cookie(headers: Mapping[str, str]) -> str:
 
 def route_of(population: str) -> str:
     """Populations of one Ray cluster share its proxy, which takes plain names only."""
-    return f"/{population if population.isascii() else sha256(population.encode()).hexdigest()[:12]}"
+    return (
+        f"/{population if population.isascii() else sha256(population.encode()).hexdigest()[:12]}"
+    )

@@ -1,7 +1,8 @@
-"""The population page: a user's chain, provenance and parked events, live churn, rollbacks; served by Ray Serve.
+"""The population page: a user's chain, provenance and parked events, live churn, rollbacks; served
+by Ray Serve.
 
-Looking needs no token. Actions need one, a session of this browser, and a form that this page itself has sent. Pages
-are rendered here and load nothing from anywhere else.
+Looking needs no token. Actions need one, a session of this browser, and a form that this page
+itself has sent. Pages are rendered here and load nothing from anywhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import jinja2
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+)
 
 from populace.configs.schema import BaseSettings
 from populace.population.client import Population
@@ -60,23 +67,32 @@ class Page:
         self.setup = setup
         self.reader = PopulationReader(self._open())
         loader = jinja2.FileSystemLoader(TEMPLATES)
-        self._templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+        self._templates = jinja2.Environment(
+            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+        )
         self._sessions: dict[str, float] = {}
         self._lock = threading.Lock()
         self._figures: tuple[float, dict[str, Any] | None] = (0.0, None)
         """Of the run's report: when the file was written, and what it says."""
 
-    def answer(self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes) -> Response:
+    def answer(
+        self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
+    ) -> Response:
         """One request. `headers` have lower-case names."""
         try:
             self._check_host(headers)
-            fields = {name: values[0] for name, values in parse_qs(query, keep_blank_values=True).items()}
+            fields = {
+                name: values[0] for name, values in parse_qs(query, keep_blank_values=True).items()
+            }
             if method == "GET":
                 response = self._get(path.strip("/"), fields, headers)
             elif method == "POST":
                 self._check_origin(headers)
                 text = body.decode(errors="replace")
-                form = {name: values[0] for name, values in parse_qs(text, keep_blank_values=True).items()}
+                form = {
+                    name: values[0]
+                    for name, values in parse_qs(text, keep_blank_values=True).items()
+                }
                 response = self._post(path.strip("/"), form, headers)
             else:
                 response = PlainTextResponse("use GET or POST", 405)
@@ -108,13 +124,25 @@ class Page:
                 found = reader.manifest(_field(fields, "id"), _number(fields, "revision"))
                 return PlainTextResponse(json.dumps(found, indent=1), media_type="application/json")
             case "diff":
-                user, before, after = _field(fields, "id"), _number(fields, "before"), _number(fields, "after")
+                user, before, after = (
+                    _field(fields, "id"),
+                    _number(fields, "before"),
+                    _number(fields, "after"),
+                )
                 norms = reader.diff(user, before, after)
                 return self._render(
-                    "diff.html", headers, user=user, before=before, after=after, norms=norms, scale=largest(norms)
+                    "diff.html",
+                    headers,
+                    user=user,
+                    before=before,
+                    after=after,
+                    norms=norms,
+                    scale=largest(norms),
                 )
             case "matrix" if (figures := self._report()) is not None:
-                return self._render("matrix.html", headers, names=list(figures["users"]), matrix=figures["matrix"])
+                return self._render(
+                    "matrix.html", headers, names=list(figures["users"]), matrix=figures["matrix"]
+                )
             case "sign-in":
                 return self._render("sign_in.html", headers)
             case _ if path in FILES:
@@ -126,7 +154,13 @@ class Page:
         message = _what_was_done(fields, view)
         parked = self.reader.parked(user)
         return self._render(
-            "user.html", headers, view=view, tree=tree_of(view.revisions), parked=parked, message=message, query=user
+            "user.html",
+            headers,
+            view=view,
+            tree=tree_of(view.revisions),
+            parked=parked,
+            message=message,
+            query=user,
         )
 
     # Acting.
@@ -143,17 +177,28 @@ class Page:
                 return RedirectResponse(".", 303)
             case "confirm":
                 view, to = self.reader.user(_field(form, "id")), _number(form, "to")
-                return self._render("confirm.html", headers, user=view.user, to=to, tip=view.tip, serving=view.serving)
+                return self._render(
+                    "confirm.html",
+                    headers,
+                    user=view.user,
+                    to=to,
+                    tip=view.tip,
+                    serving=view.serving,
+                )
             case "rollback":
                 user, to = _field(form, "id"), _number(form, "to")
                 is_done = self._roll_back(user, to)
-                return RedirectResponse(f"user?id={quote(user)}&{'done' if is_done else 'asked'}={to}", 303)
+                return RedirectResponse(
+                    f"user?id={quote(user)}&{'done' if is_done else 'asked'}={to}", 303
+                )
         return self._message(f"there is no action {path!r}", headers, status=404)
 
     def _sign_in(self, token: str) -> Response:
         if not self.setup.token_digest:
             raise Denied(f"this page allows no actions; start it with {TOKEN_VARIABLE} set")
-        if not hmac.compare_digest(digest_token(token, self.setup.token_salt), self.setup.token_digest):
+        if not hmac.compare_digest(
+            digest_token(token, self.setup.token_salt), self.setup.token_digest
+        ):
             raise Denied("that is not the page's token")
         session, now = secrets.token_urlsafe(32), time.monotonic()
         with self._lock:
@@ -162,11 +207,14 @@ class Page:
             self._sessions[session] = now + SESSION_S
         response = RedirectResponse(".", 303)
         path = f"{route_of(self.setup.population)}/"
-        response.set_cookie(COOKIE, session, max_age=int(SESSION_S), httponly=True, samesite="strict", path=path)
+        response.set_cookie(
+            COOKIE, session, max_age=int(SESSION_S), httponly=True, samesite="strict", path=path
+        )
         return response
 
     def _roll_back(self, user: str, to: int) -> bool:
-        """With a population of its own: this waits for a controller's sign of life, and readers must not wait too."""
+        """With a population of its own: this waits for a controller's sign of life, and readers
+        must not wait too."""
         population = self._open()
         try:
             return population.rollback(user, to)
@@ -180,7 +228,9 @@ class Page:
     def _check_host(self, headers: Mapping[str, str]) -> None:
         """A name that isn't this page's may be another site's that was pointed here."""
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if host not in [name.lower() for name in self.setup.hosts]:  # urlsplit's is in small letters
+        if host not in [
+            name.lower() for name in self.setup.hosts
+        ]:  # urlsplit's is in small letters
             raise Denied(f"this page doesn't answer to the host {host!r}; add it to page.hosts")
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
@@ -190,7 +240,9 @@ class Page:
 
     # Rendering.
 
-    def _render(self, name: str, headers: Mapping[str, str], status: int = 200, **values: Any) -> Response:
+    def _render(
+        self, name: str, headers: Mapping[str, str], status: int = 200, **values: Any
+    ) -> Response:
         common = {
             "population": self.setup.population,
             "query": "",
@@ -218,7 +270,9 @@ class Page:
     def _open(self) -> Population:
         setup = self.setup
         os.environ.setdefault("POPULACE_KEYS", setup.keys_folder)
-        return Population.open(setup.store_url, name=setup.population, base=BaseSettings(model=setup.base))
+        return Population.open(
+            setup.store_url, name=setup.population, base=BaseSettings(model=setup.base)
+        )
 
 
 def _field(fields: Mapping[str, str], name: str) -> str:

@@ -20,7 +20,14 @@ from populace.population.watching.beacon import NAME_DIGITS, SeenController, con
 from populace.population.watching.rates import ControllerRates, Watch, last_wave, tiers
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
-from populace.storage.log.records import Record, RecordHeader, SettledEvent, Verdict, WaveManifest, parts_of
+from populace.storage.log.records import (
+    Record,
+    RecordHeader,
+    SettledEvent,
+    Verdict,
+    WaveManifest,
+    parts_of,
+)
 
 MAX_REVISIONS = 100
 
@@ -95,7 +102,8 @@ class About:
 
 
 class PopulationReader:
-    """Reads a population for many requests at once: one look at the logs every `FRESH_S`, records kept."""
+    """Reads a population for many requests at once: one look at the logs every `FRESH_S`, records
+    kept."""
 
     def __init__(self, population: Population) -> None:
         self.population = population
@@ -105,7 +113,8 @@ class PopulationReader:
         self._cache: OrderedDict[tuple[str, int], About] = OrderedDict()
 
     def find(self, query: str) -> str:
-        """The user with this id, or whose pseudonym begins with it. `InvalidInput` if there is none."""
+        """The user with this id, or whose pseudonym begins with it. `InvalidInput` if there is
+        none."""
         with self._reading():
             ledger = self.population.ledger
             try:
@@ -116,10 +125,18 @@ class PopulationReader:
                     raise
             table = ledger.catalog.adapters
             low, high = int(query[:16].ljust(16, "0"), 16), int(query[:16].ljust(16, "f"), 16)
-            rows = np.flatnonzero((table["high"] >= low) & (table["high"] <= high) & (table["flags"] == 0))
-            names = [name for name in ledger.catalog.pseudonyms(rows[:1000]) if name.startswith(query)]
+            rows = np.flatnonzero(
+                (table["high"] >= low) & (table["high"] <= high) & (table["flags"] == 0)
+            )
+            names = [
+                name for name in ledger.catalog.pseudonyms(rows[:1000]) if name.startswith(query)
+            ]
             if len(names) != 1:
-                found = f"{len(names)} pseudonyms begin with it" if names else "no pseudonym begins with it either"
+                found = (
+                    f"{len(names)} pseudonyms begin with it"
+                    if names
+                    else "no pseudonym begins with it either"
+                )
                 raise InvalidInput(f"no user {query!r} with an adapter, and {found}")
             return ledger.keys.get(names[0]).user
 
@@ -133,7 +150,10 @@ class PopulationReader:
             shown = states[-MAX_REVISIONS:]
             oldest = shown[0].revision if len(shown) < len(states) else 0
             verdicts = self._verdicts(adapter, oldest)
-            views = [self._revision(adapter, state, verdicts.get(state.revision, ())) for state in reversed(shown)]
+            views = [
+                self._revision(adapter, state, verdicts.get(state.revision, ()))
+                for state in reversed(shown)
+            ]
             if not oldest:
                 views.append(_initial(adapter, verdicts.get(0, ())))
             return UserView(
@@ -143,20 +163,29 @@ class PopulationReader:
                 rank=adapter.spec["rank"],
                 tip=adapter.tip,
                 serving=adapter.serving,
-                residency=_residency(ledger, adapter, [item.seen for item in controllers if not item.is_silent]),
+                residency=_residency(
+                    ledger, adapter, [item.seen for item in controllers if not item.is_silent]
+                ),
                 revisions=tuple(views),
                 num_older=len(states) - len(shown),
             )
 
     def parked(self, user: str) -> list[ParkedEvent]:
-        """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest first."""
+        """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest
+        first."""
         with self._reading():
             adapter = self.population.ledger.adapter(user)
             parked = (
                 self._about(adapter, seq).parked
-                for seq in settling_records(self.population.ledger.catalog, adapter)[-MAX_REVISIONS:]
+                for seq in settling_records(self.population.ledger.catalog, adapter)[
+                    -MAX_REVISIONS:
+                ]
             )
-            return [self.population.parked_event(adapter.pseudonym, item) for items in parked for item in items]
+            return [
+                self.population.parked_event(adapter.pseudonym, item)
+                for items in parked
+                for item in items
+            ]
 
     def look_again(self) -> None:
         """Something was changed: what is shown next must know."""
@@ -178,7 +207,10 @@ class PopulationReader:
             figures = {
                 "adapters": len(catalog),
                 "revisions": catalog.revisions.size,
-                **{name: decisions[key] for name, key in (("promoted", "promote"), ("rejected", "reject"))},
+                **{
+                    name: decisions[key]
+                    for name, key in (("promoted", "promote"), ("rejected", "reject"))
+                },
                 "rolled back": decisions["rollback"],
                 "settled events": catalog.num_settled.total(),
                 "forgotten": len(catalog.forgotten()),
@@ -200,7 +232,9 @@ class PopulationReader:
                 except (Forgotten, ObjectNotFound, Damaged):  # of one user; the others are shown
                     continue
                 rank = adapter.spec["rank"]
-                found.append(RecentAdapter(user=user, tip=adapter.tip, serving=adapter.serving, rank=rank))
+                found.append(
+                    RecentAdapter(user=user, tip=adapter.tip, serving=adapter.serving, rank=rank)
+                )
             return found[:NUM_RECENT]
 
     def controllers(self) -> list[ControllerRates]:
@@ -208,7 +242,9 @@ class PopulationReader:
         with self._lock:
             seen_s, rates = self._seen
             if time.monotonic() - seen_s >= FRESH_S:
-                rates = self._watch.look(controllers_of(self.population.store, self.population.meta.name))
+                rates = self._watch.look(
+                    controllers_of(self.population.store, self.population.meta.name)
+                )
                 self._seen = (time.monotonic(), rates)
             return rates
 
@@ -241,7 +277,9 @@ class PopulationReader:
                     found[record.judged] = (*found.get(record.judged, ()), record)
         return found
 
-    def _revision(self, adapter: AdapterState, state: RevisionState, verdicts: tuple[Verdict, ...]) -> RevisionView:
+    def _revision(
+        self, adapter: AdapterState, state: RevisionState, verdicts: tuple[Verdict, ...]
+    ) -> RevisionView:
         found, is_kept = self._about(adapter, state.seq), "weights" in state.blobs
         metrics = found.metrics.get(state.revision, {})
         return RevisionView(
@@ -254,7 +292,8 @@ class PopulationReader:
             size_bytes=sum(place.size_bytes for place in state.blobs.values()),
             marks=_marks(adapter, state.revision, is_kept, state.is_pinned),
             verdicts=verdicts,
-            can_return=is_kept and (adapter.tip, adapter.serving) != (state.revision, state.revision),
+            can_return=is_kept
+            and (adapter.tip, adapter.serving) != (state.revision, state.revision),
         )
 
 
@@ -264,11 +303,17 @@ def about(header: RecordHeader, whole: Record, pseudonym: str) -> About:
     verdicts: list[Verdict] = []
     for record in parts_of(whole):
         if isinstance(record, WaveManifest):
-            metrics |= {entry.revision: entry.metrics for entry in record.revisions if entry.pseudonym == pseudonym}
+            metrics |= {
+                entry.revision: entry.metrics
+                for entry in record.revisions
+                if entry.pseudonym == pseudonym
+            }
         elif isinstance(record, Verdict) and record.pseudonym == pseudonym:
             verdicts.append(record)
     parked = tuple(item for name, item in parked_in(whole) if name == pseudonym)
-    return About(written_at=header.written_at, metrics=metrics, parked=parked, verdicts=tuple(verdicts))
+    return About(
+        written_at=header.written_at, metrics=metrics, parked=parked, verdicts=tuple(verdicts)
+    )
 
 
 def live_rows(controllers: Sequence[ControllerRates]) -> list[dict[str, object]]:
@@ -327,7 +372,10 @@ def _residency(ledger: Ledger, adapter: AdapterState, controllers: Sequence[Seen
             return f"hot at controller {seen.name}"
     if adapter.tip == 0:
         return "nowhere: revision 0 is made from its seed"
-    size = sum(place.size_bytes for place in ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).blobs.values())
+    size = sum(
+        place.size_bytes
+        for place in ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).blobs.values()
+    )
     return f"not among the hot ones; {size / 1e3:,.0f} kB of the tip in the store"
 
 

@@ -18,7 +18,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from populace.population.client import Population
-from populace.population.page.access import MIN_TOKEN, TOKEN_VARIABLE, PageSetup, digest_token, route_of
+from populace.population.page.access import (
+    MIN_TOKEN,
+    TOKEN_VARIABLE,
+    PageSetup,
+    digest_token,
+    route_of,
+)
 from populace.population.page.app import Page
 from populace.storage.errors import InvalidInput
 from populace.storage.keys.keyring import Keyring
@@ -52,7 +58,9 @@ class PageServer:
         path = request.url.path.removeprefix(self._prefix)
         if not path:  # what pages link to is beside them, so the overview must end with a slash
             return RedirectResponse(f"{self._prefix}/", 308)
-        answer = functools.partial(self._page.answer, request.method, path, request.url.query, request.headers, body)
+        answer = functools.partial(
+            self._page.answer, request.method, path, request.url.query, request.headers, body
+        )
         response = await asyncio.get_running_loop().run_in_executor(None, answer)
         if response.status_code == 403:
             await asyncio.sleep(1.0)  # guessing is slow
@@ -60,14 +68,17 @@ class PageServer:
 
 
 @contextmanager
-def serving_page(population: Population, host: str, port: int, hosts: tuple[str, ...], report: str) -> Iterator[str]:
-    """Serve the page of a population while the context lasts; yields its address. Ray must be initialised, and host and
-    port are those of its Serve: where that runs already, its own count. `InvalidInput` if the port is taken, or the
-    page is served already."""
+def serving_page(
+    population: Population, host: str, port: int, hosts: tuple[str, ...], report: str
+) -> Iterator[str]:
+    """Serve the page of a population while the context lasts; yields its address. Ray must be
+    initialised, and host and port are those of its Serve: where that runs already, its own count.
+    `InvalidInput` if the port is taken, or the page is served already."""
     token = os.environ.get(TOKEN_VARIABLE, "")
     if token and len(token) < MIN_TOKEN:
         raise InvalidInput(
-            f"{TOKEN_VARIABLE} has {len(token)} characters; use at least {MIN_TOKEN}: `openssl rand -hex 16`"
+            f"{TOKEN_VARIABLE} has {len(token)} characters; use at least {MIN_TOKEN}: `openssl "
+            "rand -hex 16`"
         )
     salt = secrets.token_bytes(16)
     setup = PageSetup(
@@ -86,7 +97,8 @@ def serving_page(population: Population, host: str, port: int, hosts: tuple[str,
     running = serve.status()
     if name in running.applications:
         raise InvalidInput(
-            f"this Ray cluster serves {route} already, by a run that lives or was killed; look there, or end it "
+            f"this Ray cluster serves {route} already, by a run that lives or was killed; look "
+            "there, or end it "
             f"with `python -c 'import ray, ray.serve as s; ray.init(); s.delete(\"{name}\")'`"
         )
     if not running.proxies:  # Serve's own would share the port with whatever has it
@@ -107,6 +119,10 @@ def serving_page(population: Population, host: str, port: int, hosts: tuple[str,
 
 def _require_free(host: str, port: int) -> None:
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        ).close()
     except OSError as error:
-        raise InvalidInput(f"page.port is {port} and can't be had at {host} ({error}); choose another one") from None
+        raise InvalidInput(
+            f"page.port is {port} and can't be had at {host} ({error}); choose another one"
+        ) from None

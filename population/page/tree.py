@@ -29,7 +29,8 @@ class Tree:
 
 
 def tree_of(revisions: Sequence[RevisionView], row_height: int = 26, lane_width: int = 22) -> Tree:
-    """Places of revisions, given newest first. A revision stays in its parent's lane unless a sibling has it."""
+    """Places of revisions, given newest first. A revision stays in its parent's lane unless a
+    sibling has it."""
     lanes: dict[int, int] = {}
     ends: list[int] = []  # the last revision of every lane
     for item in reversed(revisions):

@@ -1,8 +1,9 @@
 """Capacity planning: what a population costs on given devices, before anybody pays for them.
 
-Arithmetic over a base's shapes and a device's data sheet. Every line says where it comes from: `sheet` (the vendor's
-data sheet), `given` (asked for), `derived` (follows from the others) or `assumed`. Nothing here is measured. Times are
-rooflines: the larger of what the arithmetic, the memory and the wires allow, at assumed efficiencies.
+Arithmetic over a base's shapes and a device's data sheet. Every line says where it comes from:
+`sheet` (the vendor's data sheet), `given` (asked for), `derived` (follows from the others) or
+`assumed`. Nothing here is measured. Times are rooflines: the larger of what the arithmetic, the
+memory and the wires allow, at assumed efficiencies.
 """
 
 from __future__ import annotations
@@ -39,10 +40,38 @@ class Device:
 
 
 DEVICES: Mapping[str, Device] = {
-    "a100": Device(flops=312e12, memory_bytes=80e9, memory_bandwidth=2.04e12, links=300e9, network=25e9, per_node=8),
-    "h100": Device(flops=989e12, memory_bytes=80e9, memory_bandwidth=3.35e12, links=450e9, network=50e9, per_node=8),
-    "h200": Device(flops=989e12, memory_bytes=141e9, memory_bandwidth=4.8e12, links=450e9, network=50e9, per_node=8),
-    "b200": Device(flops=2250e12, memory_bytes=180e9, memory_bandwidth=7.7e12, links=900e9, network=50e9, per_node=8),
+    "a100": Device(
+        flops=312e12,
+        memory_bytes=80e9,
+        memory_bandwidth=2.04e12,
+        links=300e9,
+        network=25e9,
+        per_node=8,
+    ),
+    "h100": Device(
+        flops=989e12,
+        memory_bytes=80e9,
+        memory_bandwidth=3.35e12,
+        links=450e9,
+        network=50e9,
+        per_node=8,
+    ),
+    "h200": Device(
+        flops=989e12,
+        memory_bytes=141e9,
+        memory_bandwidth=4.8e12,
+        links=450e9,
+        network=50e9,
+        per_node=8,
+    ),
+    "b200": Device(
+        flops=2250e12,
+        memory_bytes=180e9,
+        memory_bandwidth=7.7e12,
+        links=900e9,
+        network=50e9,
+        per_node=8,
+    ),
 }
 
 
@@ -124,7 +153,9 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
 
     # One adapter.
     layout = layout_of(dims, request.rank, request.expert_rank)
-    tokens = request.events_per_update * (request.prompt_tokens + request.samples_per_event * request.completion_tokens)
+    tokens = request.events_per_update * (
+        request.prompt_tokens + request.samples_per_event * request.completion_tokens
+    )
     # Uniform routing: an expert is left out only if no token of any layer meets it.
     choices = tokens * dims.num_moe_layers * dims.experts_per_token / dims.num_experts
     reached = 1 - math.exp(-choices)
@@ -137,16 +168,22 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     # Token, log-probability under rollout and base, and int16 expert ids.
     token_bytes = 12 + 2 * dims.num_moe_layers * dims.experts_per_token
     sequences = request.events_per_update * request.samples_per_event
-    recorded = sequences * (request.prompt_tokens + request.completion_tokens)  # a prompt stands beside every sample
+    recorded = sequences * (
+        request.prompt_tokens + request.completion_tokens
+    )  # a prompt stands beside every sample
     evidence = add("adapter", "evidence of a revision", recorded * token_bytes, "B")
     revision = add("adapter", "bytes per revision", weights + moments + evidence, "B")
 
     # One device.
     expert_bytes = BF16 * expert_elements / dims.num_experts
     base_bytes = add("device", "experts of the base (bf16)", expert_bytes * most_experts, "B")
-    dense_bytes = add("device", "dense part of the base, replicated (bf16)", BF16 * dense_elements, "B")
+    dense_bytes = add(
+        "device", "dense part of the base, replicated (bf16)", BF16 * dense_elements, "B"
+    )
     # A slab pads ranks, keeps room for the dense part on every device, and for its own experts.
-    stored = layout_of(dims, *(stored_rank(rank, torch.bfloat16) for rank in (request.rank, request.expert_rank)))
+    stored = layout_of(
+        dims, *(stored_rank(rank, torch.bfloat16) for rank in (request.rank, request.expert_rank))
+    )
     slot = FP32 * (stored.dense_size + most_experts * stored.expert_size)
     slab = add("device", "slab: weights and gradients", 2 * slot * request.slots, "B")
     slab_moments = add("device", "slab: moments", 2 * slot * request.slots, "B")
@@ -164,23 +201,42 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     fits = left > 0 and adapters >= 1 and room_rows >= 1
     add("wave", "adapters per wave", adapters, "adapters")
     rows = add("wave", "rows per wave", adapters * tokens, "rows")
-    passes = add("wave", "passes per wave", math.ceil(rows / max(room_rows, 1.0)) if rows else 0, "passes")
+    passes = add(
+        "wave", "passes per wave", math.ceil(rows / max(room_rows, 1.0)) if rows else 0, "passes"
+    )
 
     # Time of one wave.
-    rate, bandwidth = device.flops * request.efficiency * request.devices, device.memory_bandwidth * request.efficiency
+    rate, bandwidth = (
+        device.flops * request.efficiency * request.devices,
+        device.memory_bandwidth * request.efficiency,
+    )
     nodes = math.ceil(request.devices / device.per_node)
     wire = (device.links if nodes == 1 else device.network) * request.efficiency
     add("wave", "efficiency of rates", request.efficiency, "", "assumed")
     away = (request.devices - 1) / request.devices
     layer_row = dims.experts_per_token * _hidden(dims) * BF16 * away
     add("wave", "bytes on the wire per layer and row, there and back", 2 * layer_row, "B")
-    # A pass of the base alone for its log-probabilities, then forward and backward (a frozen base: dX only).
+    # A pass of the base alone for its log-probabilities, then forward and backward (a frozen base:
+    # dX only).
     products = add("wave", "training: products", 6 * active * rows / rate, "s")
-    streams = add("wave", "training: reading weights", passes * 3 * (base_bytes + dense_bytes) / bandwidth, "s")
+    streams = add(
+        "wave",
+        "training: reading weights",
+        passes * 3 * (base_bytes + dense_bytes) / bandwidth,
+        "s",
+    )
     # There and back, three times.
-    wires = add("wave", "training: exchange", 6 * layer_row * dims.num_moe_layers * rows / request.devices / wire, "s")
+    wires = add(
+        "wave",
+        "training: exchange",
+        6 * layer_row * dims.num_moe_layers * rows / request.devices / wire,
+        "s",
+    )
     optimizer = add(
-        "wave", "optimizer on the slab", 7 * FP32 * stored.size * adapters / request.devices / bandwidth, "s"
+        "wave",
+        "optimizer on the slab",
+        7 * FP32 * stored.size * adapters / request.devices / bandwidth,
+        "s",
     )
     decode_rows = adapters * sequences / request.devices
     # Read in a step: the base, the adapters, and on average half of the cache at its fullest.
@@ -195,7 +251,9 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     moved = adapters * (weights + moments + revision)
     loads = add("wave", "paging in and committing", moved / request.store_bandwidth, "s")
     training = max(products, streams, wires) + optimizer
-    wave_s = add("wave", "time of a wave (one stage after the other)", training + rollout + loads, "s")
+    wave_s = add(
+        "wave", "time of a wave (one stage after the other)", training + rollout + loads, "s"
+    )
 
     # The population.
     per_day = request.users * request.updates_per_user_and_day
@@ -224,7 +282,9 @@ def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
         "rollout": rollout,
         "paging in and committing": loads,
     }
-    bottleneck, knob = _bottleneck(fits, base_bytes + dense_bytes, slab + slab_moments, device, costs)
+    bottleneck, knob = _bottleneck(
+        fits, base_bytes + dense_bytes, slab + slab_moments, device, costs
+    )
     return Plan(lines=tuple(lines), fits=fits, bottleneck=bottleneck, knob=knob)
 
 
@@ -233,7 +293,8 @@ def _hidden(dims: BaseDims) -> int:
 
 
 def _cache_width(dims: BaseDims) -> int:
-    """Width of a token's keys and values as the cache keeps them: per head, also where attention is latent."""
+    """Width of a token's keys and values as the cache keeps them: per head, also where attention is
+    latent."""
     outs, inputs = ({module: size[place] for module, *size in dims.shapes} for place in (0, 1))
     if "k_proj" in outs:
         return outs["k_proj"] + outs["v_proj"]
@@ -241,7 +302,8 @@ def _cache_width(dims: BaseDims) -> int:
 
 
 def _activations_per_row(dims: BaseDims) -> float:
-    """What backward needs of a row, bf16: inputs and outputs of the projections that carry LoRA, of all its experts."""
+    """What backward needs of a row, bf16: inputs and outputs of the projections that carry LoRA, of
+    all its experts."""
     dense = sum(inp + out for module, out, inp in dims.shapes if module in dims.dense_modules)
     expert = sum(inp + out for module, out, inp in dims.shapes if module not in dims.dense_modules)
     return BF16 * (dims.num_layers * dense + dims.num_moe_layers * dims.experts_per_token * expert)
@@ -257,11 +319,18 @@ _KNOBS = {
 }
 
 
-def _bottleneck(fits: bool, base: float, slab: float, device: Device, costs: Mapping[str, float]) -> tuple[str, str]:
+def _bottleneck(
+    fits: bool, base: float, slab: float, device: Device, costs: Mapping[str, float]
+) -> tuple[str, str]:
     if base > device.memory_bytes * 0.95:
-        return "the base does not fit", "more devices: experts are split over all of them; the dense part is not"
+        return (
+            "the base does not fit",
+            "more devices: experts are split over all of them; the dense part is not",
+        )
     if not fits:
-        over = f"base and slab need {(base + slab) / 1e9:,.0f} GB of {device.memory_bytes / 1e9:,.0f}"
+        over = (
+            f"base and slab need {(base + slab) / 1e9:,.0f} GB of {device.memory_bytes / 1e9:,.0f}"
+        )
         return f"no room for a wave ({over})", "fewer slots, lower expert_rank, or more devices"
     worst = max(costs, key=lambda name: costs[name])
     return worst, _KNOBS[worst]
@@ -273,7 +342,14 @@ def readable(value: float, unit: str) -> str:
         return "-"
     if unit == "s":
         return f"{value:,.3g} s"
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in (
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{'' if unit == 'B' else ' '}{unit}".rstrip()
     return f"{value:,.3g} {unit}".rstrip()

@@ -20,7 +20,8 @@ from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleNorms:
-    """Frobenius norms of what an adapter adds to one kind of module, s · B A, over all layers and experts."""
+    """Frobenius norms of what an adapter adds to one kind of module, s · B A, over all layers and
+    experts."""
 
     module: str
     before: float
@@ -30,14 +31,21 @@ class ModuleNorms:
 
 
 def diff_revisions(population: Population, user: str, before: int, after: int) -> list[ModuleNorms]:
-    """Norms per module of two revisions and of their difference. `InvalidInput` for a revision that isn't kept."""
+    """Norms per module of two revisions and of their difference. `InvalidInput` for a revision that
+    isn't kept."""
     population.ledger.follow()
     spec = AdapterSpec.from_dict(population.ledger.adapter(user).spec)
     layout = layout_of(dims_of(Path(population.base().folder)), spec.rank, spec.expert_rank)
-    return norms_of(layout, spec, *(load_weights(population, layout, user, number) for number in (before, after)))
+    return norms_of(
+        layout,
+        spec,
+        *(load_weights(population, layout, user, number) for number in (before, after)),
+    )
 
 
-def norms_of(layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N: Tensor) -> list[ModuleNorms]:
+def norms_of(
+    layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N: Tensor
+) -> list[ModuleNorms]:
     """`diff_revisions` of two adapters in exact layout."""
     found = []
     for module, _, _ in layout.dims.shapes:
@@ -45,7 +53,8 @@ def norms_of(layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N
         squares = torch.zeros(3, dtype=torch.float64)
         for layer in range(first, layout.dims.num_layers):
             (a, b), (c, d) = (
-                [layout.view(flat, module, layer, which).double() for which in "ab"] for flat in (before_N, after_N)
+                [layout.view(flat, module, layer, which).double() for which in "ab"]
+                for flat in (before_N, after_N)
             )
             pairs = [(b, a), (d, c), (torch.cat([d, -b], -1), torch.cat([c, a], -2))]
             squares += torch.stack([_square_of_product(left, right) for left, right in pairs])

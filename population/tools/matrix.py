@@ -30,11 +30,17 @@ def _figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[s
             (state.revision, controller.ledger.entry(adapter, state.revision).metrics)
             for state in controller.ledger.catalog.revisions_of(adapter.pseudonym)
         ]
-        curve = [{"revision": number, "reward": found["reward"]} for number, found in metrics if "reward" in found]
+        curve = [
+            {"revision": number, "reward": found["reward"]}
+            for number, found in metrics
+            if "reward" in found
+        ]
         users[_user(controller, adapter)] = {
             "rank": adapter.spec["rank"],
             "heldout_reward_base": _mean(controller.examiner.heldout_rewards(adapter, 0)),
-            "heldout_reward_after": _mean(controller.examiner.heldout_rewards(adapter, adapter.serving)),
+            "heldout_reward_after": _mean(
+                controller.examiner.heldout_rewards(adapter, adapter.serving)
+            ),
             "own_minus_others": float(matrix[row, row] - fmean(others)) if others else 0.0,
             "num_revisions": len(metrics),
             "num_tokens": int(sum(found.get("tokens", 0) for _, found in metrics)),
@@ -66,16 +72,27 @@ def _matrix(
     controller: Controller, adapters: Sequence[AdapterState]
 ) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float64]], list[list[dict[str, str]]]]:
     """[adapter, user] mean reward, and per user some answers before and after."""
-    tasks = [controller.examiner.heldout_tasks(adapter.pseudonym)[:MATRIX_TASKS] for adapter in adapters]
+    tasks = [
+        controller.examiner.heldout_tasks(adapter.pseudonym)[:MATRIX_TASKS] for adapter in adapters
+    ]
     shared = {_prompt_digest(logged): logged for own in tasks for logged in own}
     size = controller.settings.scheduler.max_adapters_per_wave
     answers: dict[tuple[str, str], tuple[Reply, ...]] = {}
     for start in range(0, len(adapters), size):
-        part = [(adapter, adapter.serving, list(shared.values())) for adapter in adapters[start : start + size]]
+        part = [
+            (adapter, adapter.serving, list(shared.values()))
+            for adapter in adapters[start : start + size]
+        ]
         for key, logged, replies in controller.examiner.answer_heldout(part, 1):
             answers[key.pseudonym, _prompt_digest(logged)] = replies
     cells = [
-        (row, column, controller.trials.reward_request(logged, answers[adapter.pseudonym, _prompt_digest(logged)]))
+        (
+            row,
+            column,
+            controller.trials.reward_request(
+                logged, answers[adapter.pseudonym, _prompt_digest(logged)]
+            ),
+        )
         for column, own in enumerate(tasks)
         for logged in own
         for row, adapter in enumerate(adapters)
@@ -116,7 +133,9 @@ def _pairs(
 def _prompt_digest(logged: LoggedEvent) -> str:
     """Same id and prompt, same answer: sampling is keyed by them."""
     encoded = encode_event(logged.event)
-    return hashlib.sha256(canonical_json([encoded["event_id"], encoded["body"]["prompt"]])).hexdigest()
+    return hashlib.sha256(
+        canonical_json([encoded["event_id"], encoded["body"]["prompt"]])
+    ).hexdigest()
 
 
 def _user(controller: Controller, adapter: AdapterState) -> str:

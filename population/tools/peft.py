@@ -1,8 +1,9 @@
-"""A revision as a PEFT adapter folder that `peft.PeftModel.from_pretrained` loads on the base unchanged. Exact.
+"""A revision as a PEFT adapter folder that `peft.PeftModel.from_pretrained` loads on the base
+unchanged. Exact.
 
-Expert LoRA goes through PEFT's `target_parameters`. There `gate_up_proj` is one stacked parameter with one LoRA:
-separate gate and up of rank r become rank 2r with a block-diagonal B. PEFT stores the experts of `lora_A` one
-after another and those of `lora_B` interleaved.
+Expert LoRA goes through PEFT's `target_parameters`. There `gate_up_proj` is one stacked parameter
+with one LoRA: separate gate and up of rank r become rank 2r with a block-diagonal B. PEFT stores
+the experts of `lora_A` one after another and those of `lora_B` interleaved.
 
 Suffixes: E experts, R rank, D in, F out.
 """
@@ -30,8 +31,11 @@ from populace.workers.base.families import dims_of
 from populace.workers.layout import AdapterLayout, AdapterSpec, layout_of
 
 
-def export_peft(population: Population, user: str, folder: Path, revision: int | str = "serving") -> int:
-    """Write `user`'s revision into `folder`; returns its number. `InvalidInput` if the folder has files."""
+def export_peft(
+    population: Population, user: str, folder: Path, revision: int | str = "serving"
+) -> int:
+    """Write `user`'s revision into `folder`; returns its number. `InvalidInput` if the folder has
+    files."""
     population.ledger.follow()
     adapter = population.ledger.adapter(user)
     number = revision_number(population.ledger.catalog, adapter, revision)
@@ -52,7 +56,9 @@ def load_weights(population: Population, layout: AdapterLayout, user: str, revis
 
     def load() -> Tensor:
         ref = population.ledger.ref(population.ledger.adapter(user), revision)
-        blobs = load_wave(population.store, population.ledger.keys, ref.requests(with_moments=False))
+        blobs = load_wave(
+            population.store, population.ledger.keys, ref.requests(with_moments=False)
+        )
         return unpack_weights(layout, ref.seed, blobs[0] if blobs else None, ref.experts)
 
     try:
@@ -62,11 +68,16 @@ def load_weights(population: Population, layout: AdapterLayout, user: str, revis
         return load()
 
 
-def share_export(population: Population, user: str, number: int, folder: Path, valid_for: timedelta) -> str:
-    """Put an exported folder into the store, and return a link with which anybody can download it as a tar file
-    until it expires. `InvalidInput` unless the store is an S3. `forget` removes it."""
+def share_export(
+    population: Population, user: str, number: int, folder: Path, valid_for: timedelta
+) -> str:
+    """Put an exported folder into the store, and return a link with which anybody can download
+    it as a tar file until it expires. `InvalidInput` unless the store is an S3. `forget`
+    removes it."""
     if not population.store.url.startswith("s3:"):
-        raise InvalidInput(f"store is {population.store.url}; links need s3://, a folder can be copied as it is")
+        raise InvalidInput(
+            f"store is {population.store.url}; links need s3://, a folder can be copied as it is"
+        )
     body = io.BytesIO()
     with tarfile.open(fileobj=body, mode="w") as archive:
         archive.add(folder, arcname=f"revision-{number}")
@@ -82,8 +93,11 @@ def share_export(population: Population, user: str, number: int, folder: Path, v
     return Bucket(population.store.url).presigned_link(key, valid_for)
 
 
-def peft_config(spec: AdapterSpec, base_folder: str, dense_modules: Sequence[str]) -> dict[str, object]:
-    """`adapter_config.json`. The stacked gate_up has twice the rank and twice the alpha: the same scale."""
+def peft_config(
+    spec: AdapterSpec, base_folder: str, dense_modules: Sequence[str]
+) -> dict[str, object]:
+    """`adapter_config.json`. The stacked gate_up has twice the rank and twice the alpha: the same
+    scale."""
     gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
     return {
         "peft_type": "LORA",
@@ -108,7 +122,9 @@ def peft_tensors(layout: AdapterLayout, flat: Tensor) -> dict[str, Tensor]:
         prefix = f"base_model.model.model.layers.{layer}"
         for module in layout.dims.dense_modules:
             for which, name in (("a", "lora_A"), ("b", "lora_B")):
-                tensors[f"{prefix}.self_attn.{module}.{name}.weight"] = layout.view(flat, module, layer, which)
+                tensors[f"{prefix}.self_attn.{module}.{name}.weight"] = layout.view(
+                    flat, module, layer, which
+                )
         if layer < layout.dims.num_dense_layers:
             continue
         parts = {

@@ -1,6 +1,8 @@
-"""Replay: a revision made again, alone, from the bytes it started from and the evidence it learned from.
+"""Replay: a revision made again, alone, from the bytes it started from and the evidence it learned
+from.
 
-A user's update depends on that user alone, so the same bytes must come out as in the wave that it was part of.
+A user's update depends on that user alone, so the same bytes must come out as in the wave that it
+was part of.
 """
 
 from __future__ import annotations
@@ -16,15 +18,29 @@ from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.records import RevisionEntry, WaveManifest
 from populace.workers.actors.engine import ShardEngine
-from populace.workers.batch import AdapterBatch, AdapterKey, AdapterRef, AdapterUpdate, WaveBatch, revision_ref
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    AdapterRef,
+    AdapterUpdate,
+    WaveBatch,
+    revision_ref,
+)
 from populace.workers.evidence import decode_evidence
 from populace.workers.step.optimizer import optimizer_name
 from populace.workers.step.train import TrainerSettings
 
-SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = "same bytes", "DIFFERENT", "not kept", "refused", "damaged"
+SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = (
+    "same bytes",
+    "DIFFERENT",
+    "not kept",
+    "refused",
+    "damaged",
+)
 
 _MACHINE = ("device", "cpu", "dtype", "torch", "transformers", "kernels", "backend", "numerics")
-"""What of a numerics fingerprint must agree, beside the optimizer, which is set as the manifest says."""
+"""What of a numerics fingerprint must agree, beside the optimizer, which is set as the manifest
+says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,22 +58,24 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """How a revision is re-derived: the revision whose bytes are kept, then every update after it, in order."""
+    """How a revision is re-derived: the revision whose bytes are kept, then every update after it,
+    in order."""
 
     start: AdapterRef
     updates: tuple[RevisionEntry, ...]
 
 
 def replay(population: Population, user: str, revision: int | None = None) -> list[Replayed]:
-    """Re-derive one revision, or every kept one, oldest first. A route that passes other kept revisions compares them
-    on its way. Nothing is written."""
+    """Re-derive one revision, or every kept one, oldest first. A route that passes other kept
+    revisions compares them on its way. Nothing is written."""
     population.ledger.follow()
     adapter = population.ledger.adapter(user)
     catalog = population.ledger.catalog
     kept = [state.revision for state in catalog.revisions_of(adapter.pseudonym) if state.is_kept]
     if revision is not None and (revision == 0 or not adapter.exists(revision)):
         raise InvalidInput(
-            f"revision is {revision}; give one of 1 to {adapter.next_revision - 1}, 0 is derived already"
+            f"revision is {revision}; give one of 1 to {adapter.next_revision - 1}, 0 is derived "
+            "already"
         )
     wanted = kept if revision is None else [revision]
     found: dict[int, Replayed] = {}
@@ -66,7 +84,9 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
         if number in found:
             continue
         if number not in kept:
-            found[number] = Replayed(revision=number, outcome=NOT_KEPT, detail="the retention rule let its weights go")
+            found[number] = Replayed(
+                revision=number, outcome=NOT_KEPT, detail="the retention rule let its weights go"
+            )
             continue
         compare = kept if revision is None else [number]
         try:
@@ -128,10 +148,15 @@ class _Player:
         try:
             return self._repeat(engine, route, compare)
         finally:
-            engine.evict([key for key in engine.slab.slots if key.pseudonym == self.adapter.pseudonym])
+            engine.evict(
+                [key for key in engine.slab.slots if key.pseudonym == self.adapter.pseudonym]
+            )
 
-    def _repeat(self, engine: ShardEngine, route: Route, compare: Sequence[int]) -> dict[int, Replayed]:
-        """Make the route's updates in order, in the slot of its start; outcomes of those in `compare`."""
+    def _repeat(
+        self, engine: ShardEngine, route: Route, compare: Sequence[int]
+    ) -> dict[int, Replayed]:
+        """Make the route's updates in order, in the slot of its start; outcomes of those in
+        `compare`."""
         found: dict[int, Replayed] = {}
         key = route.start.key
         for steps, entry in enumerate(route.updates, 1):
@@ -146,8 +171,14 @@ class _Player:
                 )
             if update.status != "updated":
                 lost = f"revision {entry.revision} on the way ends as {update.status!r}"
-                later = [e.revision for e in route.updates if e.revision in compare and e.revision not in found]
-                return found | {n: Replayed(revision=n, outcome=DIFFERENT, detail=lost) for n in later}
+                later = [
+                    e.revision
+                    for e in route.updates
+                    if e.revision in compare and e.revision not in found
+                ]
+                return found | {
+                    n: Replayed(revision=n, outcome=DIFFERENT, detail=lost) for n in later
+                }
             engine.committed([(key, key := AdapterKey(key.pseudonym, entry.revision))])
         return found
 
@@ -174,7 +205,9 @@ class _Player:
 
     def _blob(self, revision: int, part: str) -> memoryview:
         place = self._state(revision).blobs[part]
-        request = BlobRequest(pseudonym=self.adapter.pseudonym, revision=revision, part=part, place=place)
+        request = BlobRequest(
+            pseudonym=self.adapter.pseudonym, revision=revision, part=part, place=place
+        )
         (blob,) = load_wave(self.population.store, self.population.ledger.keys, [request])
         return blob
 
@@ -190,7 +223,8 @@ class _Player:
         return self._wave(revision).entry(self.adapter.pseudonym, revision)
 
     def _engine_for(self, route: Route) -> ShardEngine | str:
-        """An engine that computes as the one that made the route's revisions did, or why there is none."""
+        """An engine that computes as the one that made the route's revisions did, or why there is
+        none."""
         made_by = [self._wave(entry.revision).numerics for entry in route.updates]
         if any(numerics.get("numerics") != "invariant" for numerics in made_by):
             return "made with `fast` numerics: its bits depend on who shared the batch"
@@ -198,10 +232,15 @@ class _Player:
             return "made partly in one dtype, partly in another"
         for entry, numerics in zip(route.updates, made_by, strict=True):
             _, here = self._engine(numerics["dtype"], numerics["backend"]).describe()
-            here = {**here, "optimizer": optimizer_name(_trainer(self._wave(entry.revision)).optimizer)}
+            here = {
+                **here,
+                "optimizer": optimizer_name(_trainer(self._wave(entry.revision)).optimizer),
+            }
             for field in (*_MACHINE, "optimizer"):
                 if numerics.get(field) != here[field]:
-                    return f"made with {field} {numerics.get(field)}, this machine has {here[field]}"
+                    return (
+                        f"made with {field} {numerics.get(field)}, this machine has {here[field]}"
+                    )
         return self._engine(made_by[0]["dtype"], made_by[0]["backend"])
 
     def _engine(self, dtype: str, backend: str) -> ShardEngine:

@@ -1,8 +1,8 @@
 """What a population learned, for people and for machines: report.html and report.json.
 
-The specialisation matrix lets every adapter answer every user's held-out tasks: on the diagonal a user's own
-adapter, beside it the others'. A task that several users share is answered once per adapter and judged by each
-user's own reward.
+The specialisation matrix lets every adapter answer every user's held-out tasks: on the diagonal a
+user's own adapter, beside it the others'. A task that several users share is answered once per
+adapter and judged by each user's own reward.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ matplotlib.use("Agg")
 
 
 def write_report(controller: Controller, folder: Path, started: float) -> dict[str, Any]:
-    """Measure what isn't known yet, then write both files into `folder`. `started`: the run's start on the
-    monotonic clock."""
+    """Measure what isn't known yet, then write both files into `folder`. `started`: the run's start
+    on the monotonic clock."""
     adapters = [
         adapter
         for adapter in sorted(controller.ledger.catalog, key=lambda item: _user(controller, item))
@@ -41,7 +41,9 @@ def write_report(controller: Controller, folder: Path, started: float) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / ".report.json"
     whole.write_text(json.dumps(figures, indent=1, ensure_ascii=False))
-    whole.replace(folder / "report.json")  # whoever reads it meanwhile sees all of it or the one before
+    whole.replace(
+        folder / "report.json"
+    )  # whoever reads it meanwhile sees all of it or the one before
     (folder / "report.html").write_text(_html(figures))
     return figures
 
@@ -64,11 +66,14 @@ def print_report(folder: Path, console: Console) -> None:
     table.add_section()
     base, after = figures["heldout_reward_base"], figures["heldout_reward_after"]
     table.add_row(
-        "mean", "", f"{base:.2f}", f"{after:.2f}", f"{after - base:+.2f}", f"{figures['own_minus_others']:+.2f}",
+        "mean", "", f"{base:.2f}", f"{after:.2f}", f"{after - base:+.2f}",
+        f"{figures['own_minus_others']:+.2f}",
         str(figures["num_revisions"]), "",
     )  # fmt: skip
     console.print(table)
-    console.print(f"held-out reward, 0 to 1; {figures['wall_s']:.0f} s; more in {folder / 'report.html'}")
+    console.print(
+        f"held-out reward, 0 to 1; {figures['wall_s']:.0f} s; more in {folder / 'report.html'}"
+    )
 
 
 def _html(figures: dict[str, Any]) -> str:
@@ -120,14 +125,25 @@ def _draw_curves(figures: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for name, user in figures["users"].items():
         curve = user["curve"]
-        axes.plot([p["revision"] for p in curve], [p["reward"] for p in curve], alpha=0.6, lw=1, label=name)
-    last = max((p["revision"] for user in figures["users"].values() for p in user["curve"]), default=0)
+        axes.plot(
+            [p["revision"] for p in curve],
+            [p["reward"] for p in curve],
+            alpha=0.6,
+            lw=1,
+            label=name,
+        )
+    last = max(
+        (p["revision"] for user in figures["users"].values() for p in user["curve"]), default=0
+    )
     means = [
         fmean(values)
         for number in range(1, last + 1)
         if (
             values := [
-                p["reward"] for user in figures["users"].values() for p in user["curve"] if p["revision"] == number
+                p["reward"]
+                for user in figures["users"].values()
+                for p in user["curve"]
+                if p["revision"] == number
             ]
         )
     ]

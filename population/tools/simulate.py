@@ -1,5 +1,6 @@
-"""The scheduler before it is deployed: synthetic users send events, and `form_wave`, the very function that a run uses,
-decides who is served. No model, no store, no clock: an hour takes seconds.
+"""The scheduler before it is deployed: synthetic users send events, and `form_wave`, the very
+function that a run uses, decides who is served. No model, no store, no clock: an hour takes
+seconds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Load:
     tokens_per_event: int = 200
     rank: int = 8
     shares: tuple[float, ...] = (1.0,)
-    """Tenant by tenant, the share of the events that its users send; the first one is the default tenant."""
+    """Tenant by tenant, the share of the events that its users send; the first one is the default
+    tenant."""
     seed: int = 0
 
 
@@ -67,8 +69,8 @@ class SimulationReport:
     events_per_s: float
     """Served."""
     fairness: float
-    """Jain's index of what the tenants that always had something waiting got over their weights; 1 is fair, 1/n is one
-    taking all (Jain, Chiu, Hawe 1984)."""
+    """Jain's index of what the tenants that always had something waiting got over their weights; 1
+    is fair, 1/n is one taking all (Jain, Chiu, Hawe 1984)."""
     hot_share: float
     """Of adapters that a wave needed and that were still in a slot."""
     waves: tuple[NDArray[np.int64], ...]
@@ -83,15 +85,30 @@ def jain(values: Sequence[float] | Floats) -> float:
 
 def check(load: Load) -> None:
     """`InvalidInput` for a load that makes no sense."""
-    for name in ("users", "events_per_s", "hours", "wave_s", "burst_s", "burst_factor", "tokens_per_event", "rank"):
+    for name in (
+        "users",
+        "events_per_s",
+        "hours",
+        "wave_s",
+        "burst_s",
+        "burst_factor",
+        "tokens_per_event",
+        "rank",
+    ):
         if not getattr(load, name) > 0:
             raise InvalidInput(f"{name} is {getattr(load, name)}; use a number above zero")
     if not 0 <= load.day_amplitude <= 1:
-        raise InvalidInput(f"day_amplitude is {load.day_amplitude}; use 0 (no swing) to 1 (nobody at night)")
+        raise InvalidInput(
+            f"day_amplitude is {load.day_amplitude}; use 0 (no swing) to 1 (nobody at night)"
+        )
     if load.zipf < 0 or load.burst_every_s < 0 or min(load.shares) <= 0:
-        raise InvalidInput("zipf, burst_every_s and the tenants' shares can't be negative, and no share can be 0")
+        raise InvalidInput(
+            "zipf, burst_every_s and the tenants' shares can't be negative, and no share can be 0"
+        )
     if load.users < len(load.shares):
-        raise InvalidInput(f"users is {load.users}; {len(load.shares)} tenants need at least one each")
+        raise InvalidInput(
+            f"users is {load.users}; {len(load.shares)} tenants need at least one each"
+        )
 
 
 def simulate(load: Load, settings: Settings, policy: Policy) -> SimulationReport:
@@ -170,7 +187,9 @@ class _Line:
         return times
 
     def waiting_by_tenant(self) -> NDArray[np.int64]:
-        waiting: NDArray[np.int64] = np.bincount(self.tenant, self.num_events, len(self._load.shares)).astype(np.int64)
+        waiting: NDArray[np.int64] = np.bincount(
+            self.tenant, self.num_events, len(self._load.shares)
+        ).astype(np.int64)
         return waiting
 
 
@@ -189,7 +208,10 @@ def _arrivals(load: Load) -> list[tuple[float, NDArray[np.int64]]]:
     for number in range(int(load.hours * 3600 / load.wave_s)):
         now = number * load.wave_s
         if load.burst_every_s and now >= next_burst:
-            burst_until, next_burst = now + load.burst_s, now + random.exponential(load.burst_every_s)
+            burst_until, next_burst = (
+                now + load.burst_s,
+                now + random.exponential(load.burst_every_s),
+            )
         # A day begins at midnight; the peak is at noon.
         factor = 1.0 - load.day_amplitude * np.cos(2 * np.pi * now / 86_400)
         factor *= load.burst_factor if now < burst_until else 1.0
@@ -220,7 +242,8 @@ def _report(
         tenants.append(
             TenantFigures(
                 name=name, weight=float(policy.weight_G[tenant]), arrived=int(line.arrived[tenant]),
-                served=len(waits[tenant]), waiting=int(waiting[tenant]), wait_median_s=float(np.median(served)),
+                served=len(waits[tenant]), waiting=int(waiting[tenant]),
+                wait_median_s=float(np.median(served)),
                 wait_99_s=float(np.quantile(served, 0.99)), wait_longest_s=longest,
             )
         )  # fmt: skip

@@ -39,7 +39,8 @@ class ControllerFigures:
     uptime_s: float = 0.0
     num_partitions: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
-    """waves, tokens, trained, settled, and the decisions: committed, promote, reject, rollback, …"""
+    """waves, tokens, trained, settled, and the decisions: committed, promote, reject, rollback,
+    …"""
     num_pending: int = 0
     oldest_wait_s: float = 0.0
     residency: Mapping[str, int] = field(default_factory=dict)
@@ -61,7 +62,8 @@ class Beacon(View):
 
     def wave(self, report: WaveReport, controller: Controller) -> None:
         self._counts.update(
-            waves=1, tokens=report.num_tokens, trained=report.num_trained, settled=sum(report.settled.values()),
+            waves=1, tokens=report.num_tokens, trained=report.num_trained,
+            settled=sum(report.settled.values()),
             committed=report.num_revisions,
         )  # fmt: skip
         self._count([*report.verdicts, *report.answered])
@@ -86,7 +88,11 @@ class Beacon(View):
     def paused(self, error: PopulaceError | None) -> None:
         """Nobody sees this while the store is away, but a store that is full can still be read."""
         self._show(
-            asdict(ControllerFigures(state="starting" if error is None else "paused", counts=dict(self._counts)))
+            asdict(
+                ControllerFigures(
+                    state="starting" if error is None else "paused", counts=dict(self._counts)
+                )
+            )
         )
 
     def _count(self, records: Sequence[Verdict | Tombstone]) -> None:
@@ -133,7 +139,11 @@ def controllers_of(store: ObjectStore, population: str) -> list[SeenController]:
             seen.append(_seen(key.rpartition("/")[2].removesuffix(".json"), body))
         except ObjectNotFound:  # it ended meanwhile
             continue
-        except (ValueError, KeyError, TypeError) as error:  # of one controller; the others are shown
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # of one controller; the others are shown
             logger.warning("%s is no sign of life: %r", key, error)
     return seen
 
@@ -143,5 +153,9 @@ def _seen(name: str, body: Mapping[str, Any]) -> SeenController:
     figures = {name: value for name, value in body.get("figures", {}).items() if name in known}
     figures["hot"] = tuple(figures.get("hot", ()))
     return SeenController(
-        name=name, owner=body["owner"], beat=body["nonce"], at_s=body["at"], figures=ControllerFigures(**figures)
+        name=name,
+        owner=body["owner"],
+        beat=body["nonce"],
+        at_s=body["at"],
+        figures=ControllerFigures(**figures),
     )

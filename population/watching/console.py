@@ -1,4 +1,5 @@
-"""What a person sees while a population trains: a live panel on a terminal, one line per wave elsewhere."""
+"""What a person sees while a population trains: a live panel on a terminal, one line per wave
+elsewhere."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class ConsoleView(View):
         num_waiting = controller.ledger.pending.num_pending()
         waiting = f"  {num_waiting} events wait" if num_waiting else ""
         self._print(
-            f"wave {controller.num_waves:3d}  {report.num_adapters} adapters  {report.num_revisions} revisions"
+            f"wave {controller.num_waves:3d}  {report.num_adapters} adapters  "
+            f"{report.num_revisions} revisions"
             f"{reward}{route}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}{waiting}"
             f"  [dim]({_stages(report)})[/]"
         )
@@ -85,8 +87,12 @@ class ConsoleView(View):
         return Panel(table, title=f"populace · {controller.ledger.meta.name}", expand=False)
 
     def _print(self, markup: str) -> None:
-        self._console.print(f"[dim]{time.monotonic() - self._started:6.0f} s[/]  {markup}", soft_wrap=True)
+        self._console.print(
+            f"[dim]{time.monotonic() - self._started:6.0f} s[/]  {markup}", soft_wrap=True
+        )
 
 
 def _stages(report: WaveReport) -> str:
-    return ", ".join(f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05)
+    return ", ".join(
+        f"{stage} {value:.1f}" for stage, value in report.seconds.items() if value >= 0.05
+    )

@@ -1,8 +1,8 @@
 """What a run exports to Ray's metrics, and through them to Prometheus.
 
-`METRICS` is the one table of names, units and meanings: `docs/reference/metrics.md` is made from it, and `RayMetrics`
-exports nothing else. Tags have few values; a user is never one. Ray puts `ray_` before every name and `_total` behind
-counters.
+`METRICS` is the one table of names, units and meanings: `docs/reference/metrics.md` is made from
+it, and `RayMetrics` exports nothing else. Tags have few values; a user is never one. Ray puts
+`ray_` before every name and `_total` behind counters.
 """
 
 from __future__ import annotations
@@ -55,10 +55,23 @@ METRICS = (
         unit="changes",
         meaning="Adapter churn: revisions committed, and what verdicts and commands did to them.",
         tag="change",
-        values=("committed", "promote", "keep", "reject", "rollback", "pin", "unpin", "refused", "forgotten"),
+        values=(
+            "committed",
+            "promote",
+            "keep",
+            "reject",
+            "rollback",
+            "pin",
+            "unpin",
+            "refused",
+            "forgotten",
+        ),
     ),
     Metric(
-        name="populace_trained_events", kind="counter", unit="events", meaning="Experience that revisions learned from."
+        name="populace_trained_events",
+        kind="counter",
+        unit="events",
+        meaning="Experience that revisions learned from.",
     ),
     Metric(
         name="populace_settled_events",
@@ -68,7 +81,12 @@ METRICS = (
         tag="reason",
         values=("parked", "no signal", "not finite", "stale", "rejected"),
     ),
-    Metric(name="populace_tokens", kind="counter", unit="tokens", meaning="Completion tokens that steps learned from."),
+    Metric(
+        name="populace_tokens",
+        kind="counter",
+        unit="tokens",
+        meaning="Completion tokens that steps learned from.",
+    ),
     Metric(
         name="populace_wave_adapters",
         kind="histogram",
@@ -89,10 +107,25 @@ METRICS = (
         unit="s",
         meaning="What a turn waited for each phase; `page`: what the wave's rollouts waited for adapters' bytes.",
         tag="phase",
-        values=("plan", "page", "rollout", "score", "train", "publish", "evaluate", "repack", "checkpoint"),
+        values=(
+            "plan",
+            "page",
+            "rollout",
+            "score",
+            "train",
+            "publish",
+            "evaluate",
+            "repack",
+            "checkpoint",
+        ),
         boundaries=SECONDS,
     ),
-    Metric(name="populace_reward", kind="gauge", unit="reward", meaning="Mean reward of the last wave's rollouts."),
+    Metric(
+        name="populace_reward",
+        kind="gauge",
+        unit="reward",
+        meaning="Mean reward of the last wave's rollouts.",
+    ),
     Metric(
         name="populace_step_efficiency",
         kind="gauge",
@@ -117,14 +150,24 @@ METRICS = (
         unit="share",
         meaning="Of the last wave's replayed expert selections, those that the trainer would have made otherwise.",
     ),
-    Metric(name="populace_pending_events", kind="gauge", unit="events", meaning="Experience that waits to be trained."),
+    Metric(
+        name="populace_pending_events",
+        kind="gauge",
+        unit="events",
+        meaning="Experience that waits to be trained.",
+    ),
     Metric(
         name="populace_oldest_wait_seconds",
         kind="gauge",
         unit="s",
         meaning="How long the user who has waited longest has waited for an update.",
     ),
-    Metric(name="populace_partitions", kind="gauge", unit="partitions", meaning="Partitions that the controller owns."),
+    Metric(
+        name="populace_partitions",
+        kind="gauge",
+        unit="partitions",
+        meaning="Partitions that the controller owns.",
+    ),
     Metric(
         name="populace_adapters",
         kind="gauge",
@@ -167,7 +210,12 @@ METRICS = (
         unit="0 or 1",
         meaning="Whether the run waits because its object store is away or full.",
     ),
-    Metric(name="populace_pauses", kind="counter", unit="pauses", meaning="How often a wave was given up for that."),
+    Metric(
+        name="populace_pauses",
+        kind="counter",
+        unit="pauses",
+        meaning="How often a wave was given up for that.",
+    ),
     Metric(
         name="populace_group_restarts",
         kind="counter",
@@ -191,28 +239,43 @@ def wave_figures(report: WaveReport) -> Iterator[Figure]:
     yield Figure("populace_adapter_changes", report.num_revisions, "committed")
     yield from decision_figures([*report.verdicts, *report.answered])
     yield Figure("populace_trained_events", report.num_trained)
-    yield from (Figure("populace_settled_events", count, reason) for reason, count in report.settled.items())
+    yield from (
+        Figure("populace_settled_events", count, reason) for reason, count in report.settled.items()
+    )
     yield Figure("populace_tokens", report.num_tokens)
     yield Figure("populace_wave_adapters", report.num_adapters)
     yield Figure("populace_wave_seconds", sum(report.seconds.values()))
     phases = {"page": report.paging.waited_s, **report.seconds}
-    yield from (Figure("populace_phase_seconds", seconds, phase) for phase, seconds in phases.items())
+    yield from (
+        Figure("populace_phase_seconds", seconds, phase) for phase, seconds in phases.items()
+    )
     last = {
         "populace_reward": report.mean_reward,
-        "populace_step_efficiency": report.num_targets / report.num_rows if report.num_rows else None,
+        "populace_step_efficiency": report.num_targets / report.num_rows
+        if report.num_rows
+        else None,
         "populace_rollout_kl": report.rollout_kl,
         "populace_masked_share": report.masked_share,
         "populace_out_of_route": report.out_of_route,
     }
     yield from (Figure(name, value) for name, value in last.items() if value is not None)
-    tiers = {"hot": len(report.paging.hot), "warm": report.paging.num_warm, "near": report.paging.num_near}
+    tiers = {
+        "hot": len(report.paging.hot),
+        "warm": report.paging.num_warm,
+        "near": report.paging.num_near,
+    }
     yield from (Figure("populace_adapters", count, tier) for tier, count in tiers.items())
-    yield from (Figure("populace_paged_adapters", count, tier) for tier, count in report.paging.found.items())
+    yield from (
+        Figure("populace_paged_adapters", count, tier)
+        for tier, count in report.paging.found.items()
+    )
 
 
 def decision_figures(records: Sequence[Verdict | Tombstone]) -> Iterator[Figure]:
     changes = Counter(change_of(record) for record in records)
-    yield from (Figure("populace_adapter_changes", count, change) for change, count in changes.items())
+    yield from (
+        Figure("populace_adapter_changes", count, change) for change, count in changes.items()
+    )
 
 
 def state_figures(controller: Controller) -> Iterator[Figure]:
@@ -232,11 +295,11 @@ def call_figures(calls: Calls) -> Iterator[Figure]:
 
 
 class RayMetrics(View):
-    """Exports what a run tells, as a context manager around it. `take_calls`: the controller's own calls to the store
-    since the last time.
+    """Exports what a run tells, as a context manager around it. `take_calls`: the controller's own
+    calls to the store since the last time.
 
-    Ray forgets a gauge that isn't set again within two of its report intervals, and a wave or a pause takes longer: a
-    thread repeats what was said last."""
+    Ray forgets a gauge that isn't set again within two of its report intervals, and a wave or a
+    pause takes longer: a thread repeats what was said last."""
 
     def __init__(self, population: str, controller: str, take_calls: Callable[[], Calls]) -> None:
         self._take_calls = take_calls
@@ -247,7 +310,9 @@ class RayMetrics(View):
         self._gauges: dict[tuple[str, str], float] = {}
         """(name, tag) -> what was said last."""
         self._lock, self._ended = threading.Lock(), threading.Event()
-        self._keeper = threading.Thread(target=self._keep_gauges, daemon=True, name="populace-metrics")
+        self._keeper = threading.Thread(
+            target=self._keep_gauges, daemon=True, name="populace-metrics"
+        )
         for metric in METRICS:
             if metric.kind == "counter":
                 for value in metric.values or ("",):

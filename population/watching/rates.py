@@ -1,4 +1,5 @@
-"""Live figures of a population's controllers, as `populace top` and the population page show them."""
+"""Live figures of a population's controllers, as `populace top` and the population page show
+them."""
 
 from __future__ import annotations
 
@@ -39,8 +40,11 @@ class Watch:
         self._history: dict[tuple[str, str], deque[tuple[float, Mapping[str, int]]]] = {}
         self._beats: dict[tuple[str, str], tuple[str, float]] = {}
 
-    def look(self, controllers: Sequence[SeenController], now_s: float | None = None) -> list[ControllerRates]:
-        """What there is now, with rates since the oldest look in the window; of a first look, since the start."""
+    def look(
+        self, controllers: Sequence[SeenController], now_s: float | None = None
+    ) -> list[ControllerRates]:
+        """What there is now, with rates since the oldest look in the window; of a first look, since
+        the start."""
         now = time.monotonic() if now_s is None else now_s
         known = {(seen.name, seen.owner) for seen in controllers}
         for gone in self._history.keys() - known:
@@ -61,7 +65,11 @@ class Watch:
         span = now - then
         if len(history) == 1 or span < 5.0:
             before, span = {}, figures.uptime_s
-        per_s = {name: (count - before.get(name, 0)) / span for name, count in figures.counts.items()} if span else {}
+        per_s = (
+            {name: (count - before.get(name, 0)) / span for name, count in figures.counts.items()}
+            if span
+            else {}
+        )
         # Its own clock tells a first look about one that died long ago; clocks may differ a little.
         is_silent = now - since > SILENT_S or time.time() - seen.at_s > LONG_AGO_S
         return ControllerRates(seen=seen, is_silent=is_silent, per_s=per_s)
@@ -71,10 +79,16 @@ def top_table(population: str, controllers: Sequence[ControllerRates]) -> Render
     """One column per controller."""
     if not controllers:
         return f"nothing runs population {escape(population)}"
-    table = Table("", *(escape(item.seen.name) for item in controllers), title=f"populace top · {escape(population)}")
+    table = Table(
+        "",
+        *(escape(item.seen.name) for item in controllers),
+        title=f"populace top · {escape(population)}",
+    )
     for label, cells in _rows(controllers):
         table.add_row(f"[bold]{label}[/]", *cells)
-    owners = [f"[dim]{escape(item.seen.name)}: {escape(item.seen.owner)}[/]" for item in controllers]
+    owners = [
+        f"[dim]{escape(item.seen.name)}: {escape(item.seen.owner)}[/]" for item in controllers
+    ]
     return Group(table, *owners)
 
 

@@ -14,8 +14,8 @@ from populace.storage.errors import InvalidInput
 from populace.storage.objects.contract import ObjectStore
 
 DEAD_S = 30.0
-"""A controller beats every second, and comes back some seconds after its store does; one that is silent for this long
-isn't there any more."""
+"""A controller beats every second, and comes back some seconds after its store does; one that is
+silent for this long isn't there any more."""
 
 LOOK_S = 0.5
 
@@ -28,12 +28,18 @@ def stop_run(
     timeout_s: float = 600.0,
     tick: Callable[[Mapping[str, str]], None] = lambda outcomes: None,
 ) -> Mapping[str, str]:
-    """Ask the run of a population, or only that `controller` of it, to end after its wave, and wait until it has.
+    """Ask the run of a population, or only that `controller` of it, to end after its wave, and wait
+    until it has.
 
-    Returns controller -> `stopped`, `dead` (it had shown no life for `DEAD_S`; the next run of its name takes over) or
-    `busy` (not yet, after `timeout_s`; it still knows that it shall). `InvalidInput` if nothing runs."""
+    Returns controller -> `stopped`, `dead` (it had shown no life for `DEAD_S`; the next run of its
+    name takes over) or `busy` (not yet, after `timeout_s`; it still knows that it shall).
+    `InvalidInput` if nothing runs."""
     by, deadline = f"{getpass.getuser()}@{socket.gethostname()}", time.monotonic() + timeout_s
-    there = {seen.name: seen for seen in controllers_of(store, population) if controller in (None, seen.name)}
+    there = {
+        seen.name: seen
+        for seen in controllers_of(store, population)
+        if controller in (None, seen.name)
+    }
     if not there:
         who = f"population {population!r}" if controller is None else f"controller {controller!r}"
         raise InvalidInput(f"nothing runs: no {who} shows life in {store.url}")
@@ -43,9 +49,13 @@ def stop_run(
     outcomes: dict[str, str] = {}
     while True:
         for name, seen in there.items():
-            if name in asked and asked[name] != seen.owner:  # a run that lost its store comes back as another
+            if (
+                name in asked and asked[name] != seen.owner
+            ):  # a run that lost its store comes back as another
                 asked[name] = seen.owner
-                store.put(stop_key(population, name), json.dumps({"owner": seen.owner, "by": by}).encode())
+                store.put(
+                    stop_key(population, name), json.dumps({"owner": seen.owner, "by": by}).encode()
+                )
         now = time.monotonic()
         for name in asked:
             if name not in there:
@@ -56,7 +66,9 @@ def stop_run(
                 silent_since[name] = (there[name].beat, now)
                 outcomes[name] = "busy"
             elif now - since >= DEAD_S:
-                outcomes[name] = "dead"  # the request stays: it names its owner, nobody else obeys it
+                outcomes[name] = (
+                    "dead"  # the request stays: it names its owner, nobody else obeys it
+                )
         tick(outcomes)
         if "busy" not in outcomes.values() or now > deadline:
             return outcomes

@@ -1,4 +1,5 @@
-"""What a person sees while a population trains: a live panel on a terminal, one line per wave elsewhere."""
+"""What a person sees while a population trains: a live panel on a terminal, one line per wave
+elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 class View:
-    """Whoever follows a run, as a context manager around it; what a subclass doesn't care about does nothing."""
+    """Whoever follows a run, as a context manager around it; what a subclass doesn't care about
+    does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +48,8 @@ class View:
 
 
 class Views(View):
-    """Several at once. Watching must not end what is watched: what a view raises is logged, once."""
+    """Several at once. Watching must not end what is watched: what a view raises is logged,
+    once."""
 
     def __init__(self, *views: View) -> None:
         self._views = views
@@ -77,7 +80,9 @@ class Views(View):
             except Exception:
                 if view not in self._failed:
                     self._failed.add(view)
-                    logger.exception("%s failed; it may miss something from here on", type(view).__name__)
+                    logger.exception(
+                        "%s failed; it may miss something from here on", type(view).__name__
+                    )
 
 
 class LogView(View):
@@ -104,7 +109,10 @@ class LogView(View):
         )
 
     def paused(self, error: PopulaceError | None) -> None:
-        self._write("back" if error is None else "paused", **({} if error is None else {"error": str(error)}))
+        self._write(
+            "back" if error is None else "paused",
+            **({} if error is None else {"error": str(error)}),
+        )
 
     def _write(self, event: str, **fields: Any) -> None:
         at = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -21,7 +21,9 @@ class Chat:
 
     def prompt_ids(self, prompt: str | Messages) -> Ints:
         """Token ids up to where the assistant's answer begins."""
-        encoded = self._tokenizer.apply_chat_template(messages_of(prompt), add_generation_prompt=True, return_dict=True)
+        encoded = self._tokenizer.apply_chat_template(
+            messages_of(prompt), add_generation_prompt=True, return_dict=True
+        )
         return np.asarray(encoded["input_ids"], dtype=np.int32)
 
     def completion_ids(self, text: str) -> Ints:

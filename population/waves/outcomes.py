@@ -11,7 +11,8 @@ from populace.storage.log.records import EventRef, Failed, SettledEvent
 from populace.workers.batch import TrainGroup
 
 MAX_TRIES = 3
-"""An event that failed this often, or that this many attempts with it alone didn't survive, is parked."""
+"""An event that failed this often, or that this many attempts with it alone didn't survive, is
+parked."""
 
 
 def kind_of(reason: str) -> str:
@@ -28,15 +29,17 @@ def account_for(
     failures: Tries | None,
     settle: Callable[[LoggedEvent, str], SettledEvent],
 ) -> MemberOutcome:
-    """`scored`: groups of tasks by (user, event), or why the reward failed; `failures`: the event that failed before,
-    and how often."""
+    """`scored`: groups of tasks by (user, event), or why the reward failed; `failures`: the event
+    that failed before, and how often."""
     settled_before = {item.event.position: item for item in prepared.settled}
     groups: list[TrainGroup] = []
     trained: list[EventRef] = []
     settled: list[SettledEvent] = []
     failed: Failed | None = None
     for logged in member.events:
-        found = scored.get((member.pseudonym, logged.event_id)) or prepared.groups.get(logged.event_id)
+        found = scored.get((member.pseudonym, logged.event_id)) or prepared.groups.get(
+            logged.event_id
+        )
         if (gone := settled_before.get(logged.ref.position)) is not None:
             settled.append(gone)
         elif isinstance(found, TrainGroup):
@@ -44,15 +47,21 @@ def account_for(
             trained.append(logged.ref)
         else:
             assert found is not None
-            num_failures = 1 + (failures.count if failures is not None and failures.event == logged.ref else 0)
+            num_failures = 1 + (
+                failures.count if failures is not None and failures.event == logged.ref else 0
+            )
             if num_failures < MAX_TRIES:
                 # Its later events wait with it: a user's experience is consumed in order.
-                failed = Failed(pseudonym=member.pseudonym, event=logged.ref, reason=found.partition("\n")[0])
+                failed = Failed(
+                    pseudonym=member.pseudonym, event=logged.ref, reason=found.partition("\n")[0]
+                )
                 break
             settled.append(settle(logged, f"parked: failed {num_failures} times: {found}"))
     end = None if failed is None else failed.event.position
     rejected = [item for item in member.rejected if end is None or item.event.position < end]
-    positions = [ref.position for ref in trained] + [item.event.position for item in [*settled, *rejected]]
+    positions = [ref.position for ref in trained] + [
+        item.event.position for item in [*settled, *rejected]
+    ]
     return MemberOutcome(
         member=member,
         groups=tuple(groups),

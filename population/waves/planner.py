@@ -1,8 +1,11 @@
-"""Forms waves: what may have killed a controller goes first, in small waves or alone; then whose turn it is.
+"""Forms waves: what may have killed a controller goes first, in small waves or alone; then whose
+turn it is.
 
-    suspects, or form_wave over the pending index -> the users' next events -> attempt logged -> tokens and requests
+    suspects, or form_wave over the pending index -> the users' next events -> attempt logged ->
+    tokens and requests
 
-An attempt is in the log before anything of it is tried, so that an event that kills the controller is found.
+An attempt is in the log before anything of it is tried, so that an event that kills the controller
+is found.
 """
 
 from __future__ import annotations
@@ -20,7 +23,14 @@ from populace.population.waves.scheduler import Budget, Served, form_wave, polic
 from populace.population.waves.suspects import SUSPECTS_SHARE
 from populace.population.waves.wave import PlannedWave, Prepared, Wave, WaveMember, wave_of
 from populace.storage.catalog.states import AdapterState
-from populace.storage.log.records import AdapterCreated, Attempt, EventRef, Record, Settled, SettledEvent
+from populace.storage.log.records import (
+    AdapterCreated,
+    Attempt,
+    EventRef,
+    Record,
+    Settled,
+    SettledEvent,
+)
 from populace.workers.batch import AdapterKey
 from populace.workers.layout import AdapterSpec, BaseDims, layout_of
 
@@ -28,16 +38,25 @@ from populace.workers.layout import AdapterSpec, BaseDims, layout_of
 class Planner:
     """Plans the waves of the partitions that `ledger` owns."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, chat: Chat, trials: Trials, dims: BaseDims) -> None:
-        self.settings, self.ledger, self.chat, self.trials, self.dims = settings, ledger, chat, trials, dims
+    def __init__(
+        self, settings: Settings, ledger: Ledger, chat: Chat, trials: Trials, dims: BaseDims
+    ) -> None:
+        self.settings, self.ledger, self.chat, self.trials, self.dims = (
+            settings,
+            ledger,
+            chat,
+            trials,
+            dims,
+        )
         self._served = Served.nothing(1 + len(settings.scheduler.tenants))
         self._suspects: dict[str, tuple[int, int]] = {}
-        """Users with events that were being tried when somebody died, and where the last of them lies."""
+        """Users with events that were being tried when somebody died, and where the last of them
+        lies."""
         self.suspect_unfinished()
 
     def plan(self, busy: Set[str], ahead: bool) -> PlannedWave | None:
-        """The next wave, its attempt logged; None when nobody has anything, or `ahead` and it would not be full.
-        `busy`: users in uncommitted waves."""
+        """The next wave, its attempt logged; None when nobody has anything, or `ahead` and it would
+        not be full. `busy`: users in uncommitted waves."""
         members = self._choose(busy, ahead)
         if not members:
             return None
@@ -46,34 +65,46 @@ class Planner:
         return PlannedWave(
             wave=wave,
             adapters=adapters,
-            prepared=tuple(self._prepare(member, adapters[member.pseudonym]) for member in wave.members),
+            prepared=tuple(
+                self._prepare(member, adapters[member.pseudonym]) for member in wave.members
+            ),
             refs=tuple(
-                self.ledger.ref(adapters[member.pseudonym], adapters[member.pseudonym].tip) for member in wave.members
+                self.ledger.ref(adapters[member.pseudonym], adapters[member.pseudonym].tip)
+                for member in wave.members
             ),
         )
 
     def take_back(self, planned: PlannedWave) -> None:
         """Log that an attempt never began."""
         wave = planned.wave
-        attempts = [(number, _attempt(wave, own, is_withdrawn=True)) for number, own in _by_partition(wave).items()]
+        attempts = [
+            (number, _attempt(wave, own, is_withdrawn=True))
+            for number, own in _by_partition(wave).items()
+        ]
         self.ledger.append_all(attempts)
 
     def suspect_unfinished(self, partitions: Sequence[int] | None = None) -> None:
-        """Try events whose attempt died with its controller, or with the shards, in small waves, and those of which two
-        attempts died all alone: what kills is soon found, and what was only beside it isn't blamed. `partitions`: those
-        that were just taken over; None: all."""
+        """Try events whose attempt died with its controller, or with the shards, in small waves,
+        and those of which two attempts died all alone: what kills is soon found, and what was only
+        beside it isn't blamed. `partitions`: those that were just taken over; None: all."""
         for partition in self.ledger.owned() if partitions is None else partitions:
-            for pseudonym, refs in self.ledger.catalog.attempts.unfinished.get(partition, {}).items():
+            for pseudonym, refs in self.ledger.catalog.attempts.unfinished.get(
+                partition, {}
+            ).items():
                 self._suspects[pseudonym] = max(ref.position for ref in refs)
 
     def forgive(self, partitions: Sequence[int]) -> None:
-        """Take back the attempts that this run gave up because the store went away: it wasn't the events' fault."""
+        """Take back the attempts that this run gave up because the store went away: it wasn't the
+        events' fault."""
         for partition in partitions:
             gone: dict[str, list[EventRef]] = {
-                pseudonym: [] for pseudonym in self.ledger.catalog.attempts.unfinished.get(partition, {})
+                pseudonym: []
+                for pseudonym in self.ledger.catalog.attempts.unfinished.get(partition, {})
             }
             if gone:
-                self.ledger.append(partition, Attempt(wave="given up", num_adapters=len(gone), adapters=gone))
+                self.ledger.append(
+                    partition, Attempt(wave="given up", num_adapters=len(gone), adapters=gone)
+                )
 
     def suspected_users(self) -> frozenset[str]:
         """Users whose next event is one that was being tried when a controller died."""
@@ -87,7 +118,8 @@ class Planner:
         return frozenset(suspected)
 
     def park_killers(self, busy: Set[str]) -> list[Settled]:
-        """Settle an event whose attempts died too often, the last one alone: it is what kills the controller."""
+        """Settle an event whose attempts died too often, the last one alone: it is what kills the
+        controller."""
         parked = []
         killers = [
             (pseudonym, tries)
@@ -99,10 +131,16 @@ class Planner:
             if adapter is None or adapter.partition not in self.ledger.owned():
                 continue
             reason = f"parked: {tries.count} attempts did not survive, the last one with this event alone"
-            before = [item for item in self.ledger.pending.waiting(pseudonym) if item.position < ref.position]
+            before = [
+                item
+                for item in self.ledger.pending.waiting(pseudonym)
+                if item.position < ref.position
+            ]
             refs = {
                 logged.ref.position: logged.ref
-                for logged in self.ledger.events(adapter.partition, [item.position for item in before])
+                for logged in self.ledger.events(
+                    adapter.partition, [item.position for item in before]
+                )
             }
             settled = [
                 SettledEvent(event=refs[item.position], reason=REASONS[item.state])
@@ -122,14 +160,23 @@ class Planner:
             return [] if ahead or busy else self._suspicious(suspects)
         pending, scheduler = self.ledger.pending, self.settings.scheduler
         candidates = pending.candidates(self._load_bytes_per_rank)
-        choice = form_wave(candidates, self._budget(), policy_of(self.settings.scheduler), self._served, pending.now())
+        choice = form_wave(
+            candidates,
+            self._budget(),
+            policy_of(self.settings.scheduler),
+            self._served,
+            pending.now(),
+        )
         if ahead and not choice.was_cut and len(choice.chosen) < scheduler.max_adapters_per_wave:
             return []
         self._served = choice.served
-        return self._members(map(pending.pseudonym, choice.chosen.tolist()), scheduler.events_per_update)
+        return self._members(
+            map(pending.pseudonym, choice.chosen.tolist()), scheduler.events_per_update
+        )
 
     def _suspicious(self, suspects: frozenset[str]) -> list[WaveMember]:
-        """A small wave of suspects, or one event of one user of whom two attempts died; nothing is beside it."""
+        """A small wave of suspects, or one event of one user of whom two attempts died; nothing is
+        beside it."""
         scheduler, tries = self.settings.scheduler, self.ledger.catalog.attempts.tries
         twice = [name for name in sorted(suspects) if name in tries and tries[name].count > 1]
         if twice:
@@ -140,7 +187,9 @@ class Planner:
     def _budget(self) -> Budget:
         scheduler = self.settings.scheduler
         megabytes = scheduler.max_load_mb_per_wave
-        largest = self._load_bytes_per_rank * max([self.settings.adapter.rank, *self.settings.user_ranks.values()])
+        largest = self._load_bytes_per_rank * max(
+            [self.settings.adapter.rank, *self.settings.user_ranks.values()]
+        )
         return Budget(
             max_adapters=scheduler.max_adapters_per_wave,
             max_tokens=scheduler.max_tokens_per_wave,
@@ -194,13 +243,20 @@ class Planner:
                 learning_rate=settings.learning_rate,
                 b_learning_rate_ratio=settings.b_learning_rate_ratio,
             )
-            seed = self.ledger.mask_seed(member.pseudonym, self.ledger.meta.adapter_seed(member.user))
+            seed = self.ledger.mask_seed(
+                member.pseudonym, self.ledger.meta.adapter_seed(member.user)
+            )
             created = AdapterCreated(pseudonym=member.pseudonym, spec=spec.as_dict(), seed=seed)
             records.append((member.partition, created))
-        records += [(partition, _attempt(wave, members)) for partition, members in _by_partition(wave).items()]
+        records += [
+            (partition, _attempt(wave, members))
+            for partition, members in _by_partition(wave).items()
+        ]
         self.ledger.append_all(records)
         for member in new:
-            self.ledger.pending.mark_rank(member.pseudonym, catalog.require(member.pseudonym).spec["rank"])
+            self.ledger.pending.mark_rank(
+                member.pseudonym, catalog.require(member.pseudonym).spec["rank"]
+            )
         return {member.pseudonym: catalog.require(member.pseudonym) for member in wave.members}
 
     def _prepare(self, member: WaveMember, adapter: AdapterState) -> Prepared:
@@ -226,5 +282,8 @@ def _by_partition(wave: Wave) -> dict[int, list[WaveMember]]:
 
 def _attempt(wave: Wave, members: Sequence[WaveMember], is_withdrawn: bool = False) -> Attempt:
     """What is about to be tried of one partition; nothing, when it is taken back."""
-    tried = {member.pseudonym: [] if is_withdrawn else [event.ref for event in member.events] for member in members}
+    tried = {
+        member.pseudonym: [] if is_withdrawn else [event.ref for event in member.events]
+        for member in members
+    }
     return Attempt(wave=wave.wave_id, num_adapters=len(wave.members), adapters=tried)

@@ -1,4 +1,5 @@
-"""A wave member's events become requests for rollouts, groups that are ready to train, or settled events. Pure."""
+"""A wave member's events become requests for rollouts, groups that are ready to train, or settled
+events. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from populace.population.waves.chat import Chat
 from populace.population.waves.wave import Prepared, WaveMember
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import SettledEvent
-from populace.workers.batch import AdapterKey, ExpertIds, RolloutRequest, Sample, ScoredSample, TrainGroup
+from populace.workers.batch import (
+    AdapterKey,
+    ExpertIds,
+    RolloutRequest,
+    Sample,
+    ScoredSample,
+    TrainGroup,
+)
 from populace.workers.layout import BaseDims
 
 
@@ -33,7 +41,9 @@ def prepare_member(
     groups: dict[str, TrainGroup] = {}
     settled: list[SettledEvent] = []
     for logged in member.events:
-        match _prepare_event(logged.event, adapter, lineage, chat, dims, train, request, reward_names):
+        match _prepare_event(
+            logged.event, adapter, lineage, chat, dims, train, request, reward_names
+        ):
             case RolloutRequest() as wanted:
                 requests.append(wanted)
             case TrainGroup() as group:
@@ -48,11 +58,15 @@ def prepare_member(
     )
 
 
-def task_request(task: Task, request: Callable[[Task], RolloutRequest], train: TrainSettings) -> RolloutRequest | str:
+def task_request(
+    task: Task, request: Callable[[Task], RolloutRequest], train: TrainSettings
+) -> RolloutRequest | str:
     """The request for a task, or why it can't be tried."""
     try:
         wanted = request(task)
-    except Exception as error:  # the base's chat template refuses some conversations, each family its own
+    except (
+        Exception
+    ) as error:  # the base's chat template refuses some conversations, each family its own
         return f"the base's chat template refuses the prompt: {type(error).__name__}\n{error}"
     length = len(wanted.prompt_ids) + wanted.max_new_tokens
     if length > train.max_sequence_length:
@@ -77,26 +91,40 @@ def _prepare_event(
                 return f"reward {event.reward!r} is not registered in this run"
             return task_request(event, request, train)
         case Trajectory():
-            return _stale(event, adapter, lineage, train) or _trajectory_group(event, chat, dims, train)
+            return _stale(event, adapter, lineage, train) or _trajectory_group(
+                event, chat, dims, train
+            )
         case Demonstration():
-            return _logged_group(event, chat.completion_ids(event.completion), None, None, chat, train)
+            return _logged_group(
+                event, chat.completion_ids(event.completion), None, None, chat, train
+            )
     raise AssertionError(f"{event!r} is not something to learn from")
 
 
-def _stale(event: Trajectory, adapter: AdapterState, lineage: Sequence[int], train: TrainSettings) -> str:
+def _stale(
+    event: Trajectory, adapter: AdapterState, lineage: Sequence[int], train: TrainSettings
+) -> str:
     """Why a logged trajectory's revision rules it out; empty if it doesn't."""
     if not adapter.exists(event.revision):
         return f"revision {event.revision} does not exist"
     if event.revision not in lineage:
         return f"revision {event.revision} is not an ancestor of the tip {adapter.tip}"
     if (age := lineage.index(event.revision)) > train.max_staleness:
-        return f"stale: revision {event.revision} is {age} updates old, at most {train.max_staleness}"
+        return (
+            f"stale: revision {event.revision} is {age} updates old, at most {train.max_staleness}"
+        )
     return ""
 
 
-def _trajectory_group(event: Trajectory, chat: Chat, dims: BaseDims, train: TrainSettings) -> TrainGroup | str:
+def _trajectory_group(
+    event: Trajectory, chat: Chat, dims: BaseDims, train: TrainSettings
+) -> TrainGroup | str:
     given = len(event.completion_ids) > 0
-    ids = np.asarray(event.completion_ids, np.int32) if given else chat.completion_ids(event.completion)
+    ids = (
+        np.asarray(event.completion_ids, np.int32)
+        if given
+        else chat.completion_ids(event.completion)
+    )
     if int(ids.max()) >= chat.num_tokens:
         return f"completion_ids go up to {ids.max()}; this base has {chat.num_tokens} tokens"
     logprobs = np.asarray(event.logprobs, np.float32) if len(event.logprobs) else None
@@ -105,9 +133,14 @@ def _trajectory_group(event: Trajectory, chat: Chat, dims: BaseDims, train: Trai
         given_ids = np.asarray(event.expert_ids, np.int64)
         expected = (dims.num_moe_layers, dims.experts_per_token)
         if given_ids.shape[1:] != expected:
-            return f"expert_ids have shape {given_ids.shape[1:]} per token; this base has {expected}"
-        # An id that this base doesn't have can't be mapped: its position routes natively, out of the loss.
-        expert_ids = np.where((given_ids >= 0) & (given_ids < dims.num_experts), given_ids, -1).astype(np.int16)
+            return (
+                f"expert_ids have shape {given_ids.shape[1:]} per token; this base has {expected}"
+            )
+        # An id that this base doesn't have can't be mapped: its position routes natively, out of
+        # the loss.
+        expert_ids = np.where(
+            (given_ids >= 0) & (given_ids < dims.num_experts), given_ids, -1
+        ).astype(np.int16)
     return _logged_group(event, ids, logprobs, expert_ids, chat, train)
 
 

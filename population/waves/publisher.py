@@ -1,4 +1,5 @@
-"""A trained wave on its way into the store: sealed, packed, written and signed behind the next wave's back."""
+"""A trained wave on its way into the store: sealed, packed, written and signed behind the next
+wave's back."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ class Publisher:
     """Writes waves one after another, in a thread of its own. Nothing here touches the catalog."""
 
     def __init__(self, ledger: Ledger, settings: Mapping[str, Any], template_digest: str) -> None:
-        self._ledger, self._thread = ledger, ThreadPoolExecutor(1, thread_name_prefix="populace-publish")
+        self._ledger, self._thread = (
+            ledger,
+            ThreadPoolExecutor(1, thread_name_prefix="populace-publish"),
+        )
         self._parameters = {
             "algorithm": "grpo+reinforce+sft",
             **{part: settings[part] for part in ("train", "optimizer", "rollout")},
@@ -48,7 +52,8 @@ class Publisher:
         result: StepResult,
         numerics: Mapping[str, str],
     ) -> Publication:
-        """Partition by partition: one atomic record for the new revisions, one for users without any."""
+        """Partition by partition: one atomic record for the new revisions, one for users without
+        any."""
         updates: dict[int, list[_Update]] = {}
         others: dict[int, list[Record]] = {}
         renamed = []
@@ -56,11 +61,18 @@ class Publisher:
             member, adapter = outcome.member, adapters[outcome.member.pseudonym]
             others.setdefault(member.partition, [])
             if update.status == "updated":
-                parent = self._ledger.catalog.revision_of(adapter.pseudonym, adapter.tip) if adapter.tip else None
+                parent = (
+                    self._ledger.catalog.revision_of(adapter.pseudonym, adapter.tip)
+                    if adapter.tip
+                    else None
+                )
                 item = _Update(outcome=outcome, update=update, adapter=adapter, parent=parent)
                 updates.setdefault(member.partition, []).append(item)
                 renamed.append(
-                    (AdapterKey(adapter.pseudonym, adapter.tip), AdapterKey(adapter.pseudonym, adapter.next_revision))
+                    (
+                        AdapterKey(adapter.pseudonym, adapter.tip),
+                        AdapterKey(adapter.pseudonym, adapter.next_revision),
+                    )
                 )
             elif (record := outcome.without_update(update.status)) is not None:
                 others[member.partition].append(record)
@@ -69,9 +81,17 @@ class Publisher:
         owners = {partition: self._ledger.owner(partition) for partition in others}
         records: list[tuple[RecordHeader, Record]] = []
         written = self._thread.submit(
-            self._write, wave, owners, updates, others, {**numerics, "populace": version("populace")}, records
+            self._write,
+            wave,
+            owners,
+            updates,
+            others,
+            {**numerics, "populace": version("populace")},
+            records,
         )
-        return Publication(written=written, records=records, renamed=renamed, pseudonyms=tuple(adapters))
+        return Publication(
+            written=written, records=records, renamed=renamed, pseudonyms=tuple(adapters)
+        )
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -90,7 +110,11 @@ class Publisher:
             if drafts:
                 records.append(
                     owner.commit_wave(
-                        wave.wave_id, drafts, parameters=self._parameters, materials=self._materials, numerics=numerics
+                        wave.wave_id,
+                        drafts,
+                        parameters=self._parameters,
+                        materials=self._materials,
+                        numerics=numerics,
                     )
                 )
             # Failures last: a user's new revision clears those of its earlier events.
@@ -99,7 +123,11 @@ class Publisher:
                 records.append((owner.append(record), record))
 
     def _draft(self, item: _Update) -> RevisionDraft:
-        pseudonym, revision, keys = item.adapter.pseudonym, item.adapter.next_revision, self._ledger.keys
+        pseudonym, revision, keys = (
+            item.adapter.pseudonym,
+            item.adapter.next_revision,
+            self._ledger.keys,
+        )
         parent = {} if item.parent is None else item.parent.blobs
         parts = {
             "weights": item.update.weights,
@@ -114,7 +142,10 @@ class Publisher:
             parent=item.adapter.tip,
             parent_sha256=parent["weights"].sha256 if parent else None,
             parent_moments_sha256=parent["moments"].sha256 if "moments" in parent else None,
-            blobs={part: keys.seal(pseudonym, blob, blob_context(part, revision)) for part, blob in parts.items()},
+            blobs={
+                part: keys.seal(pseudonym, blob, blob_context(part, revision))
+                for part, blob in parts.items()
+            },
             experts=list(item.update.experts),
             trained=list(item.outcome.trained),
             settled=list(item.outcome.settled),

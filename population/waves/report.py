@@ -24,7 +24,8 @@ class WaveReport:
     num_trained: int
     """Events that revisions learned from."""
     settled: Mapping[str, int]
-    """Kind of reason -> events that ended without being trained on, also those between the last wave and this one."""
+    """Kind of reason -> events that ended without being trained on, also those between the last
+    wave and this one."""
     num_tokens: int
     """Of completions."""
     num_targets: int
@@ -37,12 +38,14 @@ class WaveReport:
     masked_share: float | None
     """Of the wave's tokens, those left out because their routing is unknown."""
     out_of_route: float | None
-    """Share of replayed selections that the trainer's own gates would have made otherwise; None without any."""
+    """Share of replayed selections that the trainer's own gates would have made otherwise; None
+    without any."""
     verdicts: tuple[Verdict, ...]
     answered: tuple[Verdict | Tombstone, ...]
     """Commands obeyed since the last wave."""
     seconds: Mapping[str, float]
-    """Stage -> wall time that this turn spent in it; what other waves' stages took beside it isn't in here."""
+    """Stage -> wall time that this turn spent in it; what other waves' stages took beside it isn't
+    in here."""
     paging: Paging
     """Where the wave's adapters were found."""
 
@@ -65,7 +68,8 @@ class Clock:
         self._marked = time.monotonic()
 
     def lap_up_to_mark(self, before: str, after: str) -> None:
-        """Time up to the mark counts as `before`, time behind it as `after`; all of it as `before` without a mark."""
+        """Time up to the mark counts as `before`, time behind it as `after`; all of it as `before`
+        without a mark."""
         now = time.monotonic()
         waited = 0.0 if self._marked is None else max(0.0, now - max(self._marked, self._last))
         self.seconds[before] = self.seconds.get(before, 0.0) + now - self._last - waited
@@ -89,7 +93,9 @@ def report_of(
 ) -> WaveReport:
     """What a wave did. `between`: what was written since the last report, beside waves."""
     rewards = [update.metrics["reward"] for update in result.updates if "reward" in update.metrics]
-    reasons = [item.reason for record in between if isinstance(record, Settled) for item in record.events]
+    reasons = [
+        item.reason for record in between if isinstance(record, Settled) for item in record.events
+    ]
     num_trained = 0
     for outcome, update in zip(outcomes, result.updates, strict=True):
         reasons += [item.reason for item in outcome.settled]
@@ -109,7 +115,9 @@ def report_of(
         mean_reward=fmean(rewards) if rewards else None,
         rollout_kl=_mean_over_tokens(result, "rollout_kl"),
         masked_share=_mean_over_tokens(result, "masked_share"),
-        out_of_route=result.out_of_route[0] / result.out_of_route[1] if result.out_of_route[1] else None,
+        out_of_route=result.out_of_route[0] / result.out_of_route[1]
+        if result.out_of_route[1]
+        else None,
         verdicts=tuple(verdicts),
         answered=tuple(record for record in between if not isinstance(record, Settled)),
         seconds=dict(seconds),
@@ -121,4 +129,8 @@ def _mean_over_tokens(result: StepResult, name: str) -> float | None:
     """A metric of the adapters that have it, weighted by their tokens."""
     known = [update.metrics for update in result.updates if name in update.metrics]
     num_tokens = sum(metrics["tokens"] for metrics in known)
-    return sum(metrics[name] * metrics["tokens"] for metrics in known) / num_tokens if num_tokens else None
+    return (
+        sum(metrics[name] * metrics["tokens"] for metrics in known) / num_tokens
+        if num_tokens
+        else None
+    )

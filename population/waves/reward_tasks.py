@@ -31,8 +31,8 @@ CREDENTIALS = (
 def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[RewardOutcome]:
     """`score_replies` for every request in Ray tasks, as many at a time as there are processors.
 
-    The time limit counts from where the user's code starts. A task that an alarm can't interrupt is killed
-    `START_GRACE_S` later; tasks never wait behind it, because they ask Ray for no processor.
+    The time limit counts from where the user's code starts. A task that an alarm can't interrupt is
+    killed `START_GRACE_S` later; tasks never wait behind it, because they ask Ray for no processor.
     """
     remote = _scoring_task()
     outcomes: list[RewardOutcome] = [""] * len(requests)
@@ -60,7 +60,8 @@ def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[Re
 
 @functools.cache
 def _scoring_task() -> Any:
-    """Made once: Ray keeps every remote function that was ever made, in the driver and in the cluster."""
+    """Made once: Ray keeps every remote function that was ever made, in the driver and in the
+    cluster."""
     # User code: it gets neither the store's credentials nor the population's keys.
     environment = {"env_vars": {**{name: "" for name in CREDENTIALS}, "POPULACE_KEYS": os.devnull}}
     return ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(score_replies)

@@ -1,7 +1,7 @@
 """Rewards: user code, named `module:function`, run as Ray tasks with a time limit.
 
-A reward is called as `function(reply, **reward_args)` and returns a finite number, by convention in 0..1. One
-that raises, hangs or returns something else costs its own event and nothing more.
+A reward is called as `function(reply, **reward_args)` and returns a finite number, by convention in
+0..1. One that raises, hangs or returns something else costs its own event and nothing more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Reply:
     finished: bool
     """False when it was cut at the token limit."""
     base_logprob: float
-    """Mean log-probability of its tokens under the base alone: how likely the base finds this answer."""
+    """Mean log-probability of its tokens under the base alone: how likely the base finds this
+    answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,8 @@ def find_reward(target: str) -> Callable[..., float]:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise InvalidInput(
-            f"reward {target!r} can't be imported: {error}; it must be importable where Populace runs"
+            f"reward {target!r} can't be imported: {error}; it must be importable where Populace "
+            "runs"
         ) from None
     if not callable(function):
         raise InvalidInput(f"reward {target!r} is not a function")
@@ -60,8 +62,8 @@ def find_reward(target: str) -> Callable[..., float]:
 
 
 def score_replies(request: RewardRequest, timeout_s: float | None = None) -> RewardOutcome:
-    """Run the reward here; the user's exception becomes the reason. With `timeout_s`, an alarm interrupts it
-    (only in a process's main thread, where a Ray task runs)."""
+    """Run the reward here; the user's exception becomes the reason. With `timeout_s`, an alarm
+    interrupts it (only in a process's main thread, where a Ray task runs)."""
     try:
         reward = find_reward(request.target)
         with _alarm(timeout_s):

@@ -1,4 +1,5 @@
-"""Trials: tasks become rollouts with their log-probabilities under the base, and what rewards see of them.
+"""Trials: tasks become rollouts with their log-probabilities under the base, and what rewards see
+of them.
 
 Used by the loop, which learns from trials, and by evaluations, which only look.
 """
@@ -49,7 +50,9 @@ class Trials:
         groups = self.workers.roll_out(requests)
         return list(zip(groups, self.workers.score_base(groups), strict=True))
 
-    def replies(self, logged: LoggedEvent, group: RolloutGroup, base: tuple[Floats, ...]) -> tuple[Reply, ...]:
+    def replies(
+        self, logged: LoggedEvent, group: RolloutGroup, base: tuple[Floats, ...]
+    ) -> tuple[Reply, ...]:
         messages = tuple(messages_of(task_of(logged).prompt))
         return tuple(
             Reply(

@@ -1,11 +1,13 @@
 """Who is updated next: a pure function of columns.
 
-Tenants share a wave in proportion to their weights, by start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM '96):
-each has a virtual time, what it was served over its weight, and the one that is behind goes first. Within a tenant
-users wait in one line; who was served and has more goes to its end. Pending evidence and being hot move a user ahead by
-a bounded time, so that ageing always wins: nobody waits for ever, whatever the weights.
+Tenants share a wave in proportion to their weights, by start-time fair queueing (Goyal, Vin, Cheng,
+SIGCOMM '96): each has a virtual time, what it was served over its weight, and the one that is
+behind goes first. Within a tenant users wait in one line; who was served and has more goes to its
+end. Pending evidence and being hot move a user ahead by a bounded time, so that ageing always wins:
+nobody waits for ever, whatever the weights.
 
-A user's events are consumed in the order in which they arrived: a user's share of a wave is a prefix of what waits.
+A user's events are consumed in the order in which they arrived: a user's share of a wave is a
+prefix of what waits.
 
 Suffixes: U users with something waiting, G tenants.
 """
@@ -25,7 +27,8 @@ from populace.population.experience.pending import Candidates, Floats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What one wave may take; None: as much as it likes. A user who alone needs more is served with nobody beside."""
+    """What one wave may take; None: as much as it likes. A user who alone needs more is served with
+    nobody beside."""
 
     max_adapters: int
     max_tokens: float | None = None
@@ -83,32 +86,45 @@ class Choice:
     """Whether somebody who was ready had to stay out."""
 
 
-def form_wave(candidates: Candidates, budget: Budget, policy: Policy, served: Served, now_s: float) -> Choice:
-    """The next wave. Same inputs, same wave; no budget is exceeded, except by a user who alone is above it.
+def form_wave(
+    candidates: Candidates, budget: Budget, policy: Policy, served: Served, now_s: float
+) -> Choice:
+    """The next wave. Same inputs, same wave; no budget is exceeded, except by a user who alone is
+    above it.
 
-    A user who doesn't fit beside the others keeps its tenant's later users out of this wave, so that the tenant's
-    virtual time stands still until the user is first of all and fits alone."""
+    A user who doesn't fit beside the others keeps its tenant's later users out of this wave, so
+    that the tenant's virtual time stands still until the user is first of all and fits alone."""
     row_U = _ready(candidates, policy, now_s)
-    front = row_U[_fronts(_places(candidates, policy, row_U), candidates.tenant[row_U], budget.max_adapters)]
+    front = row_U[
+        _fronts(_places(candidates, policy, row_U), candidates.tenant[row_U], budget.max_adapters)
+    ]
     tenant, needs = candidates.tenant[front], _needs(candidates, budget, front)
     # A tenant pays for the resource of which a user takes the largest share of a wave.
-    cost = np.maximum.reduce([np.full(len(front), 1 / budget.max_adapters), *(column / most for column, most in needs)])
+    cost = np.maximum.reduce(
+        [np.full(len(front), 1 / budget.max_adapters), *(column / most for column, most in needs)]
+    )
     finish = _finish_times(tenant, cost, policy.weight_G, served.time_G)
     taken = _fill(np.argsort(finish, kind="stable"), tenant, needs, budget.max_adapters)
     time_G = served.time_G.copy()
     np.add.at(time_G, tenant[taken], cost[taken] / policy.weight_G[tenant[taken]])
     return Choice(
-        chosen=front[taken], served=Served(time_G=_without_credit(time_G, tenant)), was_cut=len(taken) < len(row_U)
+        chosen=front[taken],
+        served=Served(time_G=_without_credit(time_G, tenant)),
+        was_cut=len(taken) < len(row_U),
     )
 
 
 def _ready(candidates: Candidates, policy: Policy, now_s: float) -> NDArray[np.int64]:
-    """Who has enough evidence, or has waited long enough for it, and wasn't updated a moment ago."""
+    """Who has enough evidence, or has waited long enough for it, and wasn't updated a moment
+    ago."""
     row_U = candidates.row_U
     if policy.cool_down_s:
         row_U = row_U[now_s - candidates.updated[row_U] >= policy.cool_down_s]
     if policy.min_events > 1:
-        num_events, has_waited = candidates.num_events[row_U], now_s - candidates.since[row_U] >= policy.patience_s
+        num_events, has_waited = (
+            candidates.num_events[row_U],
+            now_s - candidates.since[row_U] >= policy.patience_s,
+        )
         # Without anything to train on there is only something to settle, which needs no evidence.
         row_U = row_U[(num_events >= policy.min_events) | has_waited | (num_events == 0)]
     return row_U
@@ -127,7 +143,8 @@ def _places(candidates: Candidates, policy: Policy, row_U: NDArray[np.int64]) ->
 
 
 def _fronts(place_U: Floats, tenant_U: NDArray[np.uint16], length: int) -> NDArray[np.int64]:
-    """The first `length` of every tenant's line, in order, tenant by tenant: no wave can take more of one."""
+    """The first `length` of every tenant's line, in order, tenant by tenant: no wave can take more
+    of one."""
     by_tenant = np.argsort(tenant_U, kind="stable")
     ends = np.cumsum(np.bincount(tenant_U)) if len(tenant_U) else np.zeros(0, np.int64)
     fronts = []
@@ -140,9 +157,12 @@ def _fronts(place_U: Floats, tenant_U: NDArray[np.uint16], length: int) -> NDArr
     return order
 
 
-def _needs(candidates: Candidates, budget: Budget, front: NDArray[np.int64]) -> list[tuple[NDArray[Any], float]]:
-    """What each takes of every limited resource, and how much there is of it. Who needs more than there is takes all of
-    it, and is served with nobody beside: it must not block its tenant for ever."""
+def _needs(
+    candidates: Candidates, budget: Budget, front: NDArray[np.int64]
+) -> list[tuple[NDArray[Any], float]]:
+    """What each takes of every limited resource, and how much there is of it. Who needs more than
+    there is takes all of it, and is served with nobody beside: it must not block its tenant for
+    ever."""
     rank = candidates.rank[front]
     load_bytes = np.where(candidates.is_hot[front], 0.0, rank * candidates.load_bytes_per_rank)
     columns = (
@@ -153,8 +173,11 @@ def _needs(candidates: Candidates, budget: Budget, front: NDArray[np.int64]) -> 
     return [(np.minimum(column, most), most) for column, most in columns if most is not None]
 
 
-def _finish_times(tenant: NDArray[np.uint16], cost: Floats, weight_G: Floats, time_G: Floats) -> Floats:
-    """Virtual time at which each would be served if its tenant's line moved up to it; `tenant` is sorted."""
+def _finish_times(
+    tenant: NDArray[np.uint16], cost: Floats, weight_G: Floats, time_G: Floats
+) -> Floats:
+    """Virtual time at which each would be served if its tenant's line moved up to it; `tenant` is
+    sorted."""
     if not len(tenant):
         return cost
     share = cost / weight_G[tenant]
@@ -167,7 +190,10 @@ def _finish_times(tenant: NDArray[np.uint16], cost: Floats, weight_G: Floats, ti
 
 
 def _fill(
-    line: NDArray[np.int64], tenant: NDArray[np.uint16], needs: list[tuple[NDArray[Any], float]], max_adapters: int
+    line: NDArray[np.int64],
+    tenant: NDArray[np.uint16],
+    needs: list[tuple[NDArray[Any], float]],
+    max_adapters: int,
 ) -> NDArray[np.int64]:
     """Who of `line` fits together, first come, first served."""
     left = [most for _, most in needs]
@@ -175,8 +201,14 @@ def _fill(
     blocked: set[int] = set()
     for start in range(0, len(line), 2 * max_adapters):  # in parts: mostly the first one is enough
         places = line[start : start + 2 * max_adapters]
-        wanted = zip(*(column[places].tolist() for column, _ in needs), strict=True) if needs else [()] * len(places)
-        for place, group, need in zip(places.tolist(), tenant[places].tolist(), wanted, strict=True):
+        wanted = (
+            zip(*(column[places].tolist() for column, _ in needs), strict=True)
+            if needs
+            else [()] * len(places)
+        )
+        for place, group, need in zip(
+            places.tolist(), tenant[places].tolist(), wanted, strict=True
+        ):
             if len(taken) == max_adapters:
                 return np.array(taken, np.int64)
             if group in blocked:
@@ -196,5 +228,7 @@ def _without_credit(time_G: Floats, tenant: NDArray[np.uint16]) -> Floats:
     is_waiting[np.unique(tenant)] = True
     if is_waiting.any():
         level = time_G[is_waiting].min()
-        time_G = np.where(is_waiting, time_G, np.maximum(time_G, level)) - level  # only differences count
+        time_G = (
+            np.where(is_waiting, time_G, np.maximum(time_G, level)) - level
+        )  # only differences count
     return time_G

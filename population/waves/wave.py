@@ -11,7 +11,15 @@ from populace.population.experience.events import UserId
 from populace.population.experience.sealing import LoggedEvent
 from populace.population.waves.rollouts import Rollout
 from populace.storage.catalog.states import AdapterState
-from populace.storage.log.records import EventRef, Failed, Position, Record, RecordHeader, Settled, SettledEvent
+from populace.storage.log.records import (
+    EventRef,
+    Failed,
+    Position,
+    Record,
+    RecordHeader,
+    Settled,
+    SettledEvent,
+)
 from populace.workers.batch import AdapterKey, AdapterRef, Paging, RolloutRequest, TrainGroup
 
 
@@ -62,7 +70,8 @@ class PlannedWave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """`records` grows while it is being written: what is in it has landed, whatever becomes of the rest."""
+    """`records` grows while it is being written: what is in it has landed, whatever becomes of the
+    rest."""
 
     written: Future[None]
     records: list[tuple[RecordHeader, Record]]
@@ -86,8 +95,8 @@ REASONS_WITHOUT_UPDATE = {"no_signal": "no signal", "non_finite": "gradient not 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberOutcome:
-    """A prefix of the member's events is accounted for; it ends before the first one that failed and may be tried
-    again."""
+    """A prefix of the member's events is accounted for; it ends before the first one that failed
+    and may be tried again."""
 
     member: WaveMember
     groups: tuple[TrainGroup, ...]
@@ -102,8 +111,12 @@ class MemberOutcome:
         """The record of a user whose events end without a revision; None if none does."""
         if self.consumed is None:
             return None
-        rest = [SettledEvent(event=ref, reason=REASONS_WITHOUT_UPDATE[status]) for ref in self.trained]
-        return Settled(pseudonym=self.member.pseudonym, events=[*self.settled, *rest], consumed=self.consumed)
+        rest = [
+            SettledEvent(event=ref, reason=REASONS_WITHOUT_UPDATE[status]) for ref in self.trained
+        ]
+        return Settled(
+            pseudonym=self.member.pseudonym, events=[*self.settled, *rest], consumed=self.consumed
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

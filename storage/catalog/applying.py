@@ -42,7 +42,8 @@ from populace.storage.log.records import (
 
 
 def apply_record(tables: CatalogTables, header: RecordHeader, record: Record) -> None:
-    """Take in one record of the revision log; those of a partition come in the order of their numbers."""
+    """Take in one record of the revision log; those of a partition come in the order of their
+    numbers."""
     match record:
         case Claim() | Release():
             tables.owned[header.partition] = isinstance(record, Claim)
@@ -69,19 +70,27 @@ def apply_record(tables: CatalogTables, header: RecordHeader, record: Record) ->
         case Repack():
             _repack(tables, record)
         case Batch():
-            _create(tables, header, [part for part in record.records if isinstance(part, AdapterCreated)])
+            _create(
+                tables,
+                header,
+                [part for part in record.records if isinstance(part, AdapterCreated)],
+            )
             for part in record.records:
                 if not isinstance(part, AdapterCreated):
                     apply_record(tables, header, part)
 
 
-def _create(tables: CatalogTables, header: RecordHeader, created: Sequence[AdapterCreated], flags: int = 0) -> None:
+def _create(
+    tables: CatalogTables, header: RecordHeader, created: Sequence[AdapterCreated], flags: int = 0
+) -> None:
     if not created:
         return
     high, low = halves_of([record.pseudonym for record in created])
     first = tables.adapters.append(
-        len(created), high=high, low=low, partition=header.partition, seed=[record.seed for record in created],
-        tip=0, serving=0, next_revision=1, consumed_segment=-1, consumed_row=-1, flags=flags, last_revision=-1,
+        len(created), high=high, low=low, partition=header.partition,
+        seed=[record.seed for record in created],
+        tip=0, serving=0, next_revision=1, consumed_segment=-1, consumed_row=-1, flags=flags,
+        last_revision=-1,
         spec=tables.specs.numbers([_spec_json(tuple(sorted(record.spec.items()))) for record in created]),
         last_note=-1, changed=header.seq,
     )  # fmt: skip
@@ -105,7 +114,9 @@ def _add_revisions(tables: CatalogTables, header: RecordHeader, wave: WaveManife
         size=[place.size_bytes for _, place in blobs],
         sha256=_digests([place.sha256 for _, place in blobs]),
     )
-    first_use = tables.uses.append(int(num_uses.sum()), segment=[segment for used in uses for segment in used])
+    first_use = tables.uses.append(
+        int(num_uses.sum()), segment=[segment for used in uses for segment in used]
+    )
     revision = np.array([entry.revision for entry in entries])
     first = tables.revisions.append(
         len(entries),
@@ -180,7 +191,9 @@ def _repack(tables: CatalogTables, record: Repack) -> None:
     for pseudonym, revision, part in record.dropped:
         tables.blobs["size"][_blob(tables, pseudonym, revision, part)] = 0
         if part == "weights":
-            tables.revisions["flags"][tables.revision_row(tables.row_of(pseudonym), revision)] |= DROPPED
+            tables.revisions["flags"][tables.revision_row(tables.row_of(pseudonym), revision)] |= (
+                DROPPED
+            )
 
 
 def _blob(tables: CatalogTables, pseudonym: str, revision: int, part: str) -> int:

@@ -1,7 +1,7 @@
 """Attempts without an outcome: which events were being tried, how often, and whose tries failed.
 
-A controller logs an attempt before it tries anything. Whatever an attempt has no outcome for when a new owner looks,
-died with the old one.
+A controller logs an attempt before it tries anything. Whatever an attempt has no outcome for when a
+new owner looks, died with the old one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Attempts:
         """An attempt was logged. A user without events in it: the attempt before is taken back."""
         tried = self.unfinished.setdefault(partition, {})
         tried.update({pseudonym: refs for pseudonym, refs in attempt.adapters.items() if refs})
-        self._finish(partition, [pseudonym for pseudonym, refs in attempt.adapters.items() if not refs])
+        self._finish(
+            partition, [pseudonym for pseudonym, refs in attempt.adapters.items() if not refs]
+        )
         for pseudonym, refs in attempt.adapters.items():
             before = self.tries.get(pseudonym)
             if refs:

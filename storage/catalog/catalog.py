@@ -1,5 +1,5 @@
-"""The catalog: for every adapter its revisions, tip, serving and consumed position. Derived from the revision
-logs alone; losing it costs a replay, a checkpoint makes that short.
+"""The catalog: for every adapter its revisions, tip, serving and consumed position. Derived from
+the revision logs alone; losing it costs a replay, a checkpoint makes that short.
 """
 
 from __future__ import annotations
@@ -13,16 +13,28 @@ import numpy as np
 from populace.storage.catalog.applying import apply_record
 from populace.storage.catalog.columns import Rows
 from populace.storage.catalog.states import AdapterState, Note, RevisionState
-from populace.storage.catalog.tables import BARE, DECISIONS, FADED, FORGOTTEN, PARTS, PINNED, PROMOTED, CatalogTables
+from populace.storage.catalog.tables import (
+    BARE,
+    DECISIONS,
+    FADED,
+    FORGOTTEN,
+    PARTS,
+    PINNED,
+    PROMOTED,
+    CatalogTables,
+)
 from populace.storage.errors import InvalidInput
 from populace.storage.log.pack import BlobPlace
 from populace.storage.log.records import BEFORE_ALL, Position, Record, RecordHeader
 
 
 class Catalog(CatalogTables):
-    """All adapters of a population. `apply` is the only way it changes; `checkpoint.py` saves and restores it."""
+    """All adapters of a population. `apply` is the only way it changes; `checkpoint.py` saves and
+    restores it."""
 
-    def __init__(self, unmask_seed: Callable[[str, int], int] = lambda pseudonym, seed: seed) -> None:
+    def __init__(
+        self, unmask_seed: Callable[[str, int], int] = lambda pseudonym, seed: seed
+    ) -> None:
         """`unmask_seed`: the seed that a pseudonym's record hides."""
         super().__init__()
         self._unmask_seed = unmask_seed
@@ -71,7 +83,10 @@ class Catalog(CatalogTables):
         """Consumed positions; `BEFORE_ALL` for those without an adapter."""
         rows, table = self.rows_of(pseudonyms), self.adapters
         segments, places = table["consumed_segment"], table["consumed_row"]
-        return [BEFORE_ALL if row < 0 else (int(segments[row]), int(places[row])) for row in rows.tolist()]
+        return [
+            BEFORE_ALL if row < 0 else (int(segments[row]), int(places[row]))
+            for row in rows.tolist()
+        ]
 
     def state(self, row: int) -> AdapterState:
         table = self.adapters
@@ -99,7 +114,9 @@ class Catalog(CatalogTables):
 
     def in_partition(self, partition: int) -> Rows:
         """Rows of a partition's living adapters."""
-        return np.flatnonzero((self.adapters["partition"] == partition) & (self.adapters["flags"] == 0))
+        return np.flatnonzero(
+            (self.adapters["partition"] == partition) & (self.adapters["flags"] == 0)
+        )
 
     def changed_since(self, partition: int, seq: int) -> list[str]:
         """Adapters of a partition that a record after number `seq` changed."""
@@ -108,9 +125,11 @@ class Catalog(CatalogTables):
         return self.pseudonyms(rows)
 
     def revisions_using(self, partition: int, segment: int) -> list[tuple[str, int]]:
-        """(pseudonym, revision) of every revision that learned from a segment of the partition's experience."""
+        """(pseudonym, revision) of every revision that learned from a segment of the partition's
+        experience."""
         use = np.flatnonzero(self.uses["segment"] == segment)
-        # Revisions and their uses are appended together, so the first use of a revision never falls.
+        # Revisions and their uses are appended together, so the first use of a revision never
+        # falls.
         revision = np.searchsorted(self.revisions["first_use"], use, side="right") - 1
         adapter = self.revisions["adapter"][revision]
         mine = self.adapters["partition"][adapter] == partition
@@ -119,7 +138,9 @@ class Catalog(CatalogTables):
 
     def referenced_packs(self, partition: int) -> set[str]:
         """Packs that hold a blob of the partition's revisions."""
-        revision = np.flatnonzero(self.adapters["partition"][self.revisions["adapter"]] == partition)
+        revision = np.flatnonzero(
+            self.adapters["partition"][self.revisions["adapter"]] == partition
+        )
         owner = np.repeat(np.arange(self.revisions.size), self.revisions["num_blobs"])
         here = np.isin(owner, revision) & (self.blobs["size"] > 0)
         return {self.packs.values[number] for number in np.unique(self.blobs["pack"][here])}
@@ -146,8 +167,12 @@ class Catalog(CatalogTables):
             last = adapter.next_revision - 1
             raise InvalidInput(f"revision {revision} does not exist; this adapter has 0 to {last}")
         if revision != 0 and not self.revision_of(adapter.pseudonym, revision).is_kept:
-            kept = [state.revision for state in self.revisions_of(adapter.pseudonym) if state.is_kept]
-            raise InvalidInput(f"revision {revision} was dropped by the retention rule; still there: {[0, *kept]}")
+            kept = [
+                state.revision for state in self.revisions_of(adapter.pseudonym) if state.is_kept
+            ]
+            raise InvalidInput(
+                f"revision {revision} was dropped by the retention rule; still there: {[0, *kept]}"
+            )
         return revision
 
     def lineage_of(self, pseudonym: str, revision: int) -> list[int]:
@@ -166,7 +191,11 @@ class Catalog(CatalogTables):
         found, row = [], int(self.adapters["last_note"][self.row_of(pseudonym)])
         while row >= 0:
             decision = DECISIONS[table["decision"][row]]
-            found.append(Note(seq=int(table["seq"][row]), decision=decision, judged=int(table["judged"][row])))
+            found.append(
+                Note(
+                    seq=int(table["seq"][row]), decision=decision, judged=int(table["judged"][row])
+                )
+            )
             row = int(table["previous"][row])
         return found[::-1]
 
@@ -174,7 +203,9 @@ class Catalog(CatalogTables):
         table, blobs = self.revisions, {}
         first = int(table["first_blob"][row])
         for blob in range(first, first + int(table["num_blobs"][row])):
-            has_faded = self.blobs["part"][blob] == PARTS.index("moments") and table["flags"][row] & FADED
+            has_faded = (
+                self.blobs["part"][blob] == PARTS.index("moments") and table["flags"][row] & FADED
+            )
             if self.blobs["size"][blob] and not has_faded:
                 blobs[PARTS[self.blobs["part"][blob]]] = self.place_of(blob)
         flags = int(table["flags"][row])

@@ -1,8 +1,9 @@
-"""Checkpoints: one partition's part of the catalog as a Parquet file, so that opening reads the newest one and the
-log's tail instead of everything.
+"""Checkpoints: one partition's part of the catalog as a Parquet file, so that opening reads the
+newest one and the log's tail instead of everything.
 
-A checkpoint lies at the number of the `checkpoint` record that vouches for it with its digest; without that record
-it is nobody's. One row per adapter; revisions, their blobs and the notes are nested lists.
+A checkpoint lies at the number of the `checkpoint` record that vouches for it with its digest;
+without that record it is nobody's. One row per adapter; revisions, their blobs and the notes are
+nested lists.
 """
 
 from __future__ import annotations
@@ -33,7 +34,17 @@ logger = logging.getLogger(__name__)
 NUM_KEPT = 2
 """Newest checkpoints that stay; the one before the last is there in case the last gets damaged."""
 
-_ADAPTER = ("spec", "seed", "tip", "serving", "next_revision", "consumed_segment", "consumed_row", "flags", "changed")
+_ADAPTER = (
+    "spec",
+    "seed",
+    "tip",
+    "serving",
+    "next_revision",
+    "consumed_segment",
+    "consumed_row",
+    "flags",
+    "changed",
+)
 
 _REVISION = ("revision", "parent", "seq", "experts", "flags", "num_trained")
 
@@ -43,8 +54,8 @@ _NOTE = ("seq", "decision", "judged")
 
 
 def write_checkpoint(owner: Owner, catalog: Catalog) -> int | None:
-    """Save the partition's state at the log's end; returns the number. `catalog` has applied all of the log. None if
-    a dead controller's file has that number: the next try will have another."""
+    """Save the partition's state at the log's end; returns the number. `catalog` has applied all of
+    the log. None if a dead controller's file has that number: the next try will have another."""
     reader = owner.reader
     body = dump(catalog, reader.partition)
     seq = reader.next_seq
@@ -53,14 +64,18 @@ def write_checkpoint(owner: Owner, catalog: Catalog) -> int | None:
     except AlreadyExists:
         return None  # of a controller whose record never landed; ours comes at a later number
     rotations = [sealed.decode() for sealed in reader.rotations]
-    owner.append(Checkpoint(sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body), rotations=rotations))
+    owner.append(
+        Checkpoint(
+            sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body), rotations=rotations
+        )
+    )
     _drop_old(reader, seq)
     return seq
 
 
 def restore(reader: RevisionLogReader, catalog: Catalog) -> int | None:
-    """Load the newest checkpoint that its record vouches for, and move `reader` behind it; None if there is none.
-    One that is damaged is named in the log and passed over."""
+    """Load the newest checkpoint that its record vouches for, and move `reader` behind it; None if
+    there is none. One that is damaged is named in the log and passed over."""
     store = reader.log.store
     for key in reversed(list(store.list(f"{reader.population}/checkpoints/{reader.partition}"))):
         try:
@@ -68,7 +83,8 @@ def restore(reader: RevisionLogReader, catalog: Catalog) -> int | None:
             start = RevisionLogReader(store, reader.population, reader.partition, reader.keys[0])
             record = start.start_at(seq)
             body = store.get(key)
-            # Before anything parses them: some flipped bytes crash a Parquet reader instead of failing it.
+            # Before anything parses them: some flipped bytes crash a Parquet reader instead of
+            # failing it.
             if record.sha256 != hashlib.sha256(body).hexdigest():
                 raise Damaged("its bytes are not those that its record vouches for")
         except (Damaged, ObjectNotFound, ValueError) as error:
@@ -90,11 +106,15 @@ def dump(catalog: Catalog, partition: int) -> bytes:
     columns = {name: pa.array(values) for name, values in columns.items()}
     columns["pseudonym"] = _fixed(_interleave(adapters["high"][rows], adapters["low"][rows]), 16)
     revision_rows, revision_offsets = _children(rows, revisions["adapter"])
-    blob_rows, blob_offsets = ragged(revisions["first_blob"][revision_rows], revisions["num_blobs"][revision_rows])
+    blob_rows, blob_offsets = ragged(
+        revisions["first_blob"][revision_rows], revisions["num_blobs"][revision_rows]
+    )
     is_there = catalog.blobs["size"][blob_rows] > 0  # what was dropped needs no place
     blob_offsets = np.concatenate([[0], np.cumsum(is_there)]).astype(np.int32)[blob_offsets]
     blob_rows = blob_rows[is_there]
-    use_rows, use_offsets = ragged(revisions["first_use"][revision_rows], revisions["num_uses"][revision_rows])
+    use_rows, use_offsets = ragged(
+        revisions["first_use"][revision_rows], revisions["num_uses"][revision_rows]
+    )
     blobs = {name: catalog.blobs[name][blob_rows] for name in _BLOB}
     packs, blobs["pack"] = _renumbered(catalog.packs, blobs["pack"])
     blobs = {name: pa.array(values) for name, values in blobs.items()}
@@ -103,7 +123,9 @@ def dump(catalog: Catalog, partition: int) -> bytes:
     experts, of_revision["experts"] = _renumbered(catalog.experts, of_revision["experts"])
     of_revision = {name: pa.array(values) for name, values in of_revision.items()}
     of_revision["blobs"] = pa.ListArray.from_arrays(blob_offsets, _struct(blobs))
-    of_revision["segments"] = pa.ListArray.from_arrays(use_offsets, pa.array(catalog.uses["segment"][use_rows]))
+    of_revision["segments"] = pa.ListArray.from_arrays(
+        use_offsets, pa.array(catalog.uses["segment"][use_rows])
+    )
     columns["revisions"] = pa.ListArray.from_arrays(revision_offsets, _struct(of_revision))
     note_rows, note_offsets = _children(rows, catalog.notes["adapter"])
     notes = {name: pa.array(catalog.notes[name][note_rows]) for name in _NOTE}
@@ -120,9 +142,13 @@ def dump(catalog: Catalog, partition: int) -> bytes:
                 for name, refs in catalog.attempts.unfinished.get(partition, {}).items()
             }
         },
-        "compaction": asdict(catalog.compactions[partition]) if partition in catalog.compactions else None,
+        "compaction": asdict(catalog.compactions[partition])
+        if partition in catalog.compactions
+        else None,
         "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in mine),
-        "tries": {name: asdict(tries) for name, tries in catalog.attempts.tries.items() if name in mine},
+        "tries": {
+            name: asdict(tries) for name, tries in catalog.attempts.tries.items() if name in mine
+        },
         "failures": {
             name: [asdict(tries.event), tries.count]
             for name, tries in catalog.attempts.failures.items()
@@ -160,7 +186,10 @@ def load(catalog: Catalog, partition: int, body: bytes) -> None:
     inner = notes.flatten()
     owner, previous = _links(notes, adapter, catalog.notes.size)
     catalog.notes.append(
-        len(inner), adapter=owner, previous=previous, **{name: inner.field(name).to_numpy() for name in _NOTE}
+        len(inner),
+        adapter=owner,
+        previous=previous,
+        **{name: inner.field(name).to_numpy() for name in _NOTE},
     )
     catalog.obeyed.update((pseudonym, tag) for pseudonym, tag in state["obeyed"])
     catalog.num_settled[partition] = state["num_settled"]
@@ -185,7 +214,9 @@ def _load_revisions(catalog: Catalog, revisions: Any, adapter: Rows, state: dict
     experts = np.array(catalog.experts.numbers([tuple(ids) for ids in state["experts"]]), np.uint32)
     values = {name: blob.field(name).to_numpy() for name in _BLOB}
     values["pack"] = pack[values["pack"]]
-    first_blob = catalog.blobs.append(len(blob), sha256=_bytes_of(blob.field("sha256"), 32), **values)
+    first_blob = catalog.blobs.append(
+        len(blob), sha256=_bytes_of(blob.field("sha256"), 32), **values
+    )
     used = segments.flatten().to_numpy()
     first_use = catalog.uses.append(len(used), segment=used)
     owner, previous = _links(revisions, adapter, catalog.revisions.size)
@@ -214,7 +245,8 @@ def _key(reader: RevisionLogReader, seq: int) -> str:
 
 
 def _children(adapters: Rows, owner: NDArray[Any]) -> tuple[Rows, NDArray[np.int32]]:
-    """Rows of the children of `adapters`, parent by parent and oldest first, and where each parent's begin."""
+    """Rows of the children of `adapters`, parent by parent and oldest first, and where each
+    parent's begin."""
     mine = np.flatnonzero(np.isin(owner, adapters))
     rows = mine[np.argsort(owner[mine], kind="stable")]
     offsets = np.zeros(len(adapters) + 1, np.int32)
@@ -223,7 +255,8 @@ def _children(adapters: Rows, owner: NDArray[Any]) -> tuple[Rows, NDArray[np.int
 
 
 def _links(lists: Any, adapter: Rows, first: int) -> tuple[Rows, NDArray[np.int32]]:
-    """For the flattened children, appended from row `first` on: their adapter, and the row before in its chain."""
+    """For the flattened children, appended from row `first` on: their adapter, and the row before
+    in its chain."""
     lengths = _lengths(lists)
     owner = np.repeat(adapter, lengths)
     previous = np.arange(first - 1, first - 1 + len(owner), dtype=np.int32)
@@ -255,7 +288,9 @@ def _struct(fields: dict[str, Any]) -> Any:
 
 def _fixed(values: NDArray[np.uint8], width: int) -> Any:
     raw = np.ascontiguousarray(values)
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(raw), [None, pa.py_buffer(raw)])
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(raw), [None, pa.py_buffer(raw)]
+    )
 
 
 def _interleave(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.uint8]:

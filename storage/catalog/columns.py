@@ -1,4 +1,5 @@
-"""Columns that grow, and an index over 128-bit keys: the catalog's memory. NumPy only, no object per row."""
+"""Columns that grow, and an index over 128-bit keys: the catalog's memory. NumPy only, no object
+per row."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Table:
         return self._columns[name][: self.size]
 
     def append(self, count: int, **values: Any) -> int:
-        """Add `count` rows; every column gets an array of that length or one value for all. Returns the first
-        new row."""
+        """Add `count` rows; every column gets an array of that length or one value for all. Returns
+        the first new row."""
         first, self.size = self.size, self.size + count
         for name, column in self._columns.items():
             if self.size > len(column):
@@ -39,10 +40,11 @@ class Table:
 
 
 class Index:
-    """128-bit key -> row. A sorted array for most, a dictionary for the newest, merged now and then.
+    """128-bit key -> row. A sorted array for most, a dictionary for the newest, merged now and
+    then.
 
-    Keys are hashes, so their upper bits say where in the array they are, give or take a few places: a look-up costs
-    the same however many there are."""
+    Keys are hashes, so their upper bits say where in the array they are, give or take a few places:
+    a look-up costs the same however many there are."""
 
     def __init__(self) -> None:
         self._high = np.empty(0, np.uint64)
@@ -122,7 +124,8 @@ def halves_of(names: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint
 
 
 def ragged(first: NDArray[Any], count: NDArray[Any]) -> tuple[Rows, NDArray[np.int32]]:
-    """Rows of runs `first[i] … first[i] + count[i] - 1` one after another, and where each run starts among them."""
+    """Rows of runs `first[i] … first[i] + count[i] - 1` one after another, and where each run
+    starts among them."""
     offsets = np.zeros(len(count) + 1, np.int64)
     np.cumsum(count, out=offsets[1:])
     rows = np.repeat(first.astype(np.int64) - offsets[:-1], count) + np.arange(offsets[-1])

@@ -47,7 +47,14 @@ def _adapters(catalog: Catalog) -> Any:
             "spec": pa.DictionaryArray.from_arrays(table["spec"][rows].astype(np.int32), specs),
             **{
                 name: table[name][rows]
-                for name in ("partition", "seed", "tip", "serving", "consumed_segment", "consumed_row")
+                for name in (
+                    "partition",
+                    "seed",
+                    "tip",
+                    "serving",
+                    "consumed_segment",
+                    "consumed_row",
+                )
             },
             "is_forgotten": (table["flags"][rows] & FORGOTTEN) > 0,
         }

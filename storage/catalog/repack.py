@@ -1,7 +1,7 @@
 """Retention and garbage: old revisions leave the packs, and packs that nothing names are deleted.
 
-Only the owner of a partition does either. Neither uses a clock: an old epoch's wave record can't land behind the
-owner's claim, so what an older epoch left without a record will never get one.
+Only the owner of a partition does either. Neither uses a clock: an old epoch's wave record can't
+land behind the owner's claim, so what an older epoch left without a record will never get one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ logger = logging.getLogger(__name__)
 MAX_PACK_BYTES = 256 << 20
 
 MIN_DEAD_SHARE = 0.25
-"""A pack is rewritten once this share of its bytes is droppable; with bytes of a forgotten user, at once."""
+"""A pack is rewritten once this share of its bytes is droppable; with bytes of a forgotten user, at
+once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionRule:
-    """Which revisions stay: an adapter's last ones, its tip, what serves or ever was promoted, what is pinned.
-    Moments stay for tips and for what was pinned while it was the tip; evidence stays where a revision that stays is
-    re-derived through it, so that every one of them can be replayed."""
+    """Which revisions stay: an adapter's last ones, its tip, what serves or ever was promoted,
+    what is pinned. Moments stay for tips and for what was pinned while it was the tip; evidence
+    stays where a revision that stays is re-derived through it, so that every one of them can be
+    replayed."""
 
     last: int
 
@@ -48,12 +50,15 @@ class RepackReport:
     num_packs_deleted: int = 0
 
     def __add__(self, other: RepackReport) -> RepackReport:
-        return RepackReport(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return RepackReport(
+            **{name: value + getattr(other, name) for name, value in asdict(self).items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Blobs:
-    """The blobs of a partition that are still there: row of the blob, of its revision, and whether it may go."""
+    """The blobs of a partition that are still there: row of the blob, of its revision, and whether
+    it may go."""
 
     row: Rows
     revision: Rows
@@ -62,14 +67,17 @@ class _Blobs:
 
 
 def repack(owner: Owner, catalog: Catalog, rule: RetentionRule) -> RepackReport:
-    """Rewrite the partition's packs without what the rule lets go. `catalog` has applied all of the log."""
+    """Rewrite the partition's packs without what the rule lets go. `catalog` has applied all of the
+    log."""
     report = RepackReport()
     blobs = _blobs(catalog, owner.reader.partition, rule)
     for batch in _batches(catalog, blobs, _packs_to_rewrite(catalog, blobs)):
         try:
             report += _rewrite(owner, catalog, blobs, batch, rule)
         except ObjectNotFound as error:
-            logger.error("packs stay as they are, one of them is gone: %s; restore it from a copy", error)
+            logger.error(
+                "packs stay as they are, one of them is gone: %s; restore it from a copy", error
+            )
     return report + RepackReport(num_packs_deleted=collect_garbage(owner, catalog))
 
 
@@ -103,13 +111,18 @@ def _blobs(catalog: Catalog, partition: int, rule: RetentionRule) -> _Blobs:
     part, has_moments = catalog.blobs["part"][row], stays & (flags & FADED == 0)
     evidence = _is_replayed_through(adapter, number, revisions["parent"][mine], stays)
     lives = np.select(
-        [part == PARTS.index("moments"), part == PARTS.index("evidence")], [has_moments[of], evidence[of]], stays[of]
+        [part == PARTS.index("moments"), part == PARTS.index("evidence")],
+        [has_moments[of], evidence[of]],
+        stays[of],
     )
     return _Blobs(row=row, revision=mine[of], is_dead=~lives, is_forgotten=is_forgotten[of])
 
 
 def _is_replayed_through(
-    adapter: NDArray[np.uint32], number: NDArray[np.uint32], parent: NDArray[np.uint32], stays: NDArray[np.bool_]
+    adapter: NDArray[np.uint32],
+    number: NDArray[np.uint32],
+    parent: NDArray[np.uint32],
+    stays: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
     """Which revisions a replay of those that stay repeats: themselves and all their ancestors."""
     key = adapter.astype(np.uint64) << np.uint64(32) | number
@@ -124,7 +137,10 @@ def _is_replayed_through(
 
 
 def _packs_to_rewrite(catalog: Catalog, blobs: _Blobs) -> Rows:
-    pack, size = catalog.blobs["pack"][blobs.row], catalog.blobs["size"][blobs.row].astype(np.float64)
+    pack, size = (
+        catalog.blobs["pack"][blobs.row],
+        catalog.blobs["size"][blobs.row].astype(np.float64),
+    )
     total = np.bincount(pack, size)
     dead = np.bincount(pack, size * blobs.is_dead, minlength=len(total))
     forgotten = np.bincount(pack, blobs.is_forgotten, minlength=len(total))
@@ -136,7 +152,9 @@ def _batches(catalog: Catalog, blobs: _Blobs, packs: Rows) -> Iterator[Rows]:
     pack = catalog.blobs["pack"][blobs.row]
     chosen = np.flatnonzero(np.isin(pack, packs))
     chosen = chosen[np.argsort(pack[chosen], kind="stable")]
-    size = np.where(blobs.is_dead[chosen], 0, catalog.blobs["size"][blobs.row[chosen]]).astype(np.int64)
+    size = np.where(blobs.is_dead[chosen], 0, catalog.blobs["size"][blobs.row[chosen]]).astype(
+        np.int64
+    )
     start = filled = 0
     bounds = [*(np.flatnonzero(np.diff(pack[chosen])) + 1).tolist(), len(chosen)]
     last = 0
@@ -150,7 +168,9 @@ def _batches(catalog: Catalog, blobs: _Blobs, packs: Rows) -> Iterator[Rows]:
         yield chosen[start:]
 
 
-def _rewrite(owner: Owner, catalog: Catalog, blobs: _Blobs, batch: Rows, rule: RetentionRule) -> RepackReport:
+def _rewrite(
+    owner: Owner, catalog: Catalog, blobs: _Blobs, batch: Rows, rule: RetentionRule
+) -> RepackReport:
     """One new pack with what stays of some old ones, and the record that says so."""
     store, key = owner.reader.log.store, owner.new_pack("repack")
     names = catalog.pseudonyms(catalog.revisions["adapter"][blobs.revision[batch]])
@@ -163,8 +183,11 @@ def _rewrite(owner: Owner, catalog: Catalog, blobs: _Blobs, batch: Rows, rule: R
             dropped.append((name, number, part))
         else:
             place = catalog.place_of(int(blobs.row[index]))
-            # As they are: a damaged blob keeps its digest, and is found by who loads or verifies it.
-            bodies[f"{part}/{name}@{number}"] = get_range(store, place.pack, place.offset, place.size_bytes)
+            # As they are: a damaged blob keeps its digest, and is found by who loads or verifies
+            # it.
+            bodies[f"{part}/{name}@{number}"] = get_range(
+                store, place.pack, place.offset, place.size_bytes
+            )
             kept.append((name, number, part, place))
     moved = []
     if bodies:
@@ -174,7 +197,8 @@ def _rewrite(owner: Owner, catalog: Catalog, blobs: _Blobs, batch: Rows, rule: R
             place = places[f"{part}/{name}@{number}"]
             moved.append(
                 MovedBlob(
-                    pseudonym=name, revision=number, part=part, offset=place.offset, size_bytes=place.size_bytes,
+                    pseudonym=name, revision=number, part=part, offset=place.offset,
+                    size_bytes=place.size_bytes,
                     sha256=old.sha256,
                 )
             )  # fmt: skip

@@ -42,11 +42,12 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterState:
-    """One adapter as its log described it when this was taken. `Catalog.revisions`, `lineage` and `notes` tell its
-    history.
+    """One adapter as its log described it when this was taken. `Catalog.revisions`, `lineage` and
+    `notes` tell its history.
 
-    Example: `AdapterState(pseudonym="3f…", partition=2, spec={"rank": 8, …}, seed=71, tip=4, serving=3,
-    next_revision=5, consumed=(12, 0))`: four revisions were committed, the third serves."""
+    Example: `AdapterState(pseudonym="3f…", partition=2, spec={"rank": 8, …}, seed=71, tip=4,
+    serving=3, next_revision=5, consumed=(12, 0))`: four revisions were committed, the third
+    serves."""
 
     pseudonym: str
     partition: int

@@ -26,20 +26,25 @@ DECISIONS = ("settled", "promote", "keep", "reject", "rollback", "refused", "pin
 FORGOTTEN, BARE = 1, 2
 """Flags of an adapter: its user is forgotten; only a tombstone, there never was an adapter."""
 PROMOTED, PINNED, DROPPED, FADED = 1, 2, 4, 8
-"""Flags of a revision. FADED: it stopped being the tip while it wasn't pinned, so its moments are gone for good, also
-while their bytes are still in a pack: what an update starts from must depend on the log alone."""
+"""Flags of a revision. FADED: it stopped being the tip while it wasn't pinned, so its moments are
+gone for good, also while their bytes are still in a pack: what an update starts from must depend on
+the log alone."""
 
 
 class CatalogTables:
-    """The rows of all adapters of a population. `applying.py` fills them, `catalog.py` reads them."""
+    """The rows of all adapters of a population. `applying.py` fills them, `catalog.py` reads
+    them."""
 
     def __init__(self) -> None:
         self.adapters = Table(
-            high="u8", low="u8", partition="u2", spec="u4", seed="u8", tip="u4", serving="u4", next_revision="u4",
-            consumed_segment="i4", consumed_row="i4", flags="u1", last_revision="i4", last_note="i4", changed="u4",
+            high="u8", low="u8", partition="u2", spec="u4", seed="u8", tip="u4", serving="u4",
+            next_revision="u4",
+            consumed_segment="i4", consumed_row="i4", flags="u1", last_revision="i4",
+            last_note="i4", changed="u4",
         )  # fmt: skip
         self.revisions = Table(
-            adapter="u4", revision="u4", parent="u4", seq="u4", previous="i4", experts="u4", flags="u1",
+            adapter="u4", revision="u4", parent="u4", seq="u4", previous="i4", experts="u4",
+            flags="u1",
             num_trained="u2", first_blob="u4", num_blobs="u1", first_use="u4", num_uses="u2",
         )  # fmt: skip
         self.blobs = Table(part="u1", pack="u4", offset="u8", size="u4", sha256=("u1", (32,)))

@@ -1,5 +1,5 @@
-"""Signing and master keys of this process. They stay with the operator, in a folder or in the environment,
-never in the store.
+"""Signing and master keys of this process. They stay with the operator, in a folder or in the
+environment, never in the store.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class PublicKey:
 
 
 class Keyring:
-    """This process's signing and master keys: $POPULACE_SIGNING_KEY (PEM) and $POPULACE_MASTER_KEY (NAME:HEX),
-    then the files in $POPULACE_KEYS, by default ~/.config/populace/keys."""
+    """This process's signing and master keys: $POPULACE_SIGNING_KEY (PEM) and $POPULACE_MASTER_KEY
+    (NAME:HEX), then the files in $POPULACE_KEYS, by default ~/.config/populace/keys."""
 
     def __init__(self, folder: Path | None = None) -> None:
         default = Path.home() / ".config" / "populace" / "keys"
@@ -61,9 +61,12 @@ class Keyring:
                 if public_of(CryptoSigner(private)) == key:
                     return CryptoSigner(private, key.as_key())
             except (ValueError, TypeError) as error:
-                raise InvalidInput(f"$POPULACE_SIGNING_KEY or {path} holds no PEM private key: {error}") from None
+                raise InvalidInput(
+                    f"$POPULACE_SIGNING_KEY or {path} holds no PEM private key: {error}"
+                ) from None
         raise InvalidInput(
-            f"the signing key {key.keyid[:16]} of this population is neither in $POPULACE_SIGNING_KEY nor in {path}; "
+            f"the signing key {key.keyid[:16]} of this population is neither in "
+            f"$POPULACE_SIGNING_KEY nor in {path}; "
             "copy it there from where the population was created"
         )
 
@@ -79,7 +82,8 @@ class Keyring:
         text = value if given == name else _read(path).decode()
         if not text:
             raise InvalidInput(
-                f"the master key {name!r} of this population is neither in $POPULACE_MASTER_KEY nor in {path}; copy it "
+                f"the master key {name!r} of this population is neither in $POPULACE_MASTER_KEY "
+                f"nor in {path}; copy it "
                 "there from where the population was created: without it no user's data can be read"
             )
         try:
@@ -87,7 +91,9 @@ class Keyring:
         except ValueError:
             key = b""
         if len(key) != 32:
-            raise InvalidInput(f"master key {name!r} is not 64 hexadecimal digits; restore it from a copy")
+            raise InvalidInput(
+                f"master key {name!r} is not 64 hexadecimal digits; restore it from a copy"
+            )
         return key
 
     def discard(self, *, signing: PublicKey | None = None, master: str | None = None) -> None:
@@ -99,7 +105,9 @@ class Keyring:
 
     def _write(self, name: str, content: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with os.fdopen(
+            os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+        ) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -116,4 +124,6 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise InvalidInput(f"{path} can't be read: {error}; $POPULACE_KEYS must name a folder") from None
+        raise InvalidInput(
+            f"{path} can't be read: {error}; $POPULACE_KEYS must name a folder"
+        ) from None

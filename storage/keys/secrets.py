@@ -28,8 +28,14 @@ class Secrets:
         return f"{population}/keys/{SECRETS}"
 
     def wrap(self, population: str, keyring: Keyring) -> bytes:
-        sealed = seal(keyring.master_key(self.master), bytes.fromhex(self.pseudonym_key), f"{population}/secrets")
-        return json.dumps({"master": self.master, "sealed": base64.b64encode(sealed).decode()}).encode()
+        sealed = seal(
+            keyring.master_key(self.master),
+            bytes.fromhex(self.pseudonym_key),
+            f"{population}/secrets",
+        )
+        return json.dumps(
+            {"master": self.master, "sealed": base64.b64encode(sealed).decode()}
+        ).encode()
 
     @staticmethod
     def read(store: ObjectStore, population: str, keyring: Keyring) -> Secrets:
@@ -43,7 +49,9 @@ class Secrets:
 def parse_wrapped(body: bytes, path: str) -> dict[str, str]:
     try:
         parsed: dict[str, str] = json.loads(body)
-        if not (parsed.get("forgotten") or (parsed["master"] and base64.b64decode(parsed["sealed"]))):
+        if not (
+            parsed.get("forgotten") or (parsed["master"] and base64.b64decode(parsed["sealed"]))
+        ):
             raise ValueError("neither a key nor a marker")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path} is not a wrapped key: {error}; restore it from a copy") from error

@@ -4,7 +4,8 @@
     master key    wraps the population's secrets and one data key per user
     data key      encrypts everything of one user; overwriting its object with a marker forgets the user
 
-Signing and master keys stay with the operator, in a folder or in the environment, never in the store.
+Signing and master keys stay with the operator, in a folder or in the environment, never in the
+store.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from dataclasses import dataclass, field, replace
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from populace.storage.errors import AlreadyExists, Damaged, Forgotten, ObjectNotFound, OutcomeUnknown
+from populace.storage.errors import (
+    AlreadyExists,
+    Damaged,
+    Forgotten,
+    ObjectNotFound,
+    OutcomeUnknown,
+)
 from populace.storage.keys.keyring import Keyring
 from populace.storage.keys.sealing import NONCE_BYTES, UNOPENED, seal, unseal
 from populace.storage.keys.secrets import SECRETS, parse_wrapped
@@ -46,9 +53,9 @@ class UserKey:
 class UserKeys:
     """One wrapped data key per user, at `<population>/keys/<aa>/<pseudonym>`.
 
-    Every forgetting begins new eras, at `<population>/eras/<number>`: a key that was read in the era that still lasts
-    need not be read again to know that its user wasn't forgotten. They are created, never overwritten: no late write
-    brings an old one back."""
+    Every forgetting begins new eras, at `<population>/eras/<number>`: a key that was read in the
+    era that still lasts need not be read again to know that its user wasn't forgotten. They are
+    created, never overwritten: no late write brings an old one back."""
 
     def __init__(self, store: ObjectStore, population: str, keyring: Keyring) -> None:
         self.store, self.population, self.keyring = store, population, keyring
@@ -82,9 +89,13 @@ class UserKeys:
         self.drop([pseudonym])
         body = parse_wrapped(wrapped, self._path(pseudonym))
         if body.get("forgotten"):
-            raise Forgotten("this user was forgotten; nothing of theirs can be read or written again")
+            raise Forgotten(
+                "this user was forgotten; nothing of theirs can be read or written again"
+            )
         plain = json.loads(self._unwrap(body, pseudonym))
-        found = UserKey(user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped, era=era)
+        found = UserKey(
+            user=plain["user"], key=bytes.fromhex(plain["key"]), wrapped=wrapped, era=era
+        )
         with self._lock:
             self._cache[pseudonym] = found
             if len(self._cache) > _MAX_CACHED:
@@ -92,8 +103,9 @@ class UserKeys:
         return found
 
     def ensure(self, pseudonym: str, user: str, master: Callable[[], str]) -> UserKey:
-        """The user's key, made now if there is none; racing producers agree on one. For writing: asks the store unless
-        the key is of the era last seen. `outdated`, when the writing is done, tells of a forgetting meanwhile."""
+        """The user's key, made now if there is none; racing producers agree on one. For writing:
+        asks the store unless the key is of the era last seen. `outdated`, when the writing is done,
+        tells of a forgetting meanwhile."""
         with self._lock:
             if (known := self._cache.get(pseudonym)) is not None and known.era == self._era:
                 self._cache.move_to_end(pseudonym)
@@ -111,7 +123,8 @@ class UserKeys:
         return self.fetch(pseudonym)
 
     def outdated(self, pseudonyms: Iterable[str]) -> list[str]:
-        """Those of whom it isn't certain that their keys are still there; one request, however many they are."""
+        """Those of whom it isn't certain that their keys are still there; one request, however many
+        they are."""
         era = self._read_era()
         with self._lock:
             known = [(pseudonym, self._cache.get(pseudonym)) for pseudonym in pseudonyms]
@@ -119,8 +132,8 @@ class UserKeys:
 
     def forget(self, pseudonym: str) -> None:
         """Overwrite the key. From here on nobody can read what it encrypted."""
-        # An era before and one behind: should this process die in between, only who read the key in that moment has one
-        # of an era that lasts, until the next owner begins another.
+        # An era before and one behind: should this process die in between, only who read the key in
+        # that moment has one of an era that lasts, until the next owner begins another.
         self.begin_era()
         # The nonce keeps this body unlike any other: an ETag of equal bodies would be equal too.
         marker = {"forgotten": True, "nonce": secrets.token_hex(8)}
@@ -133,7 +146,9 @@ class UserKeys:
         era = self._era or 0
         while True:
             era = self._eras.next_after(era)
-            with contextlib.suppress(AlreadyExists):  # that one may be from before what this one tells of
+            with contextlib.suppress(
+                AlreadyExists
+            ):  # that one may be from before what this one tells of
                 self._eras.append_at(era, b"era")
                 return
 
@@ -153,7 +168,8 @@ class UserKeys:
         return False
 
     def rewrap(self, pseudonym: str, master: str) -> None:
-        """Wrap with another master key. Only the partition's owner may: a racing `forget` must not be undone."""
+        """Wrap with another master key. Only the partition's owner may: a racing `forget` must not
+        be undone."""
         body = parse_wrapped(self.store.get(self._path(pseudonym)), self._path(pseudonym))
         if body.get("forgotten") or body["master"] == master:
             return
@@ -175,7 +191,9 @@ class UserKeys:
         """`open`, straight into memory that is there: `OVERHEAD_BYTES` less than `sealed`."""
         whole, nonce = self._context(pseudonym, context), bytes(sealed[:NONCE_BYTES])
         try:
-            AESGCM(self.get(pseudonym).key).decrypt_into(nonce, sealed[NONCE_BYTES:], whole.encode(), into)
+            AESGCM(self.get(pseudonym).key).decrypt_into(
+                nonce, sealed[NONCE_BYTES:], whole.encode(), into
+            )
         except InvalidTag:
             raise Damaged(UNOPENED.format(whole)) from None
 
@@ -196,7 +214,11 @@ class UserKeys:
         return json.dumps({"master": master, "sealed": base64.b64encode(sealed).decode()}).encode()
 
     def _unwrap(self, body: dict[str, str], pseudonym: str) -> bytes:
-        return unseal(self._master(body["master"]), base64.b64decode(body["sealed"]), f"{self.population}/{pseudonym}")
+        return unseal(
+            self._master(body["master"]),
+            base64.b64decode(body["sealed"]),
+            f"{self.population}/{pseudonym}",
+        )
 
     def _master(self, name: str) -> bytes:
         if name not in self._masters:

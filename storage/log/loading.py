@@ -1,5 +1,5 @@
-"""Loading many blobs at once: neighbours in a pack share one range request, requests run in parallel, and every blob
-is verified and decrypted straight into the memory that the caller gets."""
+"""Loading many blobs at once: neighbours in a pack share one range request, requests run in
+parallel, and every blob is verified and decrypted straight into the memory that the caller gets."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def load_wave(
     requests: Sequence[BlobRequest],
     keep_sealed: Callable[[BlobRequest, memoryview], None] | None = None,
 ) -> list[memoryview]:
-    """The decrypted bytes of every request, in order, as views of one buffer. Raises `Damaged` for bytes that are
-    not the ones committed, `Forgotten` for a forgotten user. `keep_sealed` gets the bytes as they are stored, verified;
-    it is called from several threads."""
+    """The decrypted bytes of every request, in order, as views of one buffer. Raises `Damaged` for
+    bytes that are not the ones committed, `Forgotten` for a forgotten user. `keep_sealed` gets the
+    bytes as they are stored, verified; it is called from several threads."""
     sizes = [request.place.size_bytes - OVERHEAD_BYTES for request in requests]
     whole = memoryview(bytearray(sum(sizes)))
     views, start = [], 0
@@ -63,14 +63,19 @@ def load_wave(
         start += size
     with ThreadPoolExecutor(NUM_REQUESTS, thread_name_prefix="populace-load") as pool:
         runs = _neighbours(requests)
-        for done in [pool.submit(_load_run, store, keys, requests, run, views, keep_sealed) for run in runs]:
+        for done in [
+            pool.submit(_load_run, store, keys, requests, run, views, keep_sealed) for run in runs
+        ]:
             done.result()
     return views
 
 
 def _neighbours(requests: Sequence[BlobRequest]) -> Iterable[list[int]]:
     """Indices of requests that one range request answers together."""
-    order = sorted(range(len(requests)), key=lambda index: (requests[index].place.pack, requests[index].place.offset))
+    order = sorted(
+        range(len(requests)),
+        key=lambda index: (requests[index].place.pack, requests[index].place.offset),
+    )
     run: list[int] = []
     for index in order:
         place = requests[index].place

@@ -1,8 +1,9 @@
 """Records as bytes: how they are sealed, signed and read back.
 
-Every record is a JSON payload in a DSSE envelope, signed with Ed25519, that binds it to its population, partition,
-number, epoch, writer and predecessor. A `wave` record is an in-toto Statement with the SLSA provenance predicate;
-the others are plain statements of their kind. docs/format.md has every field.
+Every record is a JSON payload in a DSSE envelope, signed with Ed25519, that binds it to its
+population, partition, number, epoch, writer and predecessor. A `wave` record is an in-toto
+Statement with the SLSA provenance predicate; the others are plain statements of their kind.
+docs/format.md has every field.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def seal(header: RecordHeader, record: Record, signer: Signer) -> bytes:
 
 
 def open_record(sealed: bytes, key: PublicKey) -> tuple[RecordHeader, Record]:
-    """Header and record from stored bytes; raises `Damaged` when they are not a record that `key` signed."""
+    """Header and record from stored bytes; raises `Damaged` when they are not a record that `key`
+    signed."""
     try:
         envelope = Envelope.from_dict(json.loads(sealed))
         envelope.verify([key.as_key()], 1)
@@ -84,7 +86,8 @@ def signer_of(sealed: bytes) -> str:
 
 
 def rotations_of(sealed: bytes) -> list[bytes]:
-    """The rotations in a stored `checkpoint` record; nothing is verified. `Damaged` if it isn't one."""
+    """The rotations in a stored `checkpoint` record; nothing is verified. `Damaged` if it isn't
+    one."""
     try:
         payload = payload_of(sealed)
         return [rotation.encode() for rotation in payload["body"]["rotations"]]
@@ -124,7 +127,10 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
             "name": f"{entry.pseudonym}@{entry.revision}",
             "digest": {"sha256": entry.blobs["weights"].sha256},
             "annotations": {
-                "blobs": {part: [place.offset, place.size_bytes, place.sha256] for part, place in entry.blobs.items()},
+                "blobs": {
+                    part: [place.offset, place.size_bytes, place.sha256]
+                    for part, place in entry.blobs.items()
+                },
                 "experts": entry.experts,
                 "metrics": entry.metrics,
             },
@@ -147,7 +153,9 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
         }
         for entry in wave.revisions
     ]
-    materials = [{"name": name, "digest": {"sha256": digest}} for name, digest in wave.materials.items()]
+    materials = [
+        {"name": name, "digest": {"sha256": digest}} for name, digest in wave.materials.items()
+    ]
     return {
         "_type": STATEMENT,
         "subject": subjects,
@@ -217,19 +225,27 @@ def _from_statement(payload: Mapping[str, Any]) -> tuple[RecordHeader, WaveManif
         pack=internal["pack"],
         revisions=entries,
         parameters=external,
-        materials={item["name"]: item["digest"]["sha256"] for item in dependencies if "annotations" not in item},
+        materials={
+            item["name"]: item["digest"]["sha256"]
+            for item in dependencies
+            if "annotations" not in item
+        },
         numerics=internal["numerics"],
     )
     return _header(internal), wave
 
 
 def _header(values: Mapping[str, Any]) -> RecordHeader:
-    return RecordHeader(**{name: values[name] for name in RecordHeader.__dataclass_fields__ if name in values})
+    return RecordHeader(
+        **{name: values[name] for name in RecordHeader.__dataclass_fields__ if name in values}
+    )
 
 
 def _record(kind: str, body: dict[str, Any]) -> Record:
     if kind == Attempt.KIND:
-        body["adapters"] = {user: [event_from_json(e) for e in events] for user, events in body["adapters"].items()}
+        body["adapters"] = {
+            user: [event_from_json(e) for e in events] for user, events in body["adapters"].items()
+        }
     if kind == Settled.KIND:
         body["events"] = [_settled(event) for event in body["events"]]
         body["consumed"] = _position(body["consumed"])
@@ -239,7 +255,9 @@ def _record(kind: str, body: dict[str, Any]) -> Record:
         body["records"] = [_record(part["kind"], part["body"]) for part in body["records"]]
     if kind == Repack.KIND:
         body["moved"] = [MovedBlob(**moved) for moved in body["moved"]]
-        body["dropped"] = [(pseudonym, revision, part) for pseudonym, revision, part in body["dropped"]]
+        body["dropped"] = [
+            (pseudonym, revision, part) for pseudonym, revision, part in body["dropped"]
+        ]
     record: Record = _KINDS[kind](**body)
     return record
 
@@ -249,7 +267,9 @@ def event_from_json(body: Mapping[str, Any]) -> EventRef:
 
 
 def _settled(body: Mapping[str, Any]) -> SettledEvent:
-    return SettledEvent(event=event_from_json(body["event"]), reason=body["reason"], detail=body["detail"])
+    return SettledEvent(
+        event=event_from_json(body["event"]), reason=body["reason"], detail=body["detail"]
+    )
 
 
 def _position(value: Any) -> Position:

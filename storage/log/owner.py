@@ -1,7 +1,7 @@
 """The one writer of a partition's revision log: claim, append, commit a wave.
 
-Fencing is the log's own. An owner appends only at the number it expects; finding that number taken by somebody
-else means a newer claim, and it stops. No clock decides who may write.
+Fencing is the log's own. An owner appends only at the number it expects; finding that number taken
+by somebody else means a newer claim, and it stops. No clock decides who may write.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Owner:
         self._appending = threading.RLock()
         """A wave is published while the next one is admitted."""
         self.lost_by: BaseException | None = None
-        """Why an append failed: what this owner knows of the log may be wrong, so it writes nothing more."""
+        """Why an append failed: what this owner knows of the log may be wrong, so it writes nothing
+        more."""
         self.keyring = keyring
         self._signer = keyring.signer(reader.key)
         self.epoch = reader.next_seq
@@ -79,8 +80,9 @@ class Owner:
         return self.lost_by is not None
 
     def append(self, record: Record) -> RecordHeader:
-        """Make `record` the log's next one, durably. `Fenced` when another controller took the number;
-        `OutcomeUnknown` when the store does not settle it, and then this owner must not go on."""
+        """Make `record` the log's next one, durably. `Fenced` when another controller took the
+        number; `OutcomeUnknown` when the store does not settle it, and then this owner must not go
+        on."""
         with self._appending:
             return self._append(record)
 
@@ -89,7 +91,8 @@ class Owner:
         if self.lost_by is not None:
             kind = Fenced if isinstance(self.lost_by, Fenced) else OutcomeUnknown
             raise kind(
-                f"this process no longer owns partition {reader.partition} of {reader.population!r}: {self.lost_by}"
+                f"this process no longer owns partition {reader.partition} of "
+                f"{reader.population!r}: {self.lost_by}"
             )
         header = RecordHeader(
             population=reader.population,
@@ -123,7 +126,9 @@ class Owner:
         """Write the pack, then the manifest. Nothing has happened until the manifest is there."""
         key = self.new_pack(wave)
         blobs = {
-            f"{part}/{draft.pseudonym}@{draft.revision}": blob for draft in drafts for part, blob in draft.blobs.items()
+            f"{part}/{draft.pseudonym}@{draft.revision}": blob
+            for draft in drafts
+            for part, blob in draft.blobs.items()
         }
         body, places = build_pack(key, blobs)
         self.reader.log.store.put(key, body)
@@ -134,7 +139,10 @@ class Owner:
                 parent=draft.parent,
                 parent_sha256=draft.parent_sha256,
                 parent_moments_sha256=draft.parent_moments_sha256,
-                blobs={part: places[f"{part}/{draft.pseudonym}@{draft.revision}"] for part in draft.blobs},
+                blobs={
+                    part: places[f"{part}/{draft.pseudonym}@{draft.revision}"]
+                    for part in draft.blobs
+                },
                 experts=draft.experts,
                 trained=draft.trained,
                 settled=draft.settled,
@@ -157,14 +165,15 @@ class Owner:
 
     def new_pack(self, name: str) -> str:
         """A key that no pack has."""
-        # The random part: a second try of a wave must never write over a pack that a manifest may name.
+        # The random part: a second try of a wave must never write over a pack that a manifest may
+        # name.
         unique = f"{self.epoch:020d}-{name}-{uuid.uuid4().hex[:8]}"
         return f"{self.reader.population}/packs/{self.reader.partition}/{unique}.safetensors"
 
 
 def _append_until_known(log: Log, header: RecordHeader, sealed: bytes, tries: int = 8) -> None:
-    """A lost answer is resolved by trying to occupy the same number again with the same bytes: then the number
-    is certainly taken, by us or by somebody else."""
+    """A lost answer is resolved by trying to occupy the same number again with the same bytes: then
+    the number is certainly taken, by us or by somebody else."""
     for attempt in range(tries):
         try:
             try:
@@ -179,10 +188,12 @@ def _append_until_known(log: Log, header: RecordHeader, sealed: bytes, tries: in
             if attempt_of(there) == header.attempt_id:
                 return
             raise Fenced(
-                f"partition {header.partition} of {header.population!r}: record {header.seq} was written by "
+                f"partition {header.partition} of {header.population!r}: record {header.seq} was "
+                "written by "
                 "another controller, which owns the partition now; this one stops"
             )
         time.sleep(min(2.0, 0.05 * 2**attempt))
     raise OutcomeUnknown(
-        f"the store did not say whether {log.key(header.seq)} was written; start again when it is reachable"
+        f"the store did not say whether {log.key(header.seq)} was written; start again when it is "
+        "reachable"
     )

@@ -1,7 +1,8 @@
 """Packs: one safetensors file that holds the blobs of a wave's new revisions, read by range.
 
-Each blob is a flat U8 tensor named `weights/<pseudonym>@<revision>`, `moments/…` or `evidence/…`. A blob's
-place (`BlobPlace`) stands in the manifest with its digest, so one range request reads and verifies it.
+Each blob is a flat U8 tensor named `weights/<pseudonym>@<revision>`, `moments/…` or `evidence/…`. A
+blob's place (`BlobPlace`) stands in the manifest with its digest, so one range request reads and
+verifies it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def build_pack(key: str, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, B
 
 
 def read_blob(store: ObjectStore, place: BlobPlace) -> bytes:
-    """The blob at `place` as stored; raises `Damaged` if the bytes there are not the ones that were committed."""
+    """The blob at `place` as stored; raises `Damaged` if the bytes there are not the ones that were
+    committed."""
     blob = get_range(store, place.pack, place.offset, place.size_bytes)
     check_blob(place, blob, hashlib.sha256(blob).hexdigest())
     return blob
@@ -58,6 +60,7 @@ def check_blob(place: BlobPlace, blob: bytes | memoryview, sha256: str) -> None:
     """Raises `Damaged` unless `blob`, whose digest is `sha256`, is what `place` says."""
     if len(blob) != place.size_bytes or sha256 != place.sha256:
         raise Damaged(
-            f"blob at {place.pack}+{place.offset} ({place.size_bytes} bytes) does not match the digest "
+            f"blob at {place.pack}+{place.offset} ({place.size_bytes} bytes) does not match the "
+            "digest "
             f"{place.sha256} of its manifest; restore the pack from a copy"
         )

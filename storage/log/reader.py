@@ -15,14 +15,17 @@ from populace.storage.objects.log import Log
 class RevisionLogReader:
     """Follows a revision log, checking that every record is signed and continues the one before."""
 
-    def __init__(self, store: ObjectStore, population: str, partition: int, root_key: PublicKey) -> None:
+    def __init__(
+        self, store: ObjectStore, population: str, partition: int, root_key: PublicKey
+    ) -> None:
         self.log = Log(store, f"{population}/revisions/{partition}", ".json")
         self.population = population
         self.partition = partition
         self.next_seq = 0
         self.previous = NO_PREDECESSOR
         self.keys = [root_key]
-        """Root first; each signed the record that hands over to the next. The last signs new records."""
+        """Root first; each signed the record that hands over to the next. The last signs new
+        records."""
         self.rotations: list[bytes] = []
         """Those records, as stored."""
 
@@ -49,13 +52,16 @@ class RevisionLogReader:
         return self._check(seq, sealed, known[0] if known else self.key)
 
     def start_at(self, seq: int) -> Checkpoint:
-        """Go on behind the `checkpoint` record `seq`, without having read anything before; returns it."""
+        """Go on behind the `checkpoint` record `seq`, without having read anything before; returns
+        it."""
         sealed, keys = self.log.read(seq) or b"", self.keys[:1]
         rotations = rotations_of(sealed)
         for rotation in rotations:
             _, record = open_record(rotation, keys[-1])
             if not isinstance(record, Rotate):
-                raise Damaged(f"{self.log.key(seq)}: a {record.KIND} record does not hand over a key")
+                raise Damaged(
+                    f"{self.log.key(seq)}: a {record.KIND} record does not hand over a key"
+                )
             keys.append(record.public_key)
         header, record = self._check(seq, sealed, keys[-1])
         if not isinstance(record, Checkpoint):
@@ -76,6 +82,10 @@ class RevisionLogReader:
             header, record = open_record(sealed, key)
         except Damaged as error:
             raise Damaged(f"{self.log.key(seq)}: {error}") from error
-        if (header.population, header.partition, header.seq) != (self.population, self.partition, seq):
+        if (header.population, header.partition, header.seq) != (
+            self.population,
+            self.partition,
+            seq,
+        ):
             raise Damaged(f"{self.log.key(seq)} belongs to another place: {header}")
         return header, record

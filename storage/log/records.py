@@ -1,5 +1,5 @@
-"""The records of the revision log: what each kind says. How they are sealed and signed: `manifest.py`; every field of
-every record as it is stored: docs/format.md.
+"""The records of the revision log: what each kind says. How they are sealed and signed:
+`manifest.py`; every field of every record as it is stored: docs/format.md.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class RecordHeader:
     previous: str
     """sha256 of the record before, as stored."""
     written_at: float = 0.0
-    """Seconds since 1970 by the writer's clock, for people to read: nothing is decided by it. 0 in records that were
-    written before there was this field."""
+    """Seconds since 1970 by the writer's clock, for people to read: nothing is decided by it. 0 in
+    records that were written before there was this field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,8 @@ class EventRef:
     """One consumed event."""
 
     tag: str
-    """Keyed hash of user and event id, hex: the same event has the same tag, and nobody else can tell whose."""
+    """Keyed hash of user and event id, hex: the same event has the same tag, and nobody else can
+    tell whose."""
     position: Position
     digest: str
     """Keyed hash of the event's content: equal for a repetition, no help for a guess."""
@@ -53,7 +54,8 @@ class SettledEvent:
 
     event: EventRef
     reason: str
-    """Never anything that the user or the user's code said: the log stays when they are forgotten."""
+    """Never anything that the user or the user's code said: the log stays when they are
+    forgotten."""
     detail: str = ""
     """What was said, sealed with the user's key, in base64."""
 
@@ -80,8 +82,8 @@ class AdapterCreated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The wave about to be trained. What died in it is tried again in a small wave, and then alone. An adapter without
-    events: its attempt is taken back."""
+    """The wave about to be trained. What died in it is tried again in a small wave, and then alone.
+    An adapter without events: its attempt is taken back."""
 
     KIND: ClassVar[str] = "attempt"
     wave: str
@@ -127,7 +129,11 @@ class WaveManifest:
     numerics: dict[str, str]
 
     def entry(self, pseudonym: str, revision: int) -> RevisionEntry:
-        return next(item for item in self.revisions if (item.pseudonym, item.revision) == (pseudonym, revision))
+        return next(
+            item
+            for item in self.revisions
+            if (item.pseudonym, item.revision) == (pseudonym, revision)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +148,8 @@ class Settled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """One try of an event failed in a way that may pass: it stays pending, and is parked when it fails too often."""
+    """One try of an event failed in a way that may pass: it stays pending, and is parked when it
+    fails too often."""
 
     KIND: ClassVar[str] = "failed"
     pseudonym: str
@@ -153,8 +160,8 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command (`rollback`, `pin`, `unpin`;
-    `refused` when it can't be obeyed)."""
+    """Moves tip and serving: by evaluation (`promote`, `keep`, `reject`) or by a command
+    (`rollback`, `pin`, `unpin`; `refused` when it can't be obeyed)."""
 
     KIND: ClassVar[str] = "verdict"
     pseudonym: str
@@ -193,7 +200,8 @@ class MovedBlob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repack:
-    """Blobs that moved into one new pack, and blobs that are gone. Packs that nothing names any more are garbage."""
+    """Blobs that moved into one new pack, and blobs that are gone. Packs that nothing names any
+    more are garbage."""
 
     KIND: ClassVar[str] = "repack"
     rule: dict[str, Any]
@@ -219,13 +227,15 @@ class Compaction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The catalog's state just before this record is in the Parquet file of this record's number."""
+    """The catalog's state just before this record is in the Parquet file of this record's
+    number."""
 
     KIND: ClassVar[str] = "checkpoint"
     sha256: str
     size_bytes: int
     rotations: list[str]
-    """The `rotate` records so far, as stored: they prove who signed this one to who has read nothing before it."""
+    """The `rotate` records so far, as stored: they prove who signed this one to who has read
+    nothing before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +252,8 @@ class Rotate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Several records at once: a wave's new adapters and its attempt, an evaluation's verdicts. All or none."""
+    """Several records at once: a wave's new adapters and its attempt, an evaluation's verdicts. All
+    or none."""
 
     KIND: ClassVar[str] = "batch"
     records: list[Any]

@@ -1,7 +1,8 @@
 """Verification: walk a population's whole history and read every byte that it names.
 
-Needs no secret: signatures, digests and places are public, and blobs are verified as they are stored. A swapped key
-is seen by who pins the root key, a log that was cut off by who keeps the last known positions.
+Needs no secret: signatures, digests and places are public, and blobs are verified as they are
+stored. A swapped key is seen by who pins the root key, a log that was cut off by who keeps the last
+known positions.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Findings:
     num_blobs: int = 0
     num_bytes: int = 0
     num_not_kept: int = 0
-    """Revisions whose weights the retention rule let go: their records stand, nothing of theirs is damaged."""
+    """Revisions whose weights the retention rule let go: their records stand, nothing of theirs is
+    damaged."""
     problems: list[str] = field(default_factory=list)
     positions: dict[int, Position] = field(default_factory=dict)
     """Per partition: to be kept, and handed to the next verification."""
@@ -75,11 +77,14 @@ def verify_partition(
     known: Position | None = None,
     progress: Callable[[int], None] = lambda num_blobs: None,
 ) -> None:
-    """Walk one partition from its first record; of one adapter only, if `pseudonym` says so. Adds to `findings`."""
+    """Walk one partition from its first record; of one adapter only, if `pseudonym` says so. Adds
+    to `findings`."""
     walk = _Walk(RevisionLogReader(store, population, partition, root_key), findings, known)
     walk.follow()
     walk.check_end()
-    findings.positions[partition] = Position(seq=walk.reader.next_seq - 1, sha256=walk.reader.previous)
+    findings.positions[partition] = Position(
+        seq=walk.reader.next_seq - 1, sha256=walk.reader.previous
+    )
     walk.check_checkpoints()
     for name in list(walk.chains):
         if pseudonym in (None, name):
@@ -108,7 +113,9 @@ class _Walk:
                 if isinstance(record, Checkpoint):
                     self.checkpoints[header.seq] = record.sha256
                 where = reader.log.key(header.seq)
-                self.findings.problems += [f"{where}: {problem}" for problem in _follow(self.chains, record)]
+                self.findings.problems += [
+                    f"{where}: {problem}" for problem in _follow(self.chains, record)
+                ]
         except Damaged as error:
             if not any(str(error) in problem for problem in self.findings.problems):
                 self.findings.problems.append(f"{error}; records from here on can't be trusted")
@@ -117,11 +124,17 @@ class _Walk:
         """A hole looks like the end to a reader, and a cut-off log like a shorter one."""
         reader, known, log = self.reader, self.known, self.reader.log
         end = log.key(reader.next_seq)
-        if next(log.store.list(log.prefix, after=end), None) is not None and log.read(reader.next_seq) is None:
-            self.findings.problems.append(f"{end} is missing, but later records are there; restore it from a copy")
+        if (
+            next(log.store.list(log.prefix, after=end), None) is not None
+            and log.read(reader.next_seq) is None
+        ):
+            self.findings.problems.append(
+                f"{end} is missing, but later records are there; restore it from a copy"
+            )
         if known is not None and known.seq >= 0 and self.known_sha256 != known.sha256:
             self.findings.problems.append(
-                f"{log.key(known.seq)} is not the record that was there when the position was noted: the log was cut "
+                f"{log.key(known.seq)} is not the record that was there when the position was "
+                "noted: the log was cut "
                 "off or replaced"
             )
 
@@ -131,13 +144,18 @@ class _Walk:
         for key in reader.log.store.list(f"{reader.population}/checkpoints/{reader.partition}"):
             digest = self.checkpoints.get(int(key.rpartition("/")[2].partition(".")[0]))
             with contextlib.suppress(ObjectNotFound):  # replaced by a newer one meanwhile
-                if digest is not None and hashlib.sha256(reader.log.store.get(key)).hexdigest() != digest:
+                if (
+                    digest is not None
+                    and hashlib.sha256(reader.log.store.get(key)).hexdigest() != digest
+                ):
                     self.findings.problems.append(f"{key} is not what its record says; delete it")
 
     def read_blobs(self, pseudonym: str, progress: Callable[[int], None]) -> None:
         chain, findings = self.chains[pseudonym], self.findings
         findings.num_revisions += len(chain.entries)
-        findings.num_not_kept += sum((revision, "weights") not in chain.places for revision in chain.entries)
+        findings.num_not_kept += sum(
+            (revision, "weights") not in chain.places for revision in chain.entries
+        )
         for name in list(chain.places):
             if (place := chain.places.get(name)) is None:
                 continue
@@ -145,7 +163,9 @@ class _Walk:
             if problem:
                 self.follow()  # a repack may have moved or dropped it meanwhile
                 moved = chain.places.get(name)
-                problem = "" if moved is None else problem if moved == place else self._problem(moved)
+                problem = (
+                    "" if moved is None else problem if moved == place else self._problem(moved)
+                )
                 if problem and not chain.is_forgotten:
                     findings.problems.append(f"{name[1]} of {pseudonym}@{name[0]}: {problem}")
                 continue
@@ -173,10 +193,15 @@ def _follow(chains: dict[str, _Chain], record: Any) -> list[str]:
         case Verdict():
             if (chain := chains.get(record.pseudonym)) is None:
                 return [f"a verdict about adapter {record.pseudonym}, which was never created"]
-            missing = {number for number in (record.tip, record.serving) if number and number not in chain.entries}
+            missing = {
+                number
+                for number in (record.tip, record.serving)
+                if number and number not in chain.entries
+            }
             chain.tip = record.tip
             return [
-                f"a verdict moves {record.pseudonym} to revision {n}, which does not exist" for n in sorted(missing)
+                f"a verdict moves {record.pseudonym} to revision {n}, which does not exist"
+                for n in sorted(missing)
             ]
         case Batch():
             return [problem for part in record.records for problem in _follow(chains, part)]
@@ -186,7 +211,10 @@ def _follow(chains: dict[str, _Chain], record: Any) -> list[str]:
             for moved in record.moved:
                 place = chains[moved.pseudonym].places[moved.revision, moved.part]
                 if moved.sha256 != place.sha256:
-                    return [f"a repack changes the bytes of {moved.part} of {moved.pseudonym}@{moved.revision}"]
+                    return [
+                        f"a repack changes the bytes of {moved.part} of "
+                        f"{moved.pseudonym}@{moved.revision}"
+                    ]
                 moved_place = replace(place, pack=record.pack, offset=moved.offset)
                 chains[moved.pseudonym].places[moved.revision, moved.part] = moved_place
             for name, revision, part in record.dropped:
@@ -202,14 +230,22 @@ def _extend(chains: dict[str, _Chain], entry: RevisionEntry) -> list[str]:
     if entry.revision != len(chain.entries) + 1:
         problems.append(f"{name} follows revision {len(chain.entries)}: a gap or a repetition")
     if entry.parent != chain.tip:
-        problems.append(f"{name} continues revision {entry.parent}, but the tip is {chain.tip}: an unexplained fork")
+        problems.append(
+            f"{name} continues revision {entry.parent}, but the tip is {chain.tip}: an unexplained "
+            "fork"
+        )
     parent = chain.entries.get(entry.parent)
     if entry.parent_sha256 != (None if parent is None else parent.blobs["weights"].sha256):
-        problems.append(f"{name} names another digest for its parent {entry.parent} than that revision has")
+        problems.append(
+            f"{name} names another digest for its parent {entry.parent} than that revision has"
+        )
     if entry.parent_moments_sha256 is not None and (
         parent is None or entry.parent_moments_sha256 != parent.blobs["moments"].sha256
     ):
-        problems.append(f"{name} names another digest for the moments of its parent {entry.parent} than those have")
+        problems.append(
+            f"{name} names another digest for the moments of its parent {entry.parent} than those "
+            "have"
+        )
     if chain.is_forgotten:
         problems.append(f"{name} was committed after its user was forgotten")
     chain.entries[entry.revision] = entry
@@ -221,6 +257,11 @@ def _extend(chains: dict[str, _Chain], entry: RevisionEntry) -> list[str]:
 def positions_from_json(body: Mapping[str, Any]) -> dict[int, Position]:
     """The `positions` of an earlier verification's JSON; `InvalidInput` if it is something else."""
     try:
-        return {int(partition): Position(**position) for partition, position in body["positions"].items()}
+        return {
+            int(partition): Position(**position)
+            for partition, position in body["positions"].items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidInput(f"not the JSON of an earlier `populace verify --all --json`: {error!r}") from None
+        raise InvalidInput(
+            f"not the JSON of an earlier `populace verify --all --json`: {error!r}"
+        ) from None

@@ -17,7 +17,13 @@ from obstore.exceptions import (
 )
 from obstore.store import MemoryStore as _ObstoreMemory
 
-from populace.storage.errors import AlreadyExists, InvalidInput, ObjectNotFound, OutcomeUnknown, StoreUnavailable
+from populace.storage.errors import (
+    AlreadyExists,
+    InvalidInput,
+    ObjectNotFound,
+    OutcomeUnknown,
+    StoreUnavailable,
+)
 
 
 class ObstoreStore:
@@ -42,7 +48,9 @@ class ObstoreStore:
     def read_into(self, key: str, offset: int, into: memoryview) -> int:
         try:
             with self._reading(key):
-                body = memoryview(obstore.get_range(self._store, key, start=offset, length=len(into)))
+                body = memoryview(
+                    obstore.get_range(self._store, key, start=offset, length=len(into))
+                )
         except StoreUnavailable:
             if self.head(key) > offset:
                 raise
@@ -81,9 +89,16 @@ class ObstoreStore:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise InvalidInput(_refused(self.url, key)) from error
         except BaseError as error:
-            if any(word in str(error) for word in ("AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId")):
-                raise InvalidInput(_refused(self.url, key)) from error  # listings have no error of their own for it
-            raise StoreUnavailable(f"object {key!r} in {self.url} can't be read: {_short(error)}") from error
+            if any(
+                word in str(error)
+                for word in ("AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId")
+            ):
+                raise InvalidInput(
+                    _refused(self.url, key)
+                ) from error  # listings have no error of their own for it
+            raise StoreUnavailable(
+                f"object {key!r} in {self.url} can't be read: {_short(error)}"
+            ) from error
 
     @contextlib.contextmanager
     def _writing(self, key: str) -> Iterator[None]:
@@ -96,7 +111,9 @@ class ObstoreStore:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise InvalidInput(_refused(self.url, key)) from error
         except BaseError as error:
-            raise OutcomeUnknown(f"{self.url} did not say whether {key!r} was written: {_short(error)}") from error
+            raise OutcomeUnknown(
+                f"{self.url} did not say whether {key!r} was written: {_short(error)}"
+            ) from error
 
 
 class MemoryStore(ObstoreStore):
@@ -109,7 +126,8 @@ class MemoryStore(ObstoreStore):
 
 def _refused(url: str, key: str) -> str:
     return (
-        f"{url} refuses access to {key!r}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws/credentials) "
+        f"{url} refuses access to {key!r}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or "
+        "~/.aws/credentials) "
         "and the bucket's policy"
     )
 

@@ -1,8 +1,9 @@
 """The object-store contract: one interface over `file://`, `memory://` and `s3://`.
 
-`create` is the primitive that everything else rests on: of any number of racing creates of one key exactly one
-succeeds, and the others raise `AlreadyExists`. A write whose fate the store does not tell raises
-`OutcomeUnknown`; who needs to know finds out by reading. A read that finds no answer raises `StoreUnavailable`.
+`create` is the primitive that everything else rests on: of any number of racing creates of one key
+exactly one succeeds, and the others raise `AlreadyExists`. A write whose fate the store does not
+tell raises `OutcomeUnknown`; who needs to know finds out by reading. A read that finds no answer
+raises `StoreUnavailable`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Protocol
 
 
 class ObjectStore(Protocol):
-    """Keys are `/`-separated relative paths, bodies are bytes. Every call raises `ObjectNotFound` for a key
-    that should be there and is not."""
+    """Keys are `/`-separated relative paths, bodies are bytes. Every call raises `ObjectNotFound`
+    for a key that should be there and is not."""
 
     @property
     def url(self) -> str:
@@ -23,8 +24,8 @@ class ObjectStore(Protocol):
         """Write or overwrite."""
 
     def create(self, key: str, body: bytes) -> None:
-        """Write a new object; `AlreadyExists` if the key is taken. Never retried: a repeated create that had
-        landed would tell the winner that it lost."""
+        """Write a new object; `AlreadyExists` if the key is taken. Never retried: a repeated create
+        that had landed would tell the winner that it lost."""
 
     def get(self, key: str) -> bytes: ...
 

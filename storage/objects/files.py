@@ -15,8 +15,8 @@ _TEMPORARY = ".tmp-"
 
 
 class FileStore:
-    """A local folder. Durable: a write returns after file and folder are synced, so that a power cut leaves
-    either the whole object or none (obstore's local store never syncs)."""
+    """A local folder. Durable: a write returns after file and folder are synced, so that a power
+    cut leaves either the whole object or none (obstore's local store never syncs)."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -59,7 +59,11 @@ class FileStore:
         return iter(sorted(key for key in found if key > after))
 
     def folders(self) -> Sequence[str]:
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+        return (
+            sorted(path.name for path in self.root.iterdir() if path.is_dir())
+            if self.root.is_dir()
+            else []
+        )
 
     def delete(self, key: str) -> None:
         path = self.root / key
@@ -78,15 +82,21 @@ class FileStore:
         except (FileNotFoundError, NotADirectoryError):
             raise ObjectNotFound(f"no object {key!r} in {self.url}") from None
         except OSError as error:
-            raise StoreUnavailable(f"object {key!r} in {self.url} can't be read: {error}") from error
+            raise StoreUnavailable(
+                f"object {key!r} in {self.url} can't be read: {error}"
+            ) from error
 
     def _write(self, key: str, body: bytes, publish: Callable[[str, Path], None]) -> None:
         path = self.root / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent)
+            descriptor, temporary = tempfile.mkstemp(
+                prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent
+            )
         except OSError as error:
-            raise StoreUnavailable(f"object {key!r} can't be written to {self.url}: {error}") from error
+            raise StoreUnavailable(
+                f"object {key!r} can't be written to {self.url}: {error}"
+            ) from error
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(body)
@@ -96,16 +106,21 @@ class FileStore:
         except FileExistsError:
             raise AlreadyExists(f"object {key!r} is already in {self.url}") from None
         except OSError as error:  # a full disk, a lost mount; the object is not there
-            raise StoreUnavailable(f"object {key!r} can't be written to {self.url}: {error}") from error
+            raise StoreUnavailable(
+                f"object {key!r} can't be written to {self.url}: {error}"
+            ) from error
         finally:
             Path(temporary).unlink(missing_ok=True)
         try:
             self._sync(path.parent)
         except OSError as error:
-            raise OutcomeUnknown(f"object {key!r} in {self.url} may not be durable: {error}") from error
+            raise OutcomeUnknown(
+                f"object {key!r} in {self.url} may not be durable: {error}"
+            ) from error
 
     def _sync(self, folder: Path) -> None:
-        """A new folder's own entry is only durable once the folder above it is synced, up to the root."""
+        """A new folder's own entry is only durable once the folder above it is synced, up to the
+        root."""
         sync_folder(folder)
         if folder not in self._durable_folders:
             for above in folder.parents:

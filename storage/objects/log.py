@@ -1,7 +1,7 @@
 """An ordered log on an object store: append at a number, read from a number.
 
-One object per number. `append_at` never moves on by itself: who loses a number decides what that means (an
-experience writer goes to the next one, an owner is fenced).
+One object per number. `append_at` never moves on by itself: who loses a number decides what that
+means (an experience writer goes to the next one, an owner is fenced).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Log:
         return f"{self.prefix}/{seq:020d}{self.suffix}"
 
     def append_at(self, seq: int, body: bytes) -> None:
-        """Create number `seq`. Raises `AlreadyExists` when it is taken, `OutcomeUnknown` when the store does
-        not tell."""
+        """Create number `seq`. Raises `AlreadyExists` when it is taken, `OutcomeUnknown` when the
+        store does not tell."""
         self.store.create(self.key(seq), body)
 
     def read(self, seq: int) -> bytes | None:
@@ -35,8 +35,8 @@ class Log:
             return None
 
     def read_from(self, seq: int) -> Iterator[tuple[int, bytes]]:
-        """Every record from `seq` on. A listing is never trusted to be complete: the end is the first number
-        that is not there."""
+        """Every record from `seq` on. A listing is never trusted to be complete: the end is the
+        first number that is not there."""
         while (body := self.read(seq)) is not None:
             yield seq, body
             seq += 1
@@ -49,7 +49,8 @@ class Log:
         return True
 
     def next_after(self, seq: int) -> int:
-        """The first free number at or after `seq`, by HEAD alone, in about 2 log2 of the distance to it."""
+        """The first free number at or after `seq`, by HEAD alone, in about 2 log2 of the distance
+        to it."""
         step = 1
         while self.exists(seq + step - 1):
             step *= 2

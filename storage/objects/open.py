@@ -12,7 +12,8 @@ from populace.storage.objects.files import FileStore
 
 
 def open_store(url: str) -> ObjectStore:
-    """The store at `file://PATH`, a plain path, `memory://`, or `s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME]`."""
+    """The store at `file://PATH`, a plain path, `memory://`, or
+    `s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME]`."""
     parsed = urlparse(url)
     if parsed.scheme == "memory":
         return MemoryStore()
@@ -22,8 +23,12 @@ def open_store(url: str) -> ObjectStore:
         return open_s3(url)
     if parsed.scheme == "file":
         if parsed.netloc:
-            raise InvalidInput(f"store is {url!r}: 'file://' takes an absolute path; write file:///{parsed.netloc}…")
+            raise InvalidInput(
+                f"store is {url!r}: 'file://' takes an absolute path; write file:///{parsed.netloc}…"
+            )
         return FileStore(Path(unquote(parsed.path)))
     if parsed.scheme or not url:
-        raise InvalidInput(f"store is {url!r}; use file:///absolute/path, a plain path, s3://bucket, or memory://")
+        raise InvalidInput(
+            f"store is {url!r}; use file:///absolute/path, a plain path, s3://bucket, or memory://"
+        )
     return FileStore(Path(url))

@@ -1,7 +1,8 @@
-"""The conformance probe: whether a store keeps the promises that exactly-once commits and erasure rest on.
+"""The conformance probe: whether a store keeps the promises that exactly-once commits and erasure
+rest on.
 
-Some servers accept a condition and ignore it, or answer a range read with the whole object. A store that fails is
-refused by the name of what failed.
+Some servers accept a condition and ignore it, or answer a range read with the whole object. A store
+that fails is refused by the name of what failed.
 """
 
 from __future__ import annotations
@@ -74,11 +75,14 @@ def _check_create_race(store: ObjectStore, key: str) -> None:
     num_won = outcomes.count("won")
     if num_won > 1 or (num_won == 0 and outcomes[winner] != "unknown"):
         raise UnsafeStore(
-            f"create: {num_won} of {NUM_WRITERS} racing creates of one key succeeded in {store.url}; exactly one may. "
+            f"create: {num_won} of {NUM_WRITERS} racing creates of one key succeeded in "
+            f"{store.url}; exactly one may. "
             "The server ignores If-None-Match; use MinIO, AWS S3, SeaweedFS or a local folder"
         )
     if num_won == 1 and outcomes[winner] != "won":
-        raise UnsafeStore(f"create: a create that lost overwrote the winner's object in {store.url}")
+        raise UnsafeStore(
+            f"create: a create that lost overwrote the winner's object in {store.url}"
+        )
 
 
 def _check_reads(store: ObjectStore, key: str) -> None:
@@ -86,16 +90,24 @@ def _check_reads(store: ObjectStore, key: str) -> None:
     store.put(key, b"before")
     store.put(key, body)
     if store.get(key) != body:
-        raise UnsafeStore(f"read after write: {store.url} answered with an older object than the last one put")
+        raise UnsafeStore(
+            f"read after write: {store.url} answered with an older object than the last one put"
+        )
     for offset, size in ((0, 5), (1000, 100), (len(body) - 7, 7)):
         if get_range(store, key, offset, size) != body[offset : offset + size]:
-            raise UnsafeStore(f"range reads: {store.url} answered bytes {offset}+{size} with other bytes")
+            raise UnsafeStore(
+                f"range reads: {store.url} answered bytes {offset}+{size} with other bytes"
+            )
     if store.head(key) != len(body):
-        raise UnsafeStore(f"head: {store.url} reports {store.head(key)} bytes for an object of {len(body)}")
+        raise UnsafeStore(
+            f"head: {store.url} reports {store.head(key)} bytes for an object of {len(body)}"
+        )
 
 
 def _check_listing(store: ObjectStore, prefix: str, first: str, second: str) -> None:
     if (found := list(store.list(prefix))) != [first, second]:
         raise UnsafeStore(f"listing: {store.url} lists {found} where {[first, second]} are")
     if (found := list(store.list(prefix, after=first))) != [second]:
-        raise UnsafeStore(f"listing: {store.url} lists {found} after {first!r} where only {second!r} is")
+        raise UnsafeStore(
+            f"listing: {store.url} lists {found} after {first!r} where only {second!r} is"
+        )

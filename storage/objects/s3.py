@@ -1,8 +1,8 @@
 """`s3://`: MinIO first, and every other S3 that passes the probe.
 
-obstore carries the data; the minio SDK makes and checks the bucket. Credentials come from the environment
-(AWS_ACCESS_KEY_ID, MINIO_ACCESS_KEY), ~/.aws/credentials, or the machine's role; never from the URL, which is
-written into logs and manifests.
+obstore carries the data; the minio SDK makes and checks the bucket. Credentials come from the
+environment (AWS_ACCESS_KEY_ID, MINIO_ACCESS_KEY), ~/.aws/credentials, or the machine's role; never
+from the URL, which is written into logs and manifests.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ SUSPENDED = "Suspended"
 
 ABORT_UPLOADS_AFTER_DAYS = 7
 
-_CREDENTIALS_HELP = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them into ~/.aws/credentials (profile: AWS_PROFILE)"
-)
+_CREDENTIALS_HELP = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them into ~/.aws/credentials (profile: AWS_PROFILE)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +55,33 @@ class S3Location:
     def parse(url: str) -> S3Location:
         parsed = urlparse(url)
         if parsed.username or parsed.password:
-            raise InvalidInput(f"store s3://…@{parsed.hostname}: a URL must not hold credentials; {_CREDENTIALS_HELP}")
+            raise InvalidInput(
+                f"store s3://…@{parsed.hostname}: a URL must not hold credentials; "
+                f"{_CREDENTIALS_HELP}"
+            )
         if not parsed.hostname or parsed.port is not None:
-            raise InvalidInput(f"store is {url!r}; write s3://BUCKET[/PREFIX][?endpoint=http://HOST:PORT&region=NAME]")
+            raise InvalidInput(
+                f"store is {url!r}; write s3://BUCKET[/PREFIX][?endpoint=http://HOST:PORT&region=NAME]"
+            )
         query = parse_qs(parsed.query, keep_blank_values=True)
         if unknown := set(query) - {"endpoint", "region"}:
-            raise InvalidInput(f"store {parsed.netloc}: unknown {sorted(unknown)} in the URL; use endpoint and region")
+            raise InvalidInput(
+                f"store {parsed.netloc}: unknown {sorted(unknown)} in the URL; use endpoint and "
+                "region"
+            )
         environment = os.environ
         endpoint = query.get(
-            "endpoint", [environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")]
+            "endpoint",
+            [environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")],
         )[0]
         if endpoint is not None and "@" in urlparse(endpoint).netloc:
-            raise InvalidInput(f"store {parsed.netloc}: an endpoint must not hold credentials; {_CREDENTIALS_HELP}")
+            raise InvalidInput(
+                f"store {parsed.netloc}: an endpoint must not hold credentials; {_CREDENTIALS_HELP}"
+            )
         if endpoint is not None and urlparse(endpoint).scheme not in ("http", "https"):
-            raise InvalidInput(f"store {parsed.netloc}: endpoint is {endpoint!r}; give http://HOST:PORT or https://…")
+            raise InvalidInput(
+                f"store {parsed.netloc}: endpoint is {endpoint!r}; give http://HOST:PORT or https://…"
+            )
         return S3Location(
             bucket=parsed.hostname,
             prefix=parsed.path.strip("/"),
@@ -99,7 +110,9 @@ def open_s3(url: str) -> ObjectStore:
             "access_key_id": found.access_key,
             "secret_access_key": found.secret_key,
             "token": found.session_token,
-            "expires_at": None if expires is None else (expires if expires.tzinfo else expires.replace(tzinfo=UTC)),
+            "expires_at": None
+            if expires is None
+            else (expires if expires.tzinfo else expires.replace(tzinfo=UTC)),
         }
 
     credentials()  # now, where the error can say what to do
@@ -121,7 +134,9 @@ def open_s3(url: str) -> ObjectStore:
 
 
 def credentials_provider() -> Provider:
-    return ChainedProvider([EnvAWSProvider(), EnvMinioProvider(), AWSConfigProvider(), IamAwsProvider()])
+    return ChainedProvider(
+        [EnvAWSProvider(), EnvMinioProvider(), AWSConfigProvider(), IamAwsProvider()]
+    )
 
 
 def _retrieve(provider: Provider) -> Any:

@@ -27,7 +27,12 @@ class Figure:
 
 
 def figure(
-    name: str, values: Sequence[float], unit: str, *, at_least: float | None = None, at_most: float | None = None
+    name: str,
+    values: Sequence[float],
+    unit: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Figure:
     """`values` of repeated measurements in one run; the median is held against the aim."""
     median = statistics.median(values)
@@ -36,7 +41,9 @@ def figure(
         aim, met = f">= {at_least:g}", median >= at_least
     if at_most is not None:
         aim, met = f"<= {at_most:g}", median <= at_most
-    return Figure(name=name, median=median, min=min(values), max=max(values), unit=unit, aim=aim, met=met)
+    return Figure(
+        name=name, median=median, min=min(values), max=max(values), unit=unit, aim=aim, met=met
+    )
 
 
 def publish(title: str, figures: Sequence[Figure], path: Path) -> None:
@@ -45,7 +52,11 @@ def publish(title: str, figures: Sequence[Figure], path: Path) -> None:
     for item in figures:
         mark = "" if item.met is None else "met" if item.met else "[red]missed[/]"
         table.add_row(
-            item.name, *(f"{value:,.4g}" for value in (item.median, item.min, item.max)), item.unit, item.aim, mark
+            item.name,
+            *(f"{value:,.4g}" for value in (item.median, item.min, item.max)),
+            item.unit,
+            item.aim,
+            mark,
         )
     Console(width=150).print(table)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""The grouped LoRA kernels on a GPU. `make bench-kernels`; needs torch, Triton, NumPy and rich, no more.
+"""The grouped LoRA kernels on a GPU. `make bench-kernels`; needs torch, Triton, NumPy and rich, no
+more.
 
-Shapes are those of one layer of Qwen3-30B-A3B (hidden 2048, queries 4096, 128 experts of 768, top-8), bf16 rows over
-fp32 adapters, 4,096 rows unless a figure says otherwise. What a ratio compares is timed in turn; its spread is over
-repetitions.
+Shapes are those of one layer of Qwen3-30B-A3B (hidden 2048, queries 4096, 128 experts of 768,
+top-8), bf16 rows over fp32 adapters, 4,096 rows unless a figure says otherwise. What a ratio
+compares is timed in turn; its spread is over repetitions.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class Product:
         lora_product(x, self.base, self.modules, self.empty, "triton").backward(self.dy)
 
     def least_bytes(self) -> int:
-        """Of deltas and gradients alone: each input read once, each output written once. Forward reads x and adds into
-        y; backward reads dy and x and adds into dx; adapters (fp32) are read twice and their gradients written."""
+        """Of deltas and gradients alone: each input read once, each output written once. Forward
+        reads x and adds into y; backward reads dy and x and adds into dx; adapters (fp32) are read
+        twice and their gradients written."""
         rows = 4 * self.x.numel() + 3 * self.dy.numel()
         arena_G = self.plan.segments.arena_G
         touched = sum(
@@ -59,18 +61,27 @@ class Product:
         return 2 * rows + 4 * 3 * touched
 
 
-def weights(ranks: Sequence[int], slots: int, num_experts: int, inner: int, out: int) -> list[LoraWeights]:
+def weights(
+    ranks: Sequence[int], slots: int, num_experts: int, inner: int, out: int
+) -> list[LoraWeights]:
     lead = (slots, num_experts) if num_experts else (slots,)
     made = []
     for rank in ranks:
-        a, b = (torch.randn(*lead, *shape, device=DEVICE) / 32 for shape in ((rank, inner), (out, rank)))
+        a, b = (
+            torch.randn(*lead, *shape, device=DEVICE) / 32 for shape in ((rank, inner), (out, rank))
+        )
         scale_S = torch.rand(slots, device=DEVICE) + 0.5
-        made.append(LoraWeights(a=a, b=b, grad_a=torch.empty_like(a), grad_b=torch.empty_like(b), scale_S=scale_S))
+        made.append(
+            LoraWeights(
+                a=a, b=b, grad_a=torch.empty_like(a), grad_b=torch.empty_like(b), scale_S=scale_S
+            )
+        )
     return made
 
 
 def dense(users: int, ranks: Sequence[int] = (16,), rows: int = ROWS) -> Product:
-    """Queries of `users` with as many rows each; as many users of each rank, one rank after another."""
+    """Queries of `users` with as many rows each; as many users of each rank, one rank after
+    another."""
     user_T = torch.arange(rows, device=DEVICE) * users // rows
     arena_T, slot_T = (user_T * len(ranks)) // users, user_T
     base = FrozenProduct(w=random(QUERIES, HIDDEN) / 45)
@@ -135,13 +146,18 @@ def copy_bytes_per_second() -> float:
 
 
 def device_milliseconds(run: Callable[[], None]) -> float:
-    """Of one pass: what the LoRA kernels themselves take on the device. Slows down every launch after it."""
+    """Of one pass: what the LoRA kernels themselves take on the device. Slows down every launch
+    after it."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(PASSES):
             run()
         torch.cuda.synchronize()
     kernels = ("reduce_kernel", "spread_kernel", "outer_kernel")
-    return sum(e.self_device_time_total for e in trace.key_averages() if e.key in kernels) / PASSES / 1000
+    return (
+        sum(e.self_device_time_total for e in trace.key_averages() if e.key in kernels)
+        / PASSES
+        / 1000
+    )
 
 
 def measure() -> list[Figure]:
@@ -157,7 +173,11 @@ def measure() -> list[Figure]:
     }
     for name, product in products.items():
         base, triton, grouped = in_turn(
-            [product.run_base, lambda p=product: p.run("triton"), lambda p=product: p.run("grouped")]
+            [
+                product.run_base,
+                lambda p=product: p.run("triton"),
+                lambda p=product: p.run("grouped"),
+            ]
         )
         figures += [
             figure(f"{name}: base alone", base, "ms"),
@@ -169,7 +189,9 @@ def measure() -> list[Figure]:
     one, many = in_turn([lambda: lone.run("triton"), lambda: together.run("triton")])
     figures.append(figure("queries, 4,096 rows of 64 adapters over one", ratio(many, one), "x"))
     slow = in_turn([lambda: together.run("reference"), lambda: together.run("triton")])
-    figures.append(figure("queries, 64 adapters one after another over together", ratio(*slow), "x"))
+    figures.append(
+        figure("queries, 64 adapters one after another over together", ratio(*slow), "x")
+    )
     for name, product in products.items():
         floor = product.least_bytes() / bandwidth * 1000
         times = [device_milliseconds(lambda p=product: p.run("triton")) for _ in range(3)]

@@ -1,7 +1,8 @@
-"""`python -m tests.benchmarks.metrics`: what metrics and live figures cost a wave, with and without in one run.
+"""`python -m tests.benchmarks.metrics`: what metrics and live figures cost a wave, with and without
+in one run.
 
-Waves alternate, with what follows a run and without, on the same population; the fused step is small, so that the share
-is larger than on a real base. About two minutes.
+Waves alternate, with what follows a run and without, on the same population; the fused step is
+small, so that the share is larger than on a real base. About two minutes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def main() -> None:
 
 
 def overhead_figures(folder: Path) -> list[Figure]:
-    settings = dataclasses.replace(overlap_settings(build_base(folder / "base"), False), store=f"file://{folder}/store")
+    settings = dataclasses.replace(
+        overlap_settings(build_base(folder / "base"), False), store=f"file://{folder}/store"
+    )
     store = CountedStore(open_store(settings.store))
     population = Population.create(store, settings)
     population.enqueue_many(overlap_events(num_users=32 * 24, per_user=8))
@@ -78,7 +81,9 @@ def overhead_figures(folder: Path) -> list[Figure]:
     population.ledger.release()
     group.stop()
     controller.close()
-    blocks = [[sum(own[n::BLOCKS]) for own in (seconds[True], seconds[False])] for n in range(BLOCKS)]
+    blocks = [
+        [sum(own[n::BLOCKS]) for own in (seconds[True], seconds[False])] for n in range(BLOCKS)
+    ]
     per_call_s, wave_s = counting_s(), sum(seconds[False]) / len(seconds[False])
     return [
         figure("a wave, without", seconds[False], "s"),

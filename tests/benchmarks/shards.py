@@ -1,6 +1,8 @@
-"""What splitting a base over actors costs and saves. `make bench-shards`; correctness first, then pairs in one run.
+"""What splitting a base over actors costs and saves. `make bench-shards`; correctness first, then
+pairs in one run.
 
-The step's base is a random Mixtral of 48 M parameters; loading is also measured on `smollm2-moe` where it is prepared.
+The step's base is a random Mixtral of 48 M parameters; loading is also measured on `smollm2-moe`
+where it is prepared.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ NOISES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 def settings_for(folder: Path, store: Path, threads: int) -> ShardSettings:
     return ShardSettings(
-        base_folder=str(folder), dtype="float32", store_url=str(store), population="bench", slots=2 * USERS,
+        base_folder=str(folder), dtype="float32", store_url=str(store), population="bench",
+        slots=2 * USERS,
         threads=threads, eos_ids=frozenset(),
         trainer=TrainerSettings.of(TrainSettings(kl_coefficient=0.0), OptimizerSettings()),
     )  # fmt: skip
@@ -62,7 +65,9 @@ REFS = [AdapterRef(key=key, spec=SPEC, seed=number) for number, key in enumerate
 def wave() -> WaveBatch:
     groups = [(demonstration(number, TOKENS),) for number in range(USERS)]
     return WaveBatch(
-        adapters=tuple(AdapterBatch(adapter=key, groups=group) for key, group in zip(KEYS, groups, strict=True))
+        adapters=tuple(
+            AdapterBatch(adapter=key, groups=group) for key, group in zip(KEYS, groups, strict=True)
+        )
     )
 
 
@@ -83,18 +88,23 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def steps(folder: Path, store: Path) -> Iterator[Figure]:
-    """One shard with all threads against two with half of them each: the same processors, plus the exchange."""
+    """One shard with all threads against two with half of them each: the same processors, plus the
+    exchange."""
     threads = max(2, os.cpu_count() or 1)
     group_of = {}
     for count in (1, 2):
-        settings = replace(settings_for(folder, store, threads // count), population=f"bench-{count}")
+        settings = replace(
+            settings_for(folder, store, threads // count), population=f"bench-{count}"
+        )
         group_of[count] = ShardGroup(settings, GroupSettings(count=count, cpus=0.1))
     try:
         for group in group_of.values():
             group.wait_until_ready()
             group.page_in(REFS, True)
         one, two = (group_of[count].train_wave(wave()) for count in (1, 2))
-        assert [u.weights for u in one.updates] == [u.weights for u in two.updates], "not the same bits"
+        assert [u.weights for u in one.updates] == [u.weights for u in two.updates], (
+            "not the same bits"
+        )
 
         def train(count: int) -> float:
             return seconds(lambda: group_of[count].train_wave(wave()))
@@ -103,7 +113,11 @@ def steps(folder: Path, store: Path) -> Iterator[Figure]:
             return seconds(lambda: group_of[count].roll_out(requests(16)))
 
         ratios = [train(2) / train(1) for _ in range(4)]
-        yield figure(f"step, 2 shards over 1 on the same processors, {USERS} users x {TOKENS} tokens", ratios, "x")
+        yield figure(
+            f"step, 2 shards over 1 on the same processors, {USERS} users x {TOKENS} tokens",
+            ratios,
+            "x",
+        )
         decode(2), decode(1)
         ratios = [decode(2) / decode(1) for _ in range(3)]
         yield figure("rollout, 2 shards over 1 on the same processors", ratios, "x")
@@ -135,11 +149,17 @@ def loading(folder: Path, name: str, tiny: Path) -> Iterator[Figure]:
         for rank in range(shards):
             share = sum(tensors[tensor] for tensor in placement.tensors_of(rank, tensors))
             grown.append(measure(folder, rank, shards, tiny)["grown"] / (4 * share))
-        yield figure(f"{name}: peak memory of loading over a shard's share, {shards} shards", grown, "x", at_most=1.10)
+        yield figure(
+            f"{name}: peak memory of loading over a shard's share, {shards} shards",
+            grown,
+            "x",
+            at_most=1.10,
+        )
 
 
 def routing(folder: Path, figures_folder: Path) -> Iterator[Figure]:
-    """KL between rollout and trainer under noise in the router, with and without replay of the rollout's selection."""
+    """KL between rollout and trainer under noise in the router, with and without replay of the
+    rollout's selection."""
     engine = ShardEngine(settings_for(folder, Path("memory://"), 2), MemoryStore())
     engine.page_in(REFS, True)
     groups = engine.roll_out(requests(24))
@@ -147,13 +167,17 @@ def routing(folder: Path, figures_folder: Path) -> Iterator[Figure]:
     table: dict[str, list[float]] = {"replay": [], "no replay": [], "out of route": []}
     for noise in NOISES:
         for name in ("replay", "no replay"):
-            for number, (layer, gate) in enumerate(zip(engine.base.decoder.layers, gates, strict=True)):
+            for number, (layer, gate) in enumerate(
+                zip(engine.base.decoder.layers, gates, strict=True)
+            ):
                 layer.mlp.gate = NoisyGate(gate, noise, number)
             engine.reset()
             engine.page_in(REFS, True)
             lessons = tuple(learn_from(group, name == "replay") for group in groups)
             result = engine.train_wave(WaveBatch(adapters=lessons))
-            table[name].append(float(np.mean([update.metrics["rollout_kl"] for update in result.updates])))
+            table[name].append(
+                float(np.mean([update.metrics["rollout_kl"] for update in result.updates]))
+            )
             if name == "replay":
                 otherwise, replayed = result.out_of_route
                 table["out of route"].append(otherwise / replayed)
@@ -199,11 +223,14 @@ def main(names: Sequence[str]) -> None:
             "steps": lambda: steps(folder / "base", folder / "store"),
         }
         if (prepared := find_prepared("smollm2-moe")) is not None:
-            parts["smollm2"] = lambda: loading(Path(prepared.folder), "smollm2-moe", folder / "tiny")
+            parts["smollm2"] = lambda: loading(
+                Path(prepared.folder), "smollm2-moe", folder / "tiny"
+            )
         if not names or "steps" in names:
             variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
             ray.init(
-                "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error",
+                "local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+                logging_level="error",
                 namespace=NAMESPACE, runtime_env={"env_vars": variables},
             )  # fmt: skip
         for part, take in parts.items():
@@ -211,7 +238,11 @@ def main(names: Sequence[str]) -> None:
                 continue
             for item in take():
                 figures.append(item)
-                print(f"{item.name}: {item.median:.3g} ({item.min:.3g} to {item.max:.3g}) {item.unit}", flush=True)
+                print(
+                    f"{item.name}: {item.median:.3g} ({item.min:.3g} to {item.max:.3g}) "
+                    f"{item.unit}",
+                    flush=True,
+                )
     if not names:
         publish("The shard group", figures, Path("build/bench/shards.json"))
 

@@ -1,7 +1,8 @@
-"""The fused step against what else there is. `make bench-step`; correctness first, then pairs timed in turn in one run.
+"""The fused step against what else there is. `make bench-step`; correctness first, then pairs timed
+in turn in one run.
 
-A random Mixtral of 48 M parameters, rank 8 on attention and on experts unless said otherwise. Ratios are of medians'
-neighbours: every repetition times both sides, one after the other.
+A random Mixtral of 48 M parameters, rank 8 on attention and on experts unless said otherwise.
+Ratios are of medians' neighbours: every repetition times both sides, one after the other.
 """
 
 from __future__ import annotations
@@ -68,7 +69,13 @@ class Bench:
     """An engine with adapters in it."""
 
     def __init__(
-        self, folder: Path, ranks: Sequence[int], *, numerics: str = "invariant", offload: bool = False, slots: int = 0
+        self,
+        folder: Path,
+        ranks: Sequence[int],
+        *,
+        numerics: str = "invariant",
+        offload: bool = False,
+        slots: int = 0,
     ) -> None:
         train = TrainSettings(numerics=numerics, kl_coefficient=0.0)
         settings = ShardSettings(
@@ -80,7 +87,11 @@ class Bench:
         self.keys = [AdapterKey(f"{number:032x}", 0) for number in range(len(ranks))]
         specs = [AdapterSpec(rank=r, expert_rank=r, alpha=32, learning_rate=1e-4) for r in ranks]
         self.engine.page_in(
-            [AdapterRef(key=k, spec=s, seed=i) for i, (k, s) in enumerate(zip(self.keys, specs, strict=True))], True
+            [
+                AdapterRef(key=k, spec=s, seed=i)
+                for i, (k, s) in enumerate(zip(self.keys, specs, strict=True))
+            ],
+            True,
         )
 
     @property
@@ -88,12 +99,15 @@ class Bench:
         slab = self.engine.slab
         return sum(slab.exact_layout(slot.spec).size for slot in slab.slots.values())
 
-    def wave(self, tokens: int, keys: Sequence[AdapterKey] | None = None, groups: int = 1) -> WaveBatch:
+    def wave(
+        self, tokens: int, keys: Sequence[AdapterKey] | None = None, groups: int = 1
+    ) -> WaveBatch:
         """Every adapter learns `groups` sequences of `tokens` tokens by likelihood."""
         return WaveBatch(
             adapters=tuple(
                 AdapterBatch(
-                    adapter=key, groups=tuple(demonstration(number * groups + i, tokens) for i in range(groups))
+                    adapter=key,
+                    groups=tuple(demonstration(number * groups + i, tokens) for i in range(groups)),
                 )
                 for number, key in enumerate(keys or self.keys)
             )
@@ -178,17 +192,23 @@ class Peft:
 
 
 def check(folder: Path) -> None:
-    """Before anything is timed: both sides see the same loss, and each user's bytes are those of a step alone. That the
-    adapters' values and gradients are right is for tests/test_kernels.py and tests/test_export.py."""
+    """Before anything is timed: both sides see the same loss, and each user's bytes are those of a
+    step alone. That the adapters' values and gradients are right is for tests/test_kernels.py and
+    tests/test_export.py."""
     peft, many, one = Peft(folder), Bench(folder, [8] * 8), Bench(folder, [8])
     losses = [peft.step(0, 64)]
     result = many.engine.train_wave(many.wave(64))
     alone = one.engine.train_wave(one.wave(64)).updates[0]
     assert (alone.weights, alone.moments) == (result.updates[0].weights, result.updates[0].moments)
-    assert abs(losses[0] - result.updates[0].metrics["loss"]) < 2e-2 * losses[0], (losses, result.updates[0].metrics)
+    assert abs(losses[0] - result.updates[0].metrics["loss"]) < 2e-2 * losses[0], (
+        losses,
+        result.updates[0].metrics,
+    )
 
 
-def pairs(left: Callable[[], float], right: Callable[[], float], repetitions: int = REPETITIONS) -> list[float]:
+def pairs(
+    left: Callable[[], float], right: Callable[[], float], repetitions: int = REPETITIONS
+) -> list[float]:
     """left / right of every repetition, after one of each to warm up."""
     left(), right()
     return [left() / right() for _ in range(repetitions)]
@@ -220,8 +240,12 @@ def against_peft(folder: Path) -> Iterator[Figure]:
 def against_one_adapter(folder: Path) -> Iterator[Figure]:
     for users, aim in ((64, 1.10), (256, 1.25)):
         many, one = Bench(folder, [8] * users), Bench(folder, [8])
-        ratios = compare(many.forward_backward, many.wave(64), one.forward_backward, one.wave(64, groups=users))
-        yield figure(f"forward + backward, {users} adapters over one, same tokens", ratios, "x", at_most=aim)
+        ratios = compare(
+            many.forward_backward, many.wave(64), one.forward_backward, one.wave(64, groups=users)
+        )
+        yield figure(
+            f"forward + backward, {users} adapters over one, same tokens", ratios, "x", at_most=aim
+        )
 
 
 def optimizer_bandwidth(folder: Path) -> Iterator[Figure]:
@@ -238,7 +262,8 @@ def optimizer_bandwidth(folder: Path) -> Iterator[Figure]:
     def step() -> float:
         start = time.perf_counter()
         update_adapters(bench.engine.slab, bench.keys, adam)
-        # Read: weights, gradient, m, v. Written: weights, m, v. The norm's own reading is not counted as useful.
+        # Read: weights, gradient, m, v. Written: weights, m, v. The norm's own reading is not
+        # counted as useful.
         return 7 * 4 * bench.num_parameters / (time.perf_counter() - start)
 
     yield figure("optimizer's bytes/s over the copy's", pairs(step, copy), "x", at_least=0.6)
@@ -250,14 +275,27 @@ def ranks_and_numerics(folder: Path) -> Iterator[Figure]:
     yield figure("invariant over fast", ratios, "x", at_most=1.05)
     del left, right
     # In processes of their own: two such slabs and their new bytes don't fit beside each other.
-    ratios = [_alone(folder, "--ranks", "mixed") / _alone(folder, "--ranks", "uniform") for _ in range(3)]
-    yield figure("64 users, ranks 1 to 64 over rank 33 (0.98 x the parameters)", ratios, "x", at_most=1.10)
+    ratios = [
+        _alone(folder, "--ranks", "mixed") / _alone(folder, "--ranks", "uniform") for _ in range(3)
+    ]
+    yield figure(
+        "64 users, ranks 1 to 64 over rank 33 (0.98 x the parameters)", ratios, "x", at_most=1.10
+    )
 
 
 def _alone(folder: Path, *arguments: str) -> float:
     """The figure that this module prints in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.step", arguments[0], str(folder), *arguments[1:]]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.step",
+        arguments[0],
+        str(folder),
+        *arguments[1:],
+    ]
+    return float(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def measure_ranks(folder: Path, which: str) -> None:
@@ -268,7 +306,8 @@ def measure_ranks(folder: Path, which: str) -> None:
 
 
 def model_flops(num_tokens: int) -> float:
-    """Forward and backward of a frozen base: twice 2 multiply-adds per active parameter and token; no attention."""
+    """Forward and backward of a frozen base: twice 2 multiply-adds per active parameter and token;
+    no attention."""
     attention = HIDDEN * (384 + 128 + 128) + 384 * HIDDEN
     active = LAYERS * (attention + TOP_K * 3 * HIDDEN * INNER) + VOCABULARY * HIDDEN
     return 2.0 * 2 * active * num_tokens
@@ -289,13 +328,33 @@ def efficiency(folder: Path) -> Iterator[Figure]:
 
     dtype = bench.engine.base.dtype
     ratios = pairs(lambda: model_flops(64 * 64) / bench.step(wave), lambda: product(dtype))
-    yield figure(f"model FLOP/s of the whole step over the product's own ({dtype})", ratios, "x", at_least=0.55)
-    ratios = pairs(lambda: model_flops(64 * 64) / bench.step(wave), lambda: product(torch.bfloat16, 512))
-    yield figure("the same over the bf16 product's (emulated where the processor has none)", ratios, "x")
-    with timing(train_step, "_forward_backward") as passes, timing(train_step, "update_adapters") as optimizer:
+    yield figure(
+        f"model FLOP/s of the whole step over the product's own ({dtype})",
+        ratios,
+        "x",
+        at_least=0.55,
+    )
+    ratios = pairs(
+        lambda: model_flops(64 * 64) / bench.step(wave), lambda: product(torch.bfloat16, 512)
+    )
+    yield figure(
+        "the same over the bf16 product's (emulated where the processor has none)", ratios, "x"
+    )
+    with (
+        timing(train_step, "_forward_backward") as passes,
+        timing(train_step, "update_adapters") as optimizer,
+    ):
         whole = [bench.step(wave) for _ in range(3)]
-    yield figure("share of a step in forward and backward", [p / w for p, w in zip(passes, whole, strict=True)], "")
-    yield figure("share of a step in the optimizer", [o / w for o, w in zip(optimizer, whole, strict=True)], "")
+    yield figure(
+        "share of a step in forward and backward",
+        [p / w for p, w in zip(passes, whole, strict=True)],
+        "",
+    )
+    yield figure(
+        "share of a step in the optimizer",
+        [o / w for o, w in zip(optimizer, whole, strict=True)],
+        "",
+    )
 
 
 def rollout(folder: Path) -> Iterator[Figure]:
@@ -306,7 +365,8 @@ def rollout(folder: Path) -> Iterator[Figure]:
     ids = torch.from_numpy(np.stack([token_ids(n, prompt - 1) for n in range(64)])).long()
     requests = [
         RolloutRequest(
-            adapter=key, event_id=str(n), prompt_ids=ids[n].numpy().astype(np.int32), num_samples=1, max_new_tokens=new,
+            adapter=key, event_id=str(n), prompt_ids=ids[n].numpy().astype(np.int32),
+            num_samples=1, max_new_tokens=new,
             temperature=1.0,
         )
         for n, key in enumerate(bench.keys)
@@ -321,7 +381,8 @@ def rollout(folder: Path) -> Iterator[Figure]:
         start = time.perf_counter()
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                do_sample=True,
                 pad_token_id=0,
             )  # fmt: skip
         return (out.shape[1] - prompt) * len(out) / (time.perf_counter() - start)
@@ -329,7 +390,9 @@ def rollout(folder: Path) -> Iterator[Figure]:
     ours(), theirs()
     speeds = [(ours(), theirs()) for _ in range(3)]
     yield figure("rollout, 64 rows with 64 adapters", [one for one, _ in speeds], "tokens/s")
-    yield figure("Hugging Face generate, 64 rows, no adapter", [other for _, other in speeds], "tokens/s")
+    yield figure(
+        "Hugging Face generate, 64 rows, no adapter", [other for _, other in speeds], "tokens/s"
+    )
     yield figure("rollout over generate", [one / other for one, other in speeds], "x", at_least=5.0)
 
 
@@ -346,7 +409,9 @@ def thousand(folder: Path) -> Iterator[Figure]:
     row = slab.arenas[0].layout.size * 4 / 1e6
     yield figure("memory of a slot that holds an adapter (weights)", [row], "MB")
     yield figure(
-        "memory that 100 of 1,000 adapters' first step took, per adapter", [(after_100 - resident) / 100e6], "MB"
+        "memory that 100 of 1,000 adapters' first step took, per adapter",
+        [(after_100 - resident) / 100e6],
+        "MB",
     )
     plain = bench.engine.settings.trainer.optimizer
     offloaded = dataclasses.replace(plain, offload=True)
@@ -365,12 +430,16 @@ def _resident_bytes() -> int:
 
 
 def peak_memory(folder: Path) -> Iterator[Figure]:
-    """In processes of their own: the peak without the slab and without the new bytes that the step returns."""
+    """In processes of their own: the peak without the slab and without the new bytes that the step
+    returns."""
     peaks = {}
     for users in (1, 64):
         peaks[users] = _alone(folder, "--memory", str(users))
     yield figure(
-        "peak memory, 64 adapters over one (without slab and new bytes)", [peaks[64] / peaks[1]], "x", at_most=1.10
+        "peak memory, 64 adapters over one (without slab and new bytes)",
+        [peaks[64] / peaks[1]],
+        "x",
+        at_most=1.10,
     )
 
 
@@ -384,7 +453,10 @@ def measure_memory(folder: Path, users: int) -> None:
 def surface(folder: Path) -> tuple[list[Figure], str]:
     """Updates per second, fused over one after another, by users and tokens per user."""
     figures = []
-    lines = ["| users \\ tokens | " + " | ".join(map(str, TOKENS_OF_SURFACE)) + " |", "|---" * 6 + "|"]
+    lines = [
+        "| users \\ tokens | " + " | ".join(map(str, TOKENS_OF_SURFACE)) + " |",
+        "|---" * 6 + "|",
+    ]
     bench = Bench(folder, [8] * max(USERS_OF_SURFACE))
     for users in USERS_OF_SURFACE:
         cells = []
@@ -393,9 +465,13 @@ def surface(folder: Path) -> tuple[list[Figure], str]:
             alone = [bench.wave(tokens, [key]) for key in some]
             ratios = [
                 users * float(np.mean([bench.step(one) for one in alone])) / bench.step(wave)
-                for _ in range(3 if users * tokens <= 4096 else 2 if users * tokens <= TOKENS_TO_REPEAT else 1)
+                for _ in range(
+                    3 if users * tokens <= 4096 else 2 if users * tokens <= TOKENS_TO_REPEAT else 1
+                )
             ]
-            figures.append(figure(f"fused over sequential, {users} users x {tokens} tokens", ratios, "x"))
+            figures.append(
+                figure(f"fused over sequential, {users} users x {tokens} tokens", ratios, "x")
+            )
             cells.append(f"{figures[-1].median:.2f}")
             print(f"{figures[-1].name}: {figures[-1].median:.3g}", flush=True)
         lines.append(f"| {users} | " + " | ".join(cells) + " |")
@@ -414,13 +490,24 @@ def main(names: Sequence[str]) -> None:
         check(folder)
         print(f"correct; {THREADS} threads, {resolve_dtype('auto')}", flush=True)
         figures: list[Figure] = []
-        parts = (against_peft, against_one_adapter, optimizer_bandwidth, ranks_and_numerics, efficiency, rollout)
+        parts = (
+            against_peft,
+            against_one_adapter,
+            optimizer_bandwidth,
+            ranks_and_numerics,
+            efficiency,
+            rollout,
+        )
         for part in (*parts, thousand, peak_memory):
             if names and part.__name__ not in names:
                 continue
             for item in part(folder):
                 figures.append(item)
-                print(f"{item.name}: {item.median:.3g} ({item.min:.3g} to {item.max:.3g}) {item.unit}", flush=True)
+                print(
+                    f"{item.name}: {item.median:.3g} ({item.min:.3g} to {item.max:.3g}) "
+                    f"{item.unit}",
+                    flush=True,
+                )
             gc.collect()
         if names and "surface" not in names:
             return

@@ -1,7 +1,8 @@
-"""`make bench-store`: the store at a million adapters, with real adapters, against peft, and on an S3.
+"""`make bench-store`: the store at a million adapters, with real adapters, against peft, and on an
+S3.
 
-Every part checks what it read before it counts. Ratios come from one run; the machine's own copy speed stands beside
-them. Needs about 45 GB of disk and a quarter of an hour.
+Every part checks what it read before it counts. Ratios come from one run; the machine's own copy
+speed stands beside them. Needs about 45 GB of disk and a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from tests.benchmarks.figures import Figure, figure, publish
 WAVE = 1024
 PARTITIONS = 4
 SPEC = {"rank": 4, "expert_rank": 1}
-FIXED = {"parameters": {"algorithm": "grpo"}, "materials": {"base": "b" * 64}, "numerics": {"dtype": "float32"}}
+FIXED = {
+    "parameters": {"algorithm": "grpo"},
+    "materials": {"base": "b" * 64},
+    "numerics": {"dtype": "float32"},
+}
 
 
 class DerivedKeys(UserKeys):
@@ -58,7 +63,9 @@ def pseudonym(number: int) -> str:
 class Population:
     """Partitions with their owners; adapters are numbers."""
 
-    def __init__(self, store: ObjectStore, folder: Path, keys: type[UserKeys] = DerivedKeys) -> None:
+    def __init__(
+        self, store: ObjectStore, folder: Path, keys: type[UserKeys] = DerivedKeys
+    ) -> None:
         self.store, self.keyring = store, Keyring(folder)
         self.root_key = self.keyring.new_signing_key()
         self.keys = keys(store, "bench", self.keyring)
@@ -70,17 +77,24 @@ class Population:
             self.catalog.owned[partition] = True
 
     def create(self, partition: int, numbers: list[int]) -> None:
-        created = [AdapterCreated(pseudonym=pseudonym(number), spec=SPEC, seed=number) for number in numbers]
+        created = [
+            AdapterCreated(pseudonym=pseudonym(number), spec=SPEC, seed=number)
+            for number in numbers
+        ]
         record = Batch(records=created)
         self.catalog.apply(self.owners[partition].append(record), record)
 
-    def commit(self, partition: int, numbers: list[int], bodies: Callable[[int], bytes], segment: int) -> None:
+    def commit(
+        self, partition: int, numbers: list[int], bodies: Callable[[int], bytes], segment: int
+    ) -> None:
         """One wave of one partition: seal, pack, manifest, catalog."""
         names = [pseudonym(number) for number in numbers]
         rows = self.catalog.rows_of(names)
         revisions = self.catalog.adapters["next_revision"][rows].tolist()
         drafts = []
-        for number, name, revision, row in zip(numbers, names, revisions, rows.tolist(), strict=True):
+        for number, name, revision, row in zip(
+            numbers, names, revisions, rows.tolist(), strict=True
+        ):
             parent = revision - 1
             parent_sha256 = None
             if parent:
@@ -90,7 +104,8 @@ class Population:
                 RevisionDraft(
                     pseudonym=name, revision=revision, parent=parent, parent_sha256=parent_sha256,
                     blobs={"weights": sealed}, experts=[0, 1, 2, 3],
-                    trained=[EventRef(tag=name, position=(segment, 0), digest="d" * 64)], settled=[],
+                    trained=[EventRef(tag=name, position=(segment, 0), digest="d" * 64)],
+                    settled=[],
                     consumed=(segment, 0), metrics={"reward": 0.5, "tokens": 128.0},
                 )
             )  # fmt: skip
@@ -140,7 +155,9 @@ def scratch(where: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def bench_scale(folder: Path, num_adapters: int, size_bytes: int, label: str, *, aims: bool) -> list[Figure]:
+def bench_scale(
+    folder: Path, num_adapters: int, size_bytes: int, label: str, *, aims: bool
+) -> list[Figure]:
     """`num_adapters` adapters of `size_bytes`, then four waves of churn on a tenth of them."""
     store = open_store(f"file://{folder}/store")
     population, body = Population(store, folder / "keys"), bodies_of(size_bytes)
@@ -163,7 +180,10 @@ def bench_scale(folder: Path, num_adapters: int, size_bytes: int, label: str, *,
 
     commit_all(list(range(num_adapters)), fresh=True)
     for _ in range(4):
-        commit_all(sorted(chance.sample(range(num_adapters), max(num_adapters // 10, PARTITIONS))), fresh=False)
+        commit_all(
+            sorted(chance.sample(range(num_adapters), max(num_adapters // 10, PARTITIONS))),
+            fresh=False,
+        )
     tenth = max(1, len(rates) // 10)
     raw = (num_adapters + 4 * max(num_adapters // 10, PARTITIONS)) * size_bytes
     on_disk = disk_bytes(folder / "store")
@@ -216,7 +236,8 @@ def bench_scale(folder: Path, num_adapters: int, size_bytes: int, label: str, *,
         figure(show + "checkpoint, one of 4 partitions", checkpoints, "s"),
         figure(show + "open", [item["seconds"] for item in opened], "s", at_most=5 if aims else None),
         figure(
-            show + "memory per adapter, catalog's arrays", [item["arrays"] / num_adapters for item in opened], "bytes",
+            show + "memory per adapter, catalog's arrays",
+            [item["arrays"] / num_adapters for item in opened], "bytes",
             at_most=250 if aims else None,
         ),
         figure(show + "memory per adapter, growth of the process", [i["rss"] / num_adapters for i in opened], "bytes"),
@@ -237,8 +258,17 @@ def ratio_of(above: list[float], below: list[float]) -> list[float]:
 
 def open_in_fresh_process(folder: Path, root_key: PublicKey, num_adapters: int) -> dict[str, float]:
     """Time and memory of opening: newest checkpoints plus tails of all partitions."""
-    command = [sys.executable, "-m", "tests.benchmarks.store", "--open", str(folder), root_key.public]
-    answer: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.store",
+        "--open",
+        str(folder),
+        root_key.public,
+    ]
+    answer: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
     assert answer["adapters"] == num_adapters
     return answer
 
@@ -262,7 +292,8 @@ def open_here(folder: str, public: str) -> None:
 
     pa.default_memory_pool().release_unused()
     answer = {
-        "seconds": seconds, "rss": rss_bytes() - before, "arrays": catalog.size_bytes, "adapters": len(catalog)
+        "seconds": seconds, "rss": rss_bytes() - before, "arrays": catalog.size_bytes,
+        "adapters": len(catalog)
     }  # fmt: skip
     print(json.dumps(answer))
 
@@ -272,8 +303,9 @@ def rss_bytes() -> int:
 
 
 def bench_against_peft(folder: Path) -> list[Figure]:
-    """The same adapters of a small Mixtral: a wave of 1,024 against `save_pretrained` and upload one by one; 64 cold
-    loads against `load_adapter`. Encryption, signing and verification are on for us."""
+    """The same adapters of a small Mixtral: a wave of 1,024 against `save_pretrained` and upload
+    one by one; 64 cold loads against `load_adapter`. Encryption, signing and verification are on
+    for us."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -303,7 +335,11 @@ def bench_against_peft(folder: Path) -> list[Figure]:
 
     commits, copies = [], []
     for turn in range(4):
-        theirs = timed(lambda turn=turn: [upload_one(turn * 256 + number) for number in range(256)]) * WAVE / 256
+        theirs = (
+            timed(lambda turn=turn: [upload_one(turn * 256 + number) for number in range(256)])
+            * WAVE
+            / 256
+        )
         ours = timed(lambda turn=turn: population.commit(0, numbers, body, turn))
         whole = b"".join(body(number) for number in numbers)
         plain = timed(lambda turn=turn, whole=whole: store.put(f"plain/{turn}", whole))
@@ -319,7 +355,8 @@ def bench_against_peft(folder: Path) -> list[Figure]:
         drop_page_cache(folder)
         theirs = timed(
             lambda fresh=fresh, chosen=chosen, turn=turn: [
-                fresh.load_adapter(folder / "peft" / str(number), adapter_name=f"{turn}-{number}") for number in chosen
+                fresh.load_adapter(folder / "peft" / str(number), adapter_name=f"{turn}-{number}")
+                for number in chosen
             ]
         )
         base = fresh.unload()
@@ -329,7 +366,9 @@ def bench_against_peft(folder: Path) -> list[Figure]:
         began = time.perf_counter()
         views = load_wave(store, population.keys, requests)
         ours = time.perf_counter() - began
-        assert all(bytes(view) == body(numbers[number]) for view, number in zip(views, chosen, strict=True))
+        assert all(
+            bytes(view) == body(numbers[number]) for view, number in zip(views, chosen, strict=True)
+        )
         drop_page_cache(folder)
         plain = timed(lambda turn=turn: store.get(f"plain/{turn % 4}")) * 64 / WAVE
         loads.append(theirs / ours)
@@ -358,22 +397,39 @@ def bench_s3(folder: Path) -> list[Figure]:
         commits, singles, loads, gets = [], [], [], []
         chance = random.Random(0)
         for turn in range(4):
-            commits.append(WAVE / timed(lambda turn=turn: population.commit(0, numbers, body, turn)))
+            commits.append(
+                WAVE / timed(lambda turn=turn: population.commit(0, numbers, body, turn))
+            )
             names = [f"single/{turn}/{number}" for number in numbers]
-            sealed = [seal(b"k" * 32, body(number), name) for number, name in zip(numbers, names, strict=True)]
+            sealed = [
+                seal(b"k" * 32, body(number), name)
+                for number, name in zip(numbers, names, strict=True)
+            ]
             singles.append(
-                WAVE / timed(lambda n=names, s=sealed: [store.create(k, v) for k, v in zip(n, s, strict=True)])
+                WAVE
+                / timed(
+                    lambda n=names, s=sealed: [
+                        store.create(k, v) for k, v in zip(n, s, strict=True)
+                    ]
+                )
             )
             chosen = chance.sample(range(WAVE), 256)
             requests = population.requests([numbers[number] for number in chosen])
             began = time.perf_counter()
             views = load_wave(store, population.keys, requests)
             loads.append(256 / (time.perf_counter() - began))
-            assert all(bytes(view) == body(numbers[number]) for view, number in zip(views, chosen, strict=True))
-            gets.append(256 / timed(lambda n=names, c=chosen: [store.get(n[number]) for number in c]))
+            assert all(
+                bytes(view) == body(numbers[number])
+                for view, number in zip(views, chosen, strict=True)
+            )
+            gets.append(
+                256 / timed(lambda n=names, c=chosen: [store.get(n[number]) for number in c])
+            )
     return [
         figure("SeaweedFS: commits in packs", commits, "adapters/s"),
-        figure("SeaweedFS: commits, packs over one object each", ratio_pairs(commits, singles), "x"),
+        figure(
+            "SeaweedFS: commits, packs over one object each", ratio_pairs(commits, singles), "x"
+        ),
         figure("SeaweedFS: loads from packs", loads, "adapters/s"),
         figure("SeaweedFS: loads, packs over one object each", ratio_pairs(loads, gets), "x"),
     ]
@@ -403,7 +459,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--open", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--adapters", type=int, default=1_000_000, help="the largest population")
-    parser.add_argument("--folder", type=Path, help="where there is room; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where there is room; default: the system's temporary folder"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/bench/store.json"))
     arguments = parser.parse_args()
     if arguments.open:
@@ -416,10 +474,14 @@ def main() -> None:
         figures += bench_s3(folder)
     with scratch(arguments.folder) as folder:
         size = real_adapter_bytes()
-        figures += bench_scale(folder, 1000, size, f"1,000 of smollm2-moe, {size / 1e6:.1f} MB", aims=False)
+        figures += bench_scale(
+            folder, 1000, size, f"1,000 of smollm2-moe, {size / 1e6:.1f} MB", aims=False
+        )
     for number in (n for n in (10_000, 100_000, 1_000_000) if n <= arguments.adapters):
         with scratch(arguments.folder) as folder:
-            figures += bench_scale(folder, number, 16 << 10, f"{number:,} of 16 KB", aims=number == 1_000_000)
+            figures += bench_scale(
+                folder, number, 16 << 10, f"{number:,} of 16 KB", aims=number == 1_000_000
+            )
     publish("the store", figures, arguments.out)
 
 

@@ -1,5 +1,6 @@
-"""`make bench-streams`: enqueueing against SQLite, the scheduler at a million users, residency against Belady's
-optimum, and what pipelining hides. Every part checks its outcome before it counts. About twelve minutes.
+"""`make bench-streams`: enqueueing against SQLite, the scheduler at a million users, residency
+against Belady's optimum, and what pipelining hides. Every part checks its outcome before it counts.
+About twelve minutes.
 
     python -m tests.benchmarks.streams [enqueue] [scheduler] [residency] [overlap]
 """
@@ -68,7 +69,9 @@ SECONDS = float(os.environ.get("POPULACE_BENCH_SECONDS", 4.0))
 TEXT = "x" * 850
 """With prompt and ids an event has about 1 KB."""
 USERS = 100
-PRODUCERS = [int(count) for count in os.environ.get("POPULACE_BENCH_PRODUCERS", "1,16,64").split(",")]
+PRODUCERS = [
+    int(count) for count in os.environ.get("POPULACE_BENCH_PRODUCERS", "1,16,64").split(",")
+]
 
 
 def event(number: int, sender: int) -> LogEvent:
@@ -82,12 +85,17 @@ def produce(url: str, sender: int, batch: int, barrier: Barrier, results: Any) -
     """One producer: calls of `batch` events of as many users, as fast as they become durable."""
     producer = Producer.open(url, "bench")
     chance = random.Random(sender)
-    producer.enqueue_many([(f"user-{number}", [event(-1 - number, sender)]) for number in range(USERS)])
+    producer.enqueue_many(
+        [(f"user-{number}", [event(-1 - number, sender)]) for number in range(USERS)]
+    )
 
     def call(number: int) -> int:
         users = chance.sample(range(USERS), batch)
         return producer.enqueue_many(
-            [(f"user-{user}", [event(number * batch + place, sender)]) for place, user in enumerate(users)]
+            [
+                (f"user-{user}", [event(number * batch + place, sender)])
+                for place, user in enumerate(users)
+            ]
         )
 
     results.put(repeat(call, barrier))
@@ -104,7 +112,10 @@ def insert(path: str, sender: int, batch: int, barrier: Barrier, results: Any) -
         connection.execute("begin immediate")
         connection.executemany(
             "insert or ignore into events(user, event, body) values (?, ?, ?)",
-            [(f"user-{place}", f"{sender}-{number * batch + place}", body) for place in range(batch)],
+            [
+                (f"user-{place}", f"{sender}-{number * batch + place}", body)
+                for place in range(batch)
+            ],
         )
         connection.execute("commit")
         return batch
@@ -126,10 +137,13 @@ def race(
     target: Callable[..., None], where: str, num_processes: int, batch: int
 ) -> list[tuple[int, list[float], float]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["populace.population.experience.producer", "tests.benchmarks.streams"])
+    context.set_forkserver_preload(
+        ["populace.population.experience.producer", "tests.benchmarks.streams"]
+    )
     barrier, results = context.Barrier(num_processes), context.Queue()
     processes = [
-        context.Process(target=target, args=(where, sender, batch, barrier, results)) for sender in range(num_processes)
+        context.Process(target=target, args=(where, sender, batch, barrier, results))
+        for sender in range(num_processes)
     ]
     for process in processes:
         process.start()
@@ -139,7 +153,9 @@ def race(
     return found
 
 
-def describe(name: str, found: Sequence[tuple[int, list[float], float]]) -> tuple[float, list[Figure]]:
+def describe(
+    name: str, found: Sequence[tuple[int, list[float], float]]
+) -> tuple[float, list[Figure]]:
     """Events per second, and everything worth a line."""
     rates = [count / seconds for count, _, seconds in found]
     taken = sorted(1000 * value for _, calls, _ in found for value in calls)
@@ -152,13 +168,19 @@ def describe(name: str, found: Sequence[tuple[int, list[float], float]]) -> tupl
     if len(rates) > 1:
         fair = sum(rates) / len(rates)
         figures.append(
-            figure(f"{name}: slowest and fastest producer's share of a fair one", [rate / fair for rate in rates], "x")
+            figure(
+                f"{name}: slowest and fastest producer's share of a fair one",
+                [rate / fair for rate in rates],
+                "x",
+            )
         )
     return sum(rates), figures
 
 
 def count_events(url: str) -> int:
-    return sum(len(t) for p in range(4) for _, t in ExperienceLog(open_store(url), "bench", p).read_from(0))
+    return sum(
+        len(t) for p in range(4) for _, t in ExperienceLog(open_store(url), "bench", p).read_from(0)
+    )
 
 
 def enqueue_figures(folder: Path) -> Iterator[Figure]:
@@ -178,10 +200,17 @@ def enqueue_figures(folder: Path) -> Iterator[Figure]:
                     title = f"{name}, {num_processes} producers, {batch} events a call"
                     rate, figures = describe(title, found)
                     there = count_events(url) - before - num_processes * USERS
-                    assert there == sum(count for count, _, _ in found), "acknowledged and durable differ"
+                    assert there == sum(count for count, _, _ in found), (
+                        "acknowledged and durable differ"
+                    )
                     yield from figures
                     aim = 1.0 if name == "file" and batch == 100 else None
-                    yield figure(f"{title}: over SQLite with as many", [rate / sqlite[batch][0]], "x", at_least=aim)
+                    yield figure(
+                        f"{title}: over SQLite with as many",
+                        [rate / sqlite[batch][0]],
+                        "x",
+                        at_least=aim,
+                    )
         yield from gateway_figures(stores["file"])
 
 
@@ -189,7 +218,9 @@ def sqlite_rate(folder: Path, num_processes: int, batch: int) -> tuple[float, li
     path = folder / f"events-{num_processes}-{batch}.db"
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("pragma journal_mode=wal")
-        connection.execute("create table events(user text, event text, body blob, primary key (user, event))")
+        connection.execute(
+            "create table events(user text, event text, body blob, primary key (user, event))"
+        )
     found = race(insert, str(path), num_processes, batch)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         (count,) = connection.execute("select count(*) from events").fetchone()
@@ -216,7 +247,10 @@ def gateway_client(url: str, sender: int, address: str, barrier: Barrier, result
     async def everybody() -> list[tuple[int, list[float], float]]:
         own = range(CLIENTS // CLIENT_PROCESSES)
         await asyncio.gather(
-            *(gateway.enqueue_async(f"user-{sender * 64 + n}", [event(-1, sender * 64 + n)]) for n in own)
+            *(
+                gateway.enqueue_async(f"user-{sender * 64 + n}", [event(-1, sender * 64 + n)])
+                for n in own
+            )
         )
         barrier.wait(300)
         return list(await asyncio.gather(*(client(number) for number in own)))
@@ -243,7 +277,11 @@ def gateway_figures(url: str) -> Iterator[Figure]:
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[str]:
-    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "POPULACE_KEYS": str(Keyring().folder)}
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "POPULACE_KEYS": str(Keyring().folder),
+    }
     context = ray.init(
         "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error",
         object_store_memory=300_000_000, runtime_env={"env_vars": variables},
@@ -258,7 +296,8 @@ def local_ray() -> Iterator[str]:
 
 
 def scheduler_figures() -> Iterator[Figure]:
-    """A wave out of an index that holds so many users, a tenth of them with something pending, in fifty tenants."""
+    """A wave out of an index that holds so many users, a tenth of them with something pending, in
+    fifty tenants."""
     medians = {}
     for num_users in (10_000, 100_000, 1_000_000):
         index, policy = index_of(num_users)
@@ -270,11 +309,18 @@ def scheduler_figures() -> Iterator[Figure]:
             choice = form_wave(candidates, budget, policy, served, index.now())
             taken.append(1000 * (time.perf_counter() - started))
             served = choice.served
-            assert len(candidates.row_U) == num_users // 10 and 0 < len(set(choice.chosen.tolist())) <= 256
+            assert (
+                len(candidates.row_U) == num_users // 10
+                and 0 < len(set(choice.chosen.tolist())) <= 256
+            )
         medians[num_users] = statistics.median(taken)
         aim = 10.0 if num_users == 1_000_000 else None
         yield figure(f"a wave, {num_users:,} users, a tenth pending", taken, "ms", at_most=aim)
-    yield figure("a wave's time, a million users over ten thousand", [medians[1_000_000] / medians[10_000]], "x")
+    yield figure(
+        "a wave's time, a million users over ten thousand",
+        [medians[1_000_000] / medians[10_000]],
+        "x",
+    )
 
 
 def index_of(num_users: int) -> tuple[PendingIndex, Policy]:
@@ -285,22 +331,28 @@ def index_of(num_users: int) -> tuple[PendingIndex, Policy]:
     num_events = np.where(is_pending, chance.integers(1, 12, num_users), 0)
     index.users.append(
         num_users, high=keys[0], low=keys[1], partition=0, tenant=chance.integers(0, 50, num_users), rank=8,
-        head=-1, tail=-1, held=-1, held_tail=-1, num_waiting=num_events, num_pending=num_events, num_held=0,
-        tokens=chance.integers(50, 800, num_users), since=-chance.random(num_users) * 600, updated=-np.inf,
+        head=-1, tail=-1, held=-1, held_tail=-1, num_waiting=num_events, num_pending=num_events,
+        num_held=0,
+        tokens=chance.integers(50, 800, num_users), since=-chance.random(num_users) * 600,
+        updated=-np.inf,
         is_hot=chance.random(num_users) < 0.001, is_busy=False, is_candidate=is_pending,
     )  # fmt: skip
     index.index.add(keys[0], keys[1], np.arange(num_users))
     index._joined = np.flatnonzero(is_pending).tolist()
     index.candidates()
     weights = 0.5 + chance.random(50)
-    return index, Policy(weight_G=weights, events_per_update=4, residency_bonus_s=2.0, evidence_bonus_s=2.0)
+    return index, Policy(
+        weight_G=weights, events_per_update=4, residency_bonus_s=2.0, evidence_bonus_s=2.0
+    )
 
 
 def fairness_figures() -> Iterator[Figure]:
     """Two equal tenants, one of which sends a hundred times as much, both more than their share."""
     from populace.configs.schema import TenantSettings
 
-    scheduler = SchedulerSettings(tenants={"small": TenantSettings()}, max_adapters_per_wave=64, slots=256)
+    scheduler = SchedulerSettings(
+        tenants={"small": TenantSettings()}, max_adapters_per_wave=64, slots=256
+    )
     settings = Settings(scheduler=scheduler)
     for name, shares, rate in (
         ("both want more than their share", (100.0, 1.0), 20_000.0),
@@ -313,15 +365,19 @@ def fairness_figures() -> Iterator[Figure]:
             yield figure(f"flood 100:1, {name}: Jain's index", [report.fairness], "", at_least=0.99)
         for tenant, who in ((flood, "flooding"), (small, "other")):
             waits = [tenant.wait_median_s, tenant.wait_99_s, tenant.wait_longest_s]
-            yield figure(f"flood 100:1, {name}: {who} tenant's wait (p99; median to longest)", sorted(waits), "s")
+            yield figure(
+                f"flood 100:1, {name}: {who} tenant's wait (p99; median to longest)",
+                sorted(waits),
+                "s",
+            )
 
 
 # Residency.
 
 
 def residency_figures() -> Iterator[Figure]:
-    """100,000 users of unequal activity, served by the real scheduler; which adapters are still there when they are
-    needed again, and how many could be if the future were known."""
+    """100,000 users of unequal activity, served by the real scheduler; which adapters are still
+    there when they are needed again, and how many could be if the future were known."""
     for zipf in (0.8, 1.0, 1.2):
         scheduler = SchedulerSettings(max_adapters_per_wave=16, events_per_update=4, slots=64)
         settings = Settings(scheduler=scheduler)
@@ -385,8 +441,10 @@ def build_base(folder: Path) -> Path:
     """Eight experts, top-2, 128 wide: a wave takes about a second."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=300, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=256, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=512,
+        vocab_size=300, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+        intermediate_size=256, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=512,
         initializer_range=0.1, eos_token_id=1, bos_token_id=0, pad_token_id=1,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(folder)
@@ -410,7 +468,20 @@ def overlap_settings(base: Path, pipelined: bool) -> Settings:
 
 def overlap_events(num_users: int = 400, per_user: int = 8) -> Iterator[tuple[str, list[LogEvent]]]:
     chance = random.Random(0)
-    words = ["rain", "river", "hills", "sea", "quiet", "yes", "no", "what", "the", "runs", "to", "falls"]
+    words = [
+        "rain",
+        "river",
+        "hills",
+        "sea",
+        "quiet",
+        "yes",
+        "no",
+        "what",
+        "the",
+        "runs",
+        "to",
+        "falls",
+    ]
     for user in range(num_users):
         events: list[LogEvent] = []
         for number in range(per_user):
@@ -420,14 +491,19 @@ def overlap_events(num_users: int = 400, per_user: int = 8) -> Iterator[tuple[st
             else:
                 answer = " ".join(chance.choices(words, k=12))
                 events.append(
-                    Trajectory(prompt=prompt, completion=answer, reward=chance.random(), event_id=f"t{number}")
+                    Trajectory(
+                        prompt=prompt,
+                        completion=answer,
+                        reward=chance.random(),
+                        event_id=f"t{number}",
+                    )
                 )
         yield f"user-{user:04d}", events
 
 
 def overlap_figures(folder: Path) -> Iterator[Figure]:
-    """The same experience with and without pipelining, on SeaweedFS, in turns of a few waves each: adapters come cold
-    from the store after the first round."""
+    """The same experience with and without pipelining, on SeaweedFS, in turns of a few waves each:
+    adapters come cold from the store after the first round."""
     base = build_base(folder / "base")
     with DevStore(folder / "weed2") as server:
         os.environ.update(server.environment)
@@ -442,11 +518,16 @@ def overlap_figures(folder: Path) -> Iterator[Figure]:
                 controller.withdraw()
                 controller.ledger.release()
                 group.stop()
-    rates = {is_on: [60 * len(waves) / seconds for seconds, waves in own] for is_on, own in reports.items()}
+    rates = {
+        is_on: [60 * len(waves) / seconds for seconds, waves in own]
+        for is_on, own in reports.items()
+    }
     yield figure("waves a minute, pipelined", rates[True], "1/min")
     yield figure("waves a minute, one after another", rates[False], "1/min")
     yield figure(
-        "pipelined over one after another", [a / b for a, b in zip(rates[True], rates[False], strict=True)], "x"
+        "pipelined over one after another",
+        [a / b for a, b in zip(rates[True], rates[False], strict=True)],
+        "x",
     )
     for is_on, aim in ((True, 0.05), (False, None)):
         name = "pipelined" if is_on else "one after another"
@@ -454,8 +535,12 @@ def overlap_figures(folder: Path) -> Iterator[Figure]:
         for seconds, waves in reports[is_on]:
             waits.append(sum(report.seconds["publish"] for report in waves) / seconds)
             pages.append(sum(report.paging.waited_s for report in waves) / seconds)
-        yield figure(f"{name}: share of the time that waits for publication", waits, "share", at_most=aim)
-        yield figure(f"{name}: share of the time that waits for adapters", pages, "share", at_most=aim)
+        yield figure(
+            f"{name}: share of the time that waits for publication", waits, "share", at_most=aim
+        )
+        yield figure(
+            f"{name}: share of the time that waits for adapters", pages, "share", at_most=aim
+        )
     found = [sum(report.paging.found.get(tier, 0) for _, waves in reports[True] for report in waves)
              for tier in ("hot", "new", "warm", "prefetched", "near", "cold")]  # fmt: skip
     print("pipelined, adapters found: hot, new, warm, prefetched, near, cold =", found)
@@ -485,7 +570,9 @@ def run_waves(controller: Controller, count: int) -> tuple[float, list[WaveRepor
 
 def main() -> None:
     wanted = set(sys.argv[1:]) or {"enqueue", "scheduler", "residency", "overlap"}
-    folder = Path(tempfile.mkdtemp(prefix="populace-streams-", dir=os.environ.get("POPULACE_BENCH_FOLDER")))
+    folder = Path(
+        tempfile.mkdtemp(prefix="populace-streams-", dir=os.environ.get("POPULACE_BENCH_FOLDER"))
+    )
     os.environ["POPULACE_KEYS"] = str(folder / "keys")
     figures: list[Figure] = []
     try:
@@ -497,7 +584,11 @@ def main() -> None:
             figures += overlap_figures(folder)
         if "enqueue" in wanted:
             for item in enqueue_figures(folder):
-                print(f"{item.name}: {item.median:,.4g} ({item.min:,.4g} to {item.max:,.4g}) {item.unit}", flush=True)
+                print(
+                    f"{item.name}: {item.median:,.4g} ({item.min:,.4g} to {item.max:,.4g}) "
+                    f"{item.unit}",
+                    flush=True,
+                )
                 figures.append(item)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

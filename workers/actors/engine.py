@@ -1,4 +1,5 @@
-"""One shard at work: base, slab, rollouts, scoring, the fused step. What the Ray actor wraps; free of Ray."""
+"""One shard at work: base, slab, rollouts, scoring, the fused step. What the Ray actor wraps; free
+of Ray."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ class ShardSettings:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to give freed memory back: a pass allocates and frees gigabytes, and faulting them in anew costs
-    more than using them."""
+    """Tell glibc not to give freed memory back: a pass allocates and frees gigabytes, and faulting
+    them in anew costs more than using them."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         largest = 2**31 - 1
@@ -92,12 +93,17 @@ class ShardEngine:
     """The methods of a shard group, in this process."""
 
     def __init__(
-        self, settings: ShardSettings, store: ObjectStore | None = None, rank: int = 0, exchange: Exchange = ALONE
+        self,
+        settings: ShardSettings,
+        store: ObjectStore | None = None,
+        rank: int = 0,
+        exchange: Exchange = ALONE,
     ) -> None:
         """One of `settings.num_shards`; the others are reached through `exchange`."""
         if settings.trainer.kernels.backend == "triton" and not _interprets_triton():
             raise InvalidInput(
-                "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on processors for now, "
+                "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on "
+                "processors for now, "
                 "use grouped"
             )
         if settings.threads:
@@ -150,9 +156,15 @@ class ShardEngine:
     def prefetch(self, refs: Sequence[AdapterRef]) -> None:
         self.residency.prefetch(refs)
 
-    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging:
+    def page_in(
+        self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()
+    ) -> Paging:
         paging = self.residency.page_in(refs, with_moments, keep)
-        return paging if self._counted is None else replace(paging, store_calls=self._counted.take_calls())
+        return (
+            paging
+            if self._counted is None
+            else replace(paging, store_calls=self._counted.take_calls())
+        )
 
     def evict(self, keys: Sequence[AdapterKey]) -> None:
         self.residency.evict(keys)
@@ -181,8 +193,9 @@ class ShardEngine:
 
     @torch.no_grad()
     def score_base_share(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...] | None]:
-        """Log-probabilities of every completion under the base alone, by its own routing: one tuple of [C] per
-        group; None for those that other shards score. Runs in passes of `max_rows_per_pass` per shard."""
+        """Log-probabilities of every completion under the base alone, by its own routing: one tuple
+        of [C] per group; None for those that other shards score. Runs in passes of
+        `max_rows_per_pass` per shard."""
         scores: list[tuple[Floats, ...] | None] = [None] * len(groups)
         shard = self.base.shard
         for part in _parts(groups, self.settings.trainer.max_rows_per_pass, shard.num_shards):
@@ -197,8 +210,11 @@ class ShardEngine:
         return scores
 
     def train_wave(self, batch: WaveBatch, trainer: TrainerSettings | None = None) -> StepResult:
-        """Of a group of one shard; see `train_share`. `trainer`: other settings than this shard's own, for replays."""
-        return join_steps([train_wave(self.base, self.slab, batch, trainer or self.settings.trainer)])
+        """Of a group of one shard; see `train_share`. `trainer`: other settings than this shard's
+        own, for replays."""
+        return join_steps(
+            [train_wave(self.base, self.slab, batch, trainer or self.settings.trainer)]
+        )
 
     def train_share(self, batch: WaveBatch) -> ShardStep:
         """This shard's part of a wave."""
@@ -207,7 +223,10 @@ class ShardEngine:
 
 def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:
     """Every answer from the shard that has it."""
-    return [next(answer for answer in answers if answer is not None) for answers in zip(*shares, strict=True)]
+    return [
+        next(answer for answer in answers if answer is not None)
+        for answers in zip(*shares, strict=True)
+    ]
 
 
 def _without_adapter(group: RolloutGroup) -> SequenceGroup:
@@ -220,7 +239,8 @@ def _without_adapter(group: RolloutGroup) -> SequenceGroup:
 
 
 def _parts(groups: Sequence[RolloutGroup], max_rows: int, num_shards: int) -> list[list[int]]:
-    """Numbers of the groups of each pass, with at most `max_rows` rows for each shard, which take them in turn."""
+    """Numbers of the groups of each pass, with at most `max_rows` rows for each shard, which take
+    them in turn."""
     parts: list[list[int]] = []
     rows = Counter[int]()
     for number, group in enumerate(groups):

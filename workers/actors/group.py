@@ -1,9 +1,10 @@
-"""The shard group: the actors that together hold one base. It is placed, loaded, called, fails and starts again as one.
+"""The shard group: the actors that together hold one base. It is placed, loaded, called, fails and
+starts again as one.
 
-The actors are detached and named `<population>-<store's digest>/<controller>/shard-<rank>` in the namespace `populace`:
-a controller that takes over from a dead one of its name goes on with them instead of loading the base again. There is
-one controller of a name; from then on the actors obey that group's token alone, so one that was fenced can't disturb
-them.
+The actors are detached and named `<population>-<store's digest>/<controller>/shard-<rank>` in the
+namespace `populace`: a controller that takes over from a dead one of its name goes on with them
+instead of loading the base again. There is one controller of a name; from then on the actors obey
+that group's token alone, so one that was fenced can't disturb them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ import ray
 from ray import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from populace.configs.schema import GroupSettings
@@ -53,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 
 class ShardGroupLost(PopulaceError):
-    """A shard died and took the group with it. `start_again` brings it back; nothing that was committed is lost."""
+    """A shard died and took the group with it. `start_again` brings it back; nothing that was
+    committed is lost."""
 
     is_temporary = True
 
@@ -61,8 +68,13 @@ class ShardGroupLost(PopulaceError):
 class ShardGroup:
     """The methods of `ShardEngine`, on Ray actors."""
 
-    def __init__(self, settings: ShardSettings, group: GroupSettings, controller: str = "main") -> None:
-        self.settings, self.group = replace(settings, num_shards=group.count, dense=group.dense), group
+    def __init__(
+        self, settings: ShardSettings, group: GroupSettings, controller: str = "main"
+    ) -> None:
+        self.settings, self.group = (
+            replace(settings, num_shards=group.count, dense=group.dense),
+            group,
+        )
         self.num_restarts = 0
         self._token = secrets.token_hex(16)
         place = sha256(settings.store_url.encode()).hexdigest()[:8]
@@ -74,8 +86,8 @@ class ShardGroup:
             self._place()
 
     def wait_until_ready(self, tick: Callable[[int, int], None] | None = None) -> None:
-        """Return once every shard has loaded its part; calls `tick(loaded, shards)` twice a second meanwhile.
-        `InvalidInput` if the cluster has no room for the group."""
+        """Return once every shard has loaded its part; calls `tick(loaded, shards)` twice a second
+        meanwhile. `InvalidInput` if the cluster has no room for the group."""
         self._wait_for_places(tick)
         if not self._shards:
             self._create()
@@ -87,8 +99,9 @@ class ShardGroup:
                 tick(len(self._loading) - len(waiting), len(self._loading))
 
     def start_again(self, tick: Callable[[int, int], None] | None = None) -> None:
-        """After `ShardGroupLost`: a new group in its place, with nothing hot; once more if it dies while it loads.
-        Raises it itself once it was started `shard.max_restarts` times without a wave that was trained in between."""
+        """After `ShardGroupLost`: a new group in its place, with nothing hot; once more if it dies
+        while it loads. Raises it itself once it was started `shard.max_restarts` times without a
+        wave that was trained in between."""
         while True:
             self.num_restarts += 1
             if self.num_restarts > self.group.max_restarts:
@@ -101,12 +114,14 @@ class ShardGroup:
             except ShardGroupLost as error:
                 logger.warning("%s while the group was loading", error)
         raise ShardGroupLost(
-            f"the shard group was started again {self.group.max_restarts} times in a row and died each time; "
+            f"the shard group was started again {self.group.max_restarts} times in a row and died "
+            "each time; "
             "its actors' logs in the Ray dashboard say why; start the run again then, it continues"
         )
 
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
-        """Of the base, and the numerics fingerprint; bits are promised where every shard promises the same ones."""
+        """Of the base, and the numerics fingerprint; bits are promised where every shard promises
+        the same ones."""
         descriptions: list[tuple[BaseDims, dict[str, str]]] = self._all("describe")
         dims, numerics = descriptions[0]
         if any(other != numerics for _, other in descriptions):
@@ -116,10 +131,14 @@ class ShardGroup:
     def prefetch(self, refs: Sequence[AdapterRef]) -> None:
         self._all("prefetch", refs)
 
-    def page_in(self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()) -> Paging:
+    def page_in(
+        self, refs: Sequence[AdapterRef], with_moments: bool, keep: Sequence[AdapterKey] = ()
+    ) -> Paging:
         """All shards find adapters in the same tiers; the store is asked by each."""
         pagings: list[Paging] = self._all("page_in", refs, with_moments, keep)
-        return replace(pagings[0], store_calls=add_calls([paging.store_calls for paging in pagings]))
+        return replace(
+            pagings[0], store_calls=add_calls([paging.store_calls for paging in pagings])
+        )
 
     def evict(self, keys: Sequence[AdapterKey]) -> None:
         self._all("evict", keys)
@@ -153,7 +172,8 @@ class ShardGroup:
         return f"{self._prefix}{rank}"
 
     def _attach(self) -> bool:
-        """Go on with the actors of a controller that died, if they are what this one would start; else remove them."""
+        """Go on with the actors of a controller that died, if they are what this one would start;
+        else remove them."""
         names = ray.util.list_named_actors(all_namespaces=True)
         own = [item["name"] for item in names if item["namespace"] == NAMESPACE]
         found: dict[str, ActorHandle] = {}
@@ -165,12 +185,16 @@ class ShardGroup:
         if found.keys() == set(wanted):
             shards = [found[name] for name in wanted]
             try:
-                answers = [shard.adopt.remote(self.settings, versions(), self._token) for shard in shards]
+                answers = [
+                    shard.adopt.remote(self.settings, versions(), self._token) for shard in shards
+                ]
                 if all(ray.get(answers, timeout=_ATTACH_TIMEOUT_S)):
                     self._shards = shards
                     return True
             except RayError as error:
-                logger.warning("the shards of an earlier run don't answer (%s); starting new ones", error)
+                logger.warning(
+                    "the shards of an earlier run don't answer (%s); starting new ones", error
+                )
         for shard in found.values():
             ray.kill(shard)
         self._remove_places()
@@ -179,7 +203,9 @@ class ShardGroup:
     def _place(self) -> None:
         """Ask for room: one bundle per shard, on as many nodes as there are."""
         bundles = [{"CPU": self.group.cpus} for _ in range(self.group.count)]
-        self._places = placement_group(bundles, strategy="SPREAD", lifetime="detached", name=self._prefix)
+        self._places = placement_group(
+            bundles, strategy="SPREAD", lifetime="detached", name=self._prefix
+        )
 
     def _wait_for_places(self, tick: Callable[[int, int], None] | None) -> None:
         if self._places is None or self._shards:
@@ -191,17 +217,23 @@ class ShardGroup:
             if time.monotonic() > deadline:
                 free = ray.available_resources().get("CPU", 0.0)
                 raise InvalidInput(
-                    f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}, but the cluster has "
-                    f"{free:g} CPUs free; add nodes, lower one of the two, or raise shard.place_timeout_s"
+                    f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}, but "
+                    "the cluster has "
+                    f"{free:g} CPUs free; add nodes, lower one of the two, or raise "
+                    "shard.place_timeout_s"
                 )
 
     def _create(self) -> None:
-        # Huge pages: a pass allocates and frees gigabytes, and faulting them in by 4 KiB costs a quarter of it.
+        # Huge pages: a pass allocates and frees gigabytes, and faulting them in by 4 KiB costs a
+        # quarter of it.
         environment = {"env_vars": {"THP_MEM_ALLOC_ENABLE": "1"}}
         for rank in range(self.group.count):
-            place = PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=rank)
+            place = PlacementGroupSchedulingStrategy(
+                self._places, placement_group_bundle_index=rank
+            )
             options = RemoteShard.options(
-                name=self._name(rank), namespace=NAMESPACE, lifetime="detached", num_cpus=self.group.cpus,
+                name=self._name(rank), namespace=NAMESPACE, lifetime="detached",
+                num_cpus=self.group.cpus,
                 scheduling_strategy=place, runtime_env=environment,
             )  # fmt: skip
             self._shards.append(options.remote(self.settings, rank, self._token))
@@ -214,7 +246,8 @@ class ShardGroup:
         self._loading = [shard.load.remote(rendezvous) for shard in self._shards]
 
     def _discard(self) -> None:
-        """Kill the actors and give their places back; `NotTheOwner` if another owner has adopted them meanwhile."""
+        """Kill the actors and give their places back; `NotTheOwner` if another owner has adopted
+        them meanwhile."""
         for shard in self._shards:
             try:
                 ray.get(shard.call.remote(self._token, "num_hot"), timeout=_ATTACH_TIMEOUT_S)
@@ -236,10 +269,13 @@ class ShardGroup:
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Every shard runs it; they need each other for most."""
         shared = [ray.put(argument) for argument in arguments]
-        return self._get([shard.call.remote(self._token, method, *shared) for shard in self._shards])
+        return self._get(
+            [shard.call.remote(self._token, method, *shared) for shard in self._shards]
+        )
 
     def _get(self, references: Sequence[Any]) -> list[Any]:
-        """All answers, or the first error: at once, because after it the others may wait for ever."""
+        """All answers, or the first error: at once, because after it the others may wait for
+        ever."""
         waiting = list(references)
         try:
             while waiting:
@@ -250,14 +286,21 @@ class ShardGroup:
         except NotTheOwner:
             raise
         except Exception as error:
-            # What Ray raises by itself says that a process or its answer is gone; all else, that a shard refused.
+            # What Ray raises by itself says that a process or its answer is gone; all else, that a
+            # shard refused.
             if isinstance(error, ExchangeBroken) or (
                 isinstance(error, RayError) and not isinstance(error, RayTaskError)
             ):
                 raise ShardGroupLost(f"a shard died: {_last_line(error)}") from error
-            _, late = ray.wait(waiting, num_returns=len(waiting), timeout=_STRAGGLER_TIMEOUT_S) if waiting else ([], [])
+            _, late = (
+                ray.wait(waiting, num_returns=len(waiting), timeout=_STRAGGLER_TIMEOUT_S)
+                if waiting
+                else ([], [])
+            )
             if late:
-                raise ShardGroupLost(f"a shard refused what the others wait for: {_last_line(error)}") from error
+                raise ShardGroupLost(
+                    f"a shard refused what the others wait for: {_last_line(error)}"
+                ) from error
             if len(references) > 1:
                 self._reset()
             raise

@@ -21,15 +21,21 @@ class NotTheOwner(PopulaceError):
 
 def versions() -> dict[str, str]:
     """Of the code that runs in an actor."""
-    return {"populace": version("populace"), "kernels": str(NUMERICS_REVISION), "torch": torch.__version__}
+    return {
+        "populace": version("populace"),
+        "kernels": str(NUMERICS_REVISION),
+        "torch": torch.__version__,
+    }
 
 
 class ShardActor(ShardEngine):
-    """A `ShardEngine` in its own process. Methods run one at a time, in the order they are called."""
+    """A `ShardEngine` in its own process. Methods run one at a time, in the order they are
+    called."""
 
     def __init__(self, settings: ShardSettings, rank: int, token: str) -> None:
         """`token`: of the group that may give orders."""
-        # Ray gives a worker OMP_NUM_THREADS=num_cpus; a shard uses what its settings say, or the machine.
+        # Ray gives a worker OMP_NUM_THREADS=num_cpus; a shard uses what its settings say, or the
+        # machine.
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         keep_freed_memory()
         self._start, self._token, self._is_loaded = (settings, rank), token, False
@@ -39,16 +45,23 @@ class ShardActor(ShardEngine):
         return Rendezvous.at(str(ray.util.get_node_ip_address()), timeout_s)
 
     def load(self, rendezvous: Rendezvous | None) -> None:
-        """Meet the others and load this shard's part of the base. Without a rendezvous it is the only shard."""
+        """Meet the others and load this shard's part of the base. Without a rendezvous it is the
+        only shard."""
         settings, rank = self._start
-        exchange = ALONE if rendezvous is None else DeepSpeedExchange(rank, settings.num_shards, rendezvous)
+        exchange = (
+            ALONE
+            if rendezvous is None
+            else DeepSpeedExchange(rank, settings.num_shards, rendezvous)
+        )
         super().__init__(settings, None, rank, exchange)
         self._is_loaded = True
 
     def call(self, token: str, method: str, *arguments: Any) -> Any:
         """Run a method of `ShardEngine` for the group that owns this shard."""
         if token != self._token:
-            raise NotTheOwner("another controller has taken over this population's shards; this one must stop")
+            raise NotTheOwner(
+                "another controller has taken over this population's shards; this one must stop"
+            )
         return getattr(self, method)(*arguments)
 
     def adopt(self, settings: ShardSettings, versions_wanted: dict[str, str], token: str) -> bool:

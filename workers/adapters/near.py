@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 class NearTier:
-    """Sealed blobs on the local disk, each in a file named by its digest: what is read is checked, so the folder may
-    lose or damage anything, and several processes may share it."""
+    """Sealed blobs on the local disk, each in a file named by its digest: what is read is checked,
+    so the folder may lose or damage anything, and several processes may share it."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self._lock = threading.Lock()
         self._files = Tier[str](max_bytes)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        there = [(path.stat(), path) for path in folder.glob("*/*") if not path.name.startswith(".")]
+        there = [
+            (path.stat(), path) for path in folder.glob("*/*") if not path.name.startswith(".")
+        ]
         for stat, path in sorted(there, key=lambda item: item[0].st_mtime):
             for gone in self._files.put(f"{path.parent.name}/{path.name}", stat.st_size):
                 (folder / gone).unlink(missing_ok=True)
@@ -48,7 +50,9 @@ class NearTier:
                     if name in self._files:
                         self._files.touch(name)
             else:
-                logger.warning("near copy %s is damaged; it is read from the store again", self.folder / name)
+                logger.warning(
+                    "near copy %s is damaged; it is read from the store again", self.folder / name
+                )
                 self._remove(name)
         return found
 
@@ -63,7 +67,9 @@ class NearTier:
             return
         try:
             (self.folder / request.pseudonym).mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile(dir=self.folder / request.pseudonym, prefix=".", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                dir=self.folder / request.pseudonym, prefix=".", delete=False
+            ) as file:
                 file.write(sealed)
             os.replace(file.name, self.folder / name)
         except OSError as error:

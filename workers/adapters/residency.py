@@ -1,10 +1,12 @@
-"""Where an adapter's bytes are: hot in the slab, warm in memory, near on the local disk, cold in the store.
+"""Where an adapter's bytes are: hot in the slab, warm in memory, near on the local disk, cold in
+the store.
 
     prefetch   cold or near -> warm, in the background, one wave ahead
     page_in    warm -> hot; waits for what is still on its way
     evict      hot -> warm, if it is a committed revision
 
-The store is the only place that adapters are written to, by commits; every other tier may lose anything at any time.
+The store is the only place that adapters are written to, by commits; every other tier may lose
+anything at any time.
 """
 
 from __future__ import annotations
@@ -53,11 +55,16 @@ class WarmBlobs:
 
 
 class Residency:
-    """The tiers of one shard, by revision. A slot that was written without a commit must be evicted."""
+    """The tiers of one shard, by revision. A slot that was written without a commit must be
+    evicted."""
 
-    def __init__(self, slab: Slab, store: ObjectStore, keys: UserKeys, budget: ResidencyBudget) -> None:
+    def __init__(
+        self, slab: Slab, store: ObjectStore, keys: UserKeys, budget: ResidencyBudget
+    ) -> None:
         self.slab, self.store, self.keys = slab, store, keys
-        self.near = NearTier(Path(budget.near_folder), budget.near_bytes) if budget.near_bytes else None
+        self.near = (
+            NearTier(Path(budget.near_folder), budget.near_bytes) if budget.near_bytes else None
+        )
         self._hot = Tier[AdapterKey](slab.capacity)
         self._warm = Tier[AdapterKey](budget.warm_bytes)
         self._blobs: dict[AdapterKey, WarmBlobs] = {}
@@ -73,31 +80,45 @@ class Residency:
         return len(self.slab.slots)
 
     def prefetch(self, refs: Sequence[AdapterRef]) -> None:
-        """Start loading what isn't in memory, with moments, and return at once. A load that somebody waits for already
-        is shared."""
+        """Start loading what isn't in memory, with moments, and return at once. A load that
+        somebody waits for already is shared."""
         self._wanted = frozenset(ref.key for ref in refs)
         for key, future in list(self._loading.items()):
             if key not in self._wanted and future.done():  # of a wave that was given up
                 del self._loading[key]
                 if future.exception() is None:
                     self._warm_up(key, future.result()[key][0])
-        missing = [ref for ref in self._missing(refs, True) if ref.weights is not None and not self._is_warm(ref, True)]
+        missing = [
+            ref
+            for ref in self._missing(refs, True)
+            if ref.weights is not None and not self._is_warm(ref, True)
+        ]
         self._start_loading([ref for ref in missing if ref.key not in self._loading], True)
 
-    def page_in(self, refs: Iterable[AdapterRef], with_moments: bool, keep: Collection[AdapterKey] = ()) -> Paging:
-        """Make all of `refs` hot together, without evicting any of `keep`. Every blob is verified."""
+    def page_in(
+        self, refs: Iterable[AdapterRef], with_moments: bool, keep: Collection[AdapterKey] = ()
+    ) -> Paging:
+        """Make all of `refs` hot together, without evicting any of `keep`. Every blob is
+        verified."""
         refs = list({ref.key: ref for ref in refs}.values())
         wanted = {ref.key for ref in refs}
         staying = wanted | set(keep)
-        if (needed := len(wanted | {key for key in keep if key in self.slab.slots})) > self.slab.capacity:
+        if (
+            needed := len(wanted | {key for key in keep if key in self.slab.slots})
+        ) > self.slab.capacity:
             raise InvalidInput(
-                f"{needed} adapters are needed at once but scheduler.slots is {self.slab.capacity}; raise it"
+                f"{needed} adapters are needed at once but scheduler.slots is "
+                f"{self.slab.capacity}; raise it"
             )
         missing = self._missing(refs, with_moments)
-        found = Counter(hot=len(refs) - len(missing), new=sum(ref.weights is None for ref in missing))
+        found = Counter(
+            hot=len(refs) - len(missing), new=sum(ref.weights is None for ref in missing)
+        )
         # The blobs first: a damaged one must not leave a half-filled slot.
         started = time.monotonic()
-        blobs = self._blobs_of([ref for ref in missing if ref.weights is not None], with_moments, found)
+        blobs = self._blobs_of(
+            [ref for ref in missing if ref.weights is not None], with_moments, found
+        )
         waited_s = time.monotonic() - started
         for ref in missing:
             self._drop_hot(ref.key)
@@ -107,7 +128,10 @@ class Residency:
             if ref.weights is not None:
                 own = blobs[ref.key]
                 self.slab.load(
-                    ref.key, own.weights, own.moments if ref.moments is not None and with_moments else None, ref.experts
+                    ref.key,
+                    own.weights,
+                    own.moments if ref.moments is not None and with_moments else None,
+                    ref.experts,
                 )
             else:
                 self.slab.initialise(ref.key)
@@ -117,7 +141,13 @@ class Residency:
             self._hot.touch(ref.key)
         hot = tuple(dict.fromkeys(key.pseudonym for key in self.slab.slots))
         num_near = 0 if self.near is None else len(self.near)
-        return Paging(found=dict(found), waited_s=waited_s, hot=hot, num_warm=len(self._warm), num_near=num_near)
+        return Paging(
+            found=dict(found),
+            waited_s=waited_s,
+            hot=hot,
+            num_warm=len(self._warm),
+            num_near=num_near,
+        )
 
     def forget(self, pseudonyms: Iterable[str]) -> None:
         """Drop every revision and the key of forgotten users, from every tier."""
@@ -151,7 +181,8 @@ class Residency:
             ref
             for ref in refs
             if ref.key not in self.slab.slots
-            # A revision that stopped being the tip starts from zero again, also where its moments are still hot.
+            # A revision that stopped being the tip starts from zero again, also where its moments
+            # are still hot.
             or (with_moments and self._has_moments.get(ref.key) != (ref.moments is not None))
         ]
 
@@ -170,7 +201,11 @@ class Residency:
                 found["warm"] += 1
             else:
                 waiting.append(ref)
-        shared = {ref.key: self._loading[ref.key] for ref in waiting if ref.key in self._loading and with_moments}
+        shared = {
+            ref.key: self._loading[ref.key]
+            for ref in waiting
+            if ref.key in self._loading and with_moments
+        }
         own = self._start_loading([ref for ref in waiting if ref.key not in shared], with_moments)
         for ref in waiting:
             future = shared.get(ref.key, own)
@@ -194,7 +229,9 @@ class Residency:
         self._loading.update(dict.fromkeys((ref.key for ref in refs), future))
         return future
 
-    def _load(self, refs: Sequence[AdapterRef], with_moments: bool) -> dict[AdapterKey, tuple[WarmBlobs, str]]:
+    def _load(
+        self, refs: Sequence[AdapterRef], with_moments: bool
+    ) -> dict[AdapterKey, tuple[WarmBlobs, str]]:
         """From near and cold, each blob checked against its manifest's digest; runs in a thread."""
         requests = [ref.requests(with_moments) for ref in refs]
         everything = [request for own in requests for request in own]
@@ -204,13 +241,19 @@ class Residency:
             request: open_sealed(self.keys, request, body) for request, body in sealed.items()
         }
         keep_sealed = None if self.near is None else self.near.put
-        opened |= dict(zip(missing, load_wave(self.store, self.keys, missing, keep_sealed), strict=True))
+        opened |= dict(
+            zip(missing, load_wave(self.store, self.keys, missing, keep_sealed), strict=True)
+        )
         result = {}
         for ref, own in zip(refs, requests, strict=True):
             parts = [opened[request] for request in own]
             tier = "near" if all(request in sealed for request in own) else "cold"
-            # Copies: one wave's views share one buffer, which would stay as long as the last of them.
-            result[ref.key] = (WarmBlobs(bytes(parts[0]), bytes(parts[1]) if len(parts) > 1 else None), tier)
+            # Copies: one wave's views share one buffer, which would stay as long as the last of
+            # them.
+            result[ref.key] = (
+                WarmBlobs(bytes(parts[0]), bytes(parts[1]) if len(parts) > 1 else None),
+                tier,
+            )
         return result
 
     def _warm_up(self, key: AdapterKey, blobs: WarmBlobs) -> None:
@@ -223,7 +266,8 @@ class Residency:
         self._blobs.pop(key, None)
 
     def _cool(self, key: AdapterKey) -> None:
-        """A committed revision leaves its slot; its bytes stay warm, if this shard has all of them."""
+        """A committed revision leaves its slot; its bytes stay warm, if this shard has all of
+        them."""
         if key.revision and key not in self._blobs and self.slab.shard.num_shards == 1:
             has_moments = self._has_moments.get(key, False)
             weights, moments = self.slab.blobs(key)

@@ -3,8 +3,9 @@
 One arena per pair of stored ranks; an arena is four fp32 tensors [S, N] with one adapter per row in
 `AdapterLayout` order. A wave of mixed ranks touches several arenas and pads nothing to the largest.
 
-A shard's slab has room for the dense part and for its own experts. All shards of a group take the same slots for the
-same adapters; the dense part is only filled at the adapter's home, and memory that is never written costs nothing.
+A shard's slab has room for the dense part and for its own experts. All shards of a group take the
+same slots for the same adapters; the dense part is only filled at the adapter's home, and memory
+that is never written costs nothing.
 
 Suffixes: S slots, N elements of a stored adapter, E experts.
 """
@@ -42,7 +43,8 @@ class SlotState:
     """What an adapter carries besides tensors. All but `experts` travels in the moments blob."""
 
     experts: frozenset[int] = frozenset()
-    """Experts that ever got a gradient: their tensors are no longer as initialised; they stand in the manifest."""
+    """Experts that ever got a gradient: their tensors are no longer as initialised; they stand in
+    the manifest."""
     step: int = 0
     baseline: float = 0.0
     num_rewards: int = 0
@@ -53,7 +55,9 @@ class Arena:
 
     def __init__(self, dims: BaseDims, rank: int, expert_rank: int, slots: int) -> None:
         self.layout = layout_of(dims, rank, expert_rank)
-        self.weights, self.grads, self.m, self.v = (_untouched_zeros(slots, self.layout.size) for _ in range(4))
+        self.weights, self.grads, self.m, self.v = (
+            _untouched_zeros(slots, self.layout.size) for _ in range(4)
+        )
         self.dense_scale_S = torch.zeros(slots)
         self.expert_scale_S = torch.zeros(slots)
         self.free = set(range(slots))
@@ -74,7 +78,8 @@ class Arena:
 
 
 def _untouched_zeros(slots: int, size: int) -> Tensor:
-    """[slots, size] fp32 zeros, mapped and never touched: a row costs memory from its first write on."""
+    """[slots, size] fp32 zeros, mapped and never touched: a row costs memory from its first write
+    on."""
     return torch.frombuffer(mmap.mmap(-1, slots * size * 4), dtype=torch.float32).view(slots, size)
 
 
@@ -90,7 +95,9 @@ class Slot:
 class Slab:
     """Slots of one shard, addressed by adapter revision. At most `slots` are taken at a time."""
 
-    def __init__(self, dims: BaseDims, slots: int, dtype: torch.dtype, shard: Shard | None = None) -> None:
+    def __init__(
+        self, dims: BaseDims, slots: int, dtype: torch.dtype, shard: Shard | None = None
+    ) -> None:
         self.dims, self.capacity, self.dtype = dims, slots, dtype
         self.shard = shard or place_shards(dims.num_experts, 1).shards[0]
         self.own_dims = replace(dims, num_experts=len(self.shard.experts))
@@ -115,7 +122,8 @@ class Slab:
         self._own_range(slot, self.arenas[slot.arena].grads).zero_()
 
     def take(self, key: AdapterKey, spec: AdapterSpec, seed: int) -> Slot:
-        """A slot for `key`, with zero moments. Its weights are to be filled by `initialise` or `load`."""
+        """A slot for `key`, with zero moments. Its weights are to be filled by `initialise` or
+        `load`."""
         assert key not in self.slots and len(self.slots) < self.capacity
         ranks = (stored_rank(spec.rank, self.dtype), stored_rank(spec.expert_rank, self.dtype))
         if ranks not in self._arena_of:
@@ -138,7 +146,11 @@ class Slab:
     def initialise(self, key: AdapterKey) -> None:
         """Fill the slot of `key` with revision 0."""
         slot = self.slots[key]
-        self._fill(slot, self.arenas[slot.arena].weights, initial_weights(self.exact_layout(slot.spec), slot.seed))
+        self._fill(
+            slot,
+            self.arenas[slot.arena].weights,
+            initial_weights(self.exact_layout(slot.spec), slot.seed),
+        )
 
     def drop(self, key: AdapterKey) -> None:
         slot = self.slots.pop(key)
@@ -148,7 +160,9 @@ class Slab:
         """The slot's content became another revision."""
         self.slots[new] = self.slots.pop(old)
 
-    def load(self, key: AdapterKey, weights: Blob, moments: Blob | None, experts: tuple[int, ...]) -> None:
+    def load(
+        self, key: AdapterKey, weights: Blob, moments: Blob | None, experts: tuple[int, ...]
+    ) -> None:
         """Fill the slot of `key` from blobs; experts that they leave out stay as initialised."""
         slot = self.slots[key]
         arena, exact = self.arenas[slot.arena], self.exact_layout(slot.spec)
@@ -169,15 +183,16 @@ class Slab:
             self._fill(slot, target, flat)
 
     def forget_moments(self, key: AdapterKey) -> None:
-        """Start the optimizer of `key` anew: what a revision that stopped being the tip continues with."""
+        """Start the optimizer of `key` anew: what a revision that stopped being the tip continues
+        with."""
         slot = self.slots[key]
         for flat in (self.arenas[slot.arena].m, self.arenas[slot.arena].v):
             self._own_range(slot, flat).zero_()
         slot.state.step, slot.state.baseline, slot.state.num_rewards = 0, 0.0, 0
 
     def dump(self, key: AdapterKey) -> AdapterParts:
-        """What this shard has of an adapter, without what pads its ranks. Where nothing does, it shares the slab's
-        memory."""
+        """What this shard has of an adapter, without what pads its ranks. Where nothing does, it
+        shares the slab's memory."""
         slot = self.slots[key]
         arena, own = self.arenas[slot.arena], self._own_layout(slot.spec)
         parts = {-1: (0, own.dense_size)} if self.is_home(key) else {}
@@ -188,13 +203,18 @@ class Slab:
         }
         flats = [self.exact(slot, flat[slot.row]) for flat in (arena.weights, arena.m, arena.v)]
         return AdapterParts(
-            *({part: flat[start:end].numpy() for part, (start, end) in parts.items()} for flat in flats)
+            *(
+                {part: flat[start:end].numpy() for part, (start, end) in parts.items()}
+                for flat in flats
+            )
         )
 
     def blobs(self, key: AdapterKey) -> tuple[bytes, bytes]:
         """Weights and moments as they are committed; for a shard that has all of the adapter."""
         state = self.slots[key].state
-        return join_parts((float(state.step), state.baseline, float(state.num_rewards)), [self.dump(key)])
+        return join_parts(
+            (float(state.step), state.baseline, float(state.num_rewards)), [self.dump(key)]
+        )
 
     def exact(self, slot: Slot, row_N: Tensor) -> Tensor:
         """What this shard keeps of a row of the slot's arena, without what pads its ranks."""
@@ -220,7 +240,9 @@ class Slab:
         return flat[slot.row, 0 if is_home else self.arenas[slot.arena].layout.dense_size :]
 
 
-def _scatter_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...], parts: Tensor) -> None:
+def _scatter_parts(
+    flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...], parts: Tensor
+) -> None:
     flat[: layout.dense_size] = parts[: layout.dense_size]
     for place, expert in enumerate(experts):
         start, end = layout.expert_range(expert)
@@ -228,7 +250,9 @@ def _scatter_parts(flat: Tensor, layout: AdapterLayout, experts: tuple[int, ...]
         flat[start:end] = parts[source : source + layout.expert_size]
 
 
-def unpack_weights(layout: AdapterLayout, seed: int, weights: Blob | None, experts: tuple[int, ...]) -> Tensor:
+def unpack_weights(
+    layout: AdapterLayout, seed: int, weights: Blob | None, experts: tuple[int, ...]
+) -> Tensor:
     """A revision's weights in exact layout [N] from its blob; without one, the initialisation."""
     if weights is None:
         return initial_weights(layout, seed)

@@ -1,7 +1,7 @@
 """Attention over packed rows, plugged into transformers' models through its attention interface.
 
-Two forms: `PackedAttention` for whole groups (training, scoring, prefill), `CachedAttention` for one new token
-per sequence (decoding).
+Two forms: `PackedAttention` for whole groups (training, scoring, prefill), `CachedAttention` for
+one new token per sequence (decoding).
 
 Suffixes: T rows, H heads, W key/value heads, B sequences, M padded length, X head width.
 """
@@ -16,12 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from populace.workers.base.rows import PackedRows
 
-# A group's padded length is a function of its own length alone, so its bits don't depend on who it runs beside.
+# A group's padded length is a function of its own length alone, so its bits don't depend on who it
+# runs beside.
 LENGTH_STEP = 16
 
 
 class Attention(Protocol):
-    def attend(self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float
+    ) -> Tensor:
         """[T, H, X]."""
 
 
@@ -48,7 +51,9 @@ class PackedAttention:
         self.inverse_T = torch.empty_like(order_T)
         self.inverse_T[order_T] = torch.arange(len(order_T))
 
-    def attend(self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float
+    ) -> Tensor:
         if self.keep:
             self.kept.append((k_WTX, v_WTX))
         pieces = []
@@ -67,9 +72,12 @@ class PackedAttention:
 
 
 class _Bucket:
-    """Groups of one padded length. A single sequence needs no mask: what fills it up comes after it."""
+    """Groups of one padded length. A single sequence needs no mask: what fills it up comes after
+    it."""
 
-    def __init__(self, padded: int, members: list[tuple[int, int]], branch_T: Tensor, has_branches: bool) -> None:
+    def __init__(
+        self, padded: int, members: list[tuple[int, int]], branch_T: Tensor, has_branches: bool
+    ) -> None:
         start_B = torch.tensor([start for start, _ in members])
         length_B = torch.tensor([length for _, length in members])
         offset_M = torch.arange(padded)

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint's safetensors files, read lazily: by name, only what is asked for.
 
-Files are memory-mapped and closed again after every read, so that pages which were copied don't stay resident.
+Files are memory-mapped and closed again after every read, so that pages which were copied don't
+stay resident.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Checkpoint:
         for name in names:
             if name not in self._file_of or not (self.folder / self._file_of[name]).is_file():
                 raise InvalidInput(
-                    f"base {str(self.folder)!r} has no tensor {name!r}; save it with model.save_pretrained(folder)"
+                    f"base {str(self.folder)!r} has no tensor {name!r}; save it with "
+                    "model.save_pretrained(folder)"
                 )
         for file_name in sorted({self._file_of[name] for name in names}):
             with safe_open(self.folder / file_name, framework="pt") as file:
@@ -64,7 +66,8 @@ class Checkpoint:
                         mapped = file.get_tensor(name)
                         if mapped.dtype not in _DTYPES:
                             raise InvalidInput(
-                                f"tensor {name!r} of base {str(self.folder)!r} is {mapped.dtype}; convert the "
+                                f"tensor {name!r} of base {str(self.folder)!r} is {mapped.dtype}; "
+                                "convert the "
                                 "checkpoint to bfloat16"
                             )
                         self.bytes_read += mapped.nbytes

@@ -1,4 +1,5 @@
-"""The families of bases: what a Hugging Face config says about their shapes, and what their tensors are called on disk.
+"""The families of bases: what a Hugging Face config says about their shapes, and what their tensors
+are called on disk.
 
 A family is supported once it stands in `FAMILIES`; docs/families.md says what was tested.
 """
@@ -63,7 +64,10 @@ def _latent_heads(config: Any) -> Shapes:
     query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
     queries: Shapes = (("q_proj", query, hidden),)
     if config.q_lora_rank is not None:
-        queries = (("q_a_proj", config.q_lora_rank, hidden), ("q_b_proj", query, config.q_lora_rank))
+        queries = (
+            ("q_a_proj", config.q_lora_rank, hidden),
+            ("q_b_proj", query, config.q_lora_rank),
+        )
     return (
         *queries,
         ("kv_a_proj_with_mqa", config.kv_lora_rank + config.qk_rope_head_dim, hidden),
@@ -131,25 +135,37 @@ FAMILIES = {
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The config of a checkpoint that can be a base; `InvalidInput` says why another can't."""
     if not folder.is_dir():
-        raise InvalidInput(f"base {str(folder)!r} is not a folder; give a Hugging Face checkpoint's folder")
+        raise InvalidInput(
+            f"base {str(folder)!r} is not a folder; give a Hugging Face checkpoint's folder"
+        )
     if not (folder / "config.json").is_file():
-        raise InvalidInput(f"base {str(folder)!r} has no config.json; give a Hugging Face checkpoint's folder")
+        raise InvalidInput(
+            f"base {str(folder)!r} has no config.json; give a Hugging Face checkpoint's folder"
+        )
     if not any(folder.glob("*.safetensors")):
         raise InvalidInput(
-            f"base {str(folder)!r} has no *.safetensors file; save it with model.save_pretrained(folder)"
+            f"base {str(folder)!r} has no *.safetensors file; save it with "
+            "model.save_pretrained(folder)"
         )
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     if (family := config.get("model_type")) not in FAMILIES:
-        raise InvalidInput(f"base {str(folder)!r} is of family {family!r}; supported are {', '.join(sorted(FAMILIES))}")
+        raise InvalidInput(
+            f"base {str(folder)!r} is of family {family!r}; supported are "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
     if (quantised := config.get("quantization_config")) is not None:
         method = quantised.get("quant_method", "unknown")
         raise InvalidInput(
-            f"base {str(folder)!r} is quantised (quantization_config.quant_method is {method!r}); convert it to "
+            f"base {str(folder)!r} is quantised (quantization_config.quant_method is {method!r}); "
+            "convert it to "
             "bfloat16 and save it without quantization_config"
         )
-    if (window := config.get("sliding_window")) is not None and config.get("use_sliding_window", True):
+    if (window := config.get("sliding_window")) is not None and config.get(
+        "use_sliding_window", True
+    ):
         raise InvalidInput(
-            f"base {str(folder)!r} attends over a sliding window (sliding_window is {window}), which isn't supported; "
+            f"base {str(folder)!r} attends over a sliding window (sliding_window is {window}), "
+            "which isn't supported; "
             "set it to null if your sequences are shorter"
         )
     return config

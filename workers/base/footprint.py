@@ -1,4 +1,5 @@
-"""The tensors of a base's checkpoint, by their names on disk, without a checkpoint: from a model on the meta device."""
+"""The tensors of a base's checkpoint, by their names on disk, without a checkpoint: from a model on
+the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def config_of(base: str) -> Any:
         body = json.loads((files("populace.configs") / "bases" / f"{base}.json").read_text())
         return AutoConfig.for_model(**body)
     if not Path(base).exists():
-        raise InvalidInput(f"base is {base!r}; give a checkpoint's folder or one of {', '.join(PRESETS)}")
+        raise InvalidInput(
+            f"base is {base!r}; give a checkpoint's folder or one of {', '.join(PRESETS)}"
+        )
     check_checkpoint(Path(base))
     return AutoConfig.from_pretrained(base, local_files_only=True)
 
@@ -37,10 +40,14 @@ def tensors_of(config: Any) -> dict[str, int]:
     shapes = {module: out * inp for module, out, inp in dims.shapes}
     found = {}
     for name, tensor in model.state_dict().items():
-        if ".experts." not in name and not (name == "lm_head.weight" and config.tie_word_embeddings):
+        if ".experts." not in name and not (
+            name == "lm_head.weight" and config.tie_word_embeddings
+        ):
             found[family.on_disk(name)] = math.prod(tensor.shape)
     for layer in range(dims.num_dense_layers, dims.num_layers):
         for expert in range(dims.num_experts):
             names = family.expert_on_disk(layer, expert)
-            found |= dict(zip(names, (shapes[m] for m in ("gate_proj", "up_proj", "down_proj")), strict=True))
+            found |= dict(
+                zip(names, (shapes[m] for m in ("gate_proj", "up_proj", "down_proj")), strict=True)
+            )
     return found

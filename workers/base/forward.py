@@ -1,4 +1,5 @@
-"""One pass through the base: which rows, which adapters, which attention. What the replaced modules look at."""
+"""One pass through the base: which rows, which adapters, which attention. What the replaced modules
+look at."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class Step:
     routing: list[Tensor] | None = field(default=None)
     """Where given, every MoE block appends its selection, [T, K] int16, in layer order."""
     route_counts: list[Tensor] = field(default_factory=list)
-    """Of every MoE block with a record to replay: rows that were recorded, and those of them that it would send
-    elsewhere."""
+    """Of every MoE block with a record to replay: rows that were recorded, and those of them that
+    it would send elsewhere."""
 
     @staticmethod
     def of(
@@ -58,7 +59,9 @@ class Step:
         )
 
     def count_out_of_route(self, is_recorded_T: Tensor, differs_T: Tensor) -> None:
-        self.route_counts.append(torch.stack([is_recorded_T.sum(), (is_recorded_T & differs_T).sum()]))
+        self.route_counts.append(
+            torch.stack([is_recorded_T.sum(), (is_recorded_T & differs_T).sum()])
+        )
 
     def lora(self, module: str, layer: int) -> Sequence[LoraWeights]:
         return () if self.slab is None else self.slab.lora(module, layer)
@@ -69,7 +72,8 @@ class Step:
 
 
 class StepHolder:
-    """Where the modules of one base find the step that runs. Belongs to that base, is set for one pass."""
+    """Where the modules of one base find the step that runs. Belongs to that base, is set for one
+    pass."""
 
     def __init__(self) -> None:
         self._step: Step | None = None

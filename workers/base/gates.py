@@ -1,7 +1,8 @@
 """The routers of the supported families: which experts a row goes to, and with which weights.
 
-Every gate is three steps, so that routing replay can override the middle one: `affinity` of every expert, `select`, and
-`weigh` the selected affinities. Gradients flow through the first and the last.
+Every gate is three steps, so that routing replay can override the middle one: `affinity` of every
+expert, `select`, and `weigh` the selected affinities. Gradients flow through the first and the
+last.
 
 Suffixes: T rows, E experts, K experts per token, D hidden, G groups of experts.
 """
@@ -31,7 +32,8 @@ class Gate(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class SoftmaxGate:
-    """Mixtral, Qwen3-MoE, OLMoE: softmax over all experts, the largest K, normalised again or not."""
+    """Mixtral, Qwen3-MoE, OLMoE: softmax over all experts, the largest K, normalised again or
+    not."""
 
     w_ED: Tensor
     top_k: int
@@ -49,8 +51,9 @@ class SoftmaxGate:
 
 @dataclass(slots=True, kw_only=True)
 class GroupLimitedGate:
-    """DeepSeek-V3 and Kimi-K2 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid affinities; a bias that only
-    selects; of G groups of experts the best by the sum of their two largest; normalised and scaled."""
+    """DeepSeek-V3 and Kimi-K2 (https://arxiv.org/abs/2412.19437, section 2.1.2): sigmoid
+    affinities; a bias that only selects; of G groups of experts the best by the sum of their two
+    largest; normalised and scaled."""
 
     w_ED: Tensor
     bias_E: Tensor

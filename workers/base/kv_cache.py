@@ -15,8 +15,8 @@ from populace.workers.base.attention import LENGTH_STEP, PackedAttention
 
 
 class KvCache:
-    """Keys and values of sequences that grow. A sequence's room follows from its own prompt and limit, so what it
-    attends over has the same shape whoever is decoded beside it."""
+    """Keys and values of sequences that grow. A sequence's room follows from its own prompt and
+    limit, so what it attends over has the same shape whoever is decoded beside it."""
 
     def __init__(self, prefill: PackedAttention, repeats_G: Tensor, new_tokens_G: Tensor) -> None:
         """Caches of the prefilled prompts, each repeated for its samples."""
@@ -37,12 +37,19 @@ class _CacheBucket:
     """Sequences of one room: [layers] of [B, W, M, X]."""
 
     def __init__(
-        self, prefill: PackedAttention, room: int, number_B: Tensor, start_B: Tensor, length_B: Tensor
+        self,
+        prefill: PackedAttention,
+        room: int,
+        number_B: Tensor,
+        start_B: Tensor,
+        length_B: Tensor,
     ) -> None:
         self.number_B = number_B
         """Which sequence each row of the cache belongs to."""
         offset_M = torch.arange(int(length_B.max()))
-        rows_BM = torch.where(offset_M < length_B[:, None], start_B[:, None] + offset_M, start_B[:, None])
+        rows_BM = torch.where(
+            offset_M < length_B[:, None], start_B[:, None] + offset_M, start_B[:, None]
+        )
 
         def spread(kept_WTX: Tensor) -> Tensor:
             num_kv, _, width = kept_WTX.shape
@@ -55,7 +62,8 @@ class _CacheBucket:
         self.offset_M = torch.arange(room)
 
     def drop_finished(self, is_live_B: Tensor) -> Tensor:
-        """Make room once half of the sequences are done: copying less often costs more than attending for them."""
+        """Make room once half of the sequences are done: copying less often costs more than
+        attending for them."""
         if int(is_live_B.sum()) * 2 > len(is_live_B):
             return is_live_B
         self.number_B = self.number_B[is_live_B]
@@ -65,7 +73,8 @@ class _CacheBucket:
 
 
 class CachedAttention:
-    """One new token per running sequence; appends its key and value and attends to all before it."""
+    """One new token per running sequence; appends its key and value and attends to all before
+    it."""
 
     def __init__(self, cache: KvCache, running: Sequence[int]) -> None:
         """`running`: the sequence of each row; rows beyond are filling and attend to nothing."""
@@ -77,9 +86,13 @@ class CachedAttention:
             length_B, place_L = cache.length_N[bucket.number_B], is_live_B.nonzero().squeeze(1)
             mask_B11M = (bucket.offset_M <= length_B[:, None])[:, None, None]
             if len(place_L):
-                self.views.append((bucket, place_L, row_N[bucket.number_B[place_L]], length_B[place_L], mask_B11M))
+                self.views.append(
+                    (bucket, place_L, row_N[bucket.number_B[place_L]], length_B[place_L], mask_B11M)
+                )
 
-    def attend(self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self, layer: int, q_HTX: Tensor, k_WTX: Tensor, v_WTX: Tensor, scaling: float
+    ) -> Tensor:
         num_kv, num_rows, width = k_WTX.shape
         # Heads that share a key/value head become its queries: no key is repeated in memory.
         q_TWGX = q_HTX.transpose(0, 1).reshape(num_rows, num_kv, -1, width)
@@ -90,6 +103,8 @@ class CachedAttention:
             values[place_L, :, length_L] = v_WTX[:, row_L].transpose(0, 1)
             q_BWGX = q_TWGX.new_zeros(len(keys), *q_TWGX.shape[1:])
             q_BWGX[place_L] = q_TWGX[row_L]
-            out_BWGX = scaled_dot_product_attention(q_BWGX, keys, values, attn_mask=mask_B11M, scale=scaling)
+            out_BWGX = scaled_dot_product_attention(
+                q_BWGX, keys, values, attn_mask=mask_B11M, scale=scaling
+            )
             out_TWGX[row_L] = out_BWGX[place_L]
         return out_TWGX.reshape(num_rows, -1, v_WTX.shape[2])

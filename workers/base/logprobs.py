@@ -16,16 +16,19 @@ from populace.workers.base.rows import PackedRows
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log-softmax of the head at the target tokens, in row chunks: the [N, V] logits never exist at once.
+    """log-softmax of the head at the target tokens, in row chunks: the [N, V] logits never exist at
+    once.
 
-    d logprob / d hidden = head[token] - softmax · head does not depend on the loss: forward computes it while the
-    chunk's logits are there, and backward only scales it.
+    d logprob / d hidden = head[token] - softmax · head does not depend on the loss: forward
+    computes it while the chunk's logits are there, and backward only scales it.
     """
 
     CHUNK = 256
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, rows: PackedRows, row_multiple: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, rows: PackedRows, row_multiple: int
+    ) -> Tensor:
         num_targets, wants_grad = len(rows.target_row_N), ctx.needs_input_grad[0]
         # Dividing the hidden state is dividing the logits by the temperature.
         inverse_N1 = (1 / rows.temperature_N)[:, None].to(hidden_TD.dtype)
@@ -38,7 +41,9 @@ class _TokenLogprobs(torch.autograd.Function):
             size = part.stop - start
             padded = -(-size // row_multiple) * row_multiple
             hidden_CD = hidden_TD.new_zeros(padded, hidden_TD.shape[1])
-            hidden_CD[:size] = hidden_TD.index_select(0, rows.target_row_N[part]).mul_(inverse_N1[part])
+            hidden_CD[:size] = hidden_TD.index_select(0, rows.target_row_N[part]).mul_(
+                inverse_N1[part]
+            )
             logits, logsoft = logits_CV[:padded], logsoft_CV[:padded]
             torch.mm(hidden_CD, head_VD.T, out=logits)
             torch.log_softmax(logits, 1, dtype=torch.float32, out=logsoft)
@@ -55,12 +60,17 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope_ND,) = ctx.saved_tensors
         grad_ND = (slope_ND * grads[0].unsqueeze(1)).to(slope_ND.dtype)
-        # A prompt's last row predicts the first token of every branch: index_add_ adds them in order.
-        grad_TD = slope_ND.new_zeros(ctx.num_rows, slope_ND.shape[1]).index_add_(0, ctx.row_N, grad_ND)
+        # A prompt's last row predicts the first token of every branch: index_add_ adds them in
+        # order.
+        grad_TD = slope_ND.new_zeros(ctx.num_rows, slope_ND.shape[1]).index_add_(
+            0, ctx.row_N, grad_ND
+        )
         return grad_TD, None, None, None
 
 
 def token_logprobs(base: BaseModel, hidden_TD: Tensor, step: Step) -> Tensor:
     """Log-probability of every target token of the step's rows, [N] fp32; differentiable."""
-    logprob_N: Tensor = _TokenLogprobs.apply(hidden_TD, base.head_VD, step.rows, step.kernels.row_multiple)  # type: ignore[no-untyped-call]
+    logprob_N: Tensor = _TokenLogprobs.apply(
+        hidden_TD, base.head_VD, step.rows, step.kernels.row_multiple
+    )  # type: ignore[no-untyped-call]
     return logprob_N

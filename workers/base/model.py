@@ -1,7 +1,8 @@
 """The frozen base: a Hugging Face MoE model whose projections, MoE blocks and attention are ours.
 
-Everything else (embeddings, norms, rotary positions, shared experts, the order of a layer) stays the family's own code
-from `transformers`. The model is built on the meta device and filled tensor by tensor with what this shard holds.
+Everything else (embeddings, norms, rotary positions, shared experts, the order of a layer) stays
+the family's own code from `transformers`. The model is built on the meta device and filled tensor
+by tensor with what this shard holds.
 
 Suffixes: T rows, D hidden, N targets, V vocabulary.
 """
@@ -29,13 +30,16 @@ _INTERFACE = "populace"
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto`: bfloat16 where the processor multiplies it natively; elsewhere it is emulated, at an eighth of
-    the speed of fp32 forward and less than a hundredth backward (docs/decisions/0001)."""
+    """`auto`: bfloat16 where the processor multiplies it natively; elsewhere it is emulated, at an
+    eighth of the speed of fp32 forward and less than a hundredth backward (docs/decisions/0001)."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if torch.cuda.is_available():
         return torch.bfloat16
-    native = any(bool(torch.cpu.get_capabilities().get(flag)) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    native = any(
+        bool(torch.cpu.get_capabilities().get(flag))
+        for flag in ("avx512_bf16", "amx_bf16", "arm_bf16")
+    )
     return torch.bfloat16 if native else torch.float32
 
 
@@ -44,7 +48,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, inner: nn.Linear, module: str, layer: int, holder: StepHolder) -> None:
         super().__init__()
-        # The parameters themselves, not their data: ZeRO-3 swaps that before and after this module's turn.
+        # The parameters themselves, not their data: ZeRO-3 swaps that before and after this
+        # module's turn.
         self.weight, self.bias = inner.weight, inner.bias
         self.base = FrozenProduct(w=inner.weight, bias_F=inner.bias)
         self.module, self.layer, self.holder = module, layer, holder
@@ -58,8 +63,8 @@ class LoraLinear(nn.Module):
 
 
 class BaseModel:
-    """One shard of the base: everything but the experts, and its own of those. Holds no adapter and no state between
-    passes."""
+    """One shard of the base: everything but the experts, and its own of those. Holds no adapter and
+    no state between passes."""
 
     def __init__(
         self,
@@ -80,7 +85,9 @@ class BaseModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         checkpoint = Checkpoint(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_INTERFACE)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_INTERFACE
+            )
         model.requires_grad_(False)
         model.eval()
         self._holder = StepHolder()
@@ -94,19 +101,25 @@ class BaseModel:
         if not config.tie_word_embeddings:
             _fill(checkpoint, family, "lm_head", model.lm_head)
         self.embeddings_VD: Tensor = model.model.embed_tokens.weight
-        self.head_VD: Tensor = self.embeddings_VD if config.tie_word_embeddings else model.lm_head.weight
+        self.head_VD: Tensor = (
+            self.embeddings_VD if config.tie_word_embeddings else model.lm_head.weight
+        )
         # The rows of a step come embedded.
         self.decoder.embed_tokens = nn.Identity()
         self.bytes_read = checkpoint.bytes_read
         if dense == "zero3":
             partition_dense(self.decoder)
 
-    def _load_layer(self, checkpoint: Checkpoint, family: Family, config: Any, layer: int, block: Any) -> None:
-        """Read one layer's dense part and this shard's experts, and put our modules in the place of the family's."""
+    def _load_layer(
+        self, checkpoint: Checkpoint, family: Family, config: Any, layer: int, block: Any
+    ) -> None:
+        """Read one layer's dense part and this shard's experts, and put our modules in the place of
+        the family's."""
         is_moe = hasattr(block.mlp, "experts")
         if is_moe != (layer >= self.dims.num_dense_layers):
             raise InvalidInput(
-                f"layer {layer} of the base has {'experts' if is_moe else 'no experts'}; only leading layers may be "
+                f"layer {layer} of the base has {'experts' if is_moe else 'no experts'}; only "
+                "leading layers may be "
                 "without"
             )
         if is_moe:
@@ -116,18 +129,25 @@ class BaseModel:
         attention = block.self_attn
         attention.populace_holder = self._holder
         for module in self.dims.dense_modules:
-            setattr(attention, module, LoraLinear(getattr(attention, module), module, layer, self._holder))
+            setattr(
+                attention,
+                module,
+                LoraLinear(getattr(attention, module), module, layer, self._holder),
+            )
         if is_moe:
             experts = self._read_experts(checkpoint, family, layer, act_fn)
             gate = family.gate(config, block.mlp.gate)
             shared = getattr(block.mlp, "shared_experts", None)
             moe_layer = layer - self.dims.num_dense_layers
             block.mlp = MoeBlock(
-                experts, gate, shared, layer=layer, moe_layer=moe_layer, placement=self.placement, rank=self.shard.rank,
+                experts, gate, shared, layer=layer, moe_layer=moe_layer, placement=self.placement,
+                rank=self.shard.rank,
                 exchange=self.exchange, holder=self._holder,
             )  # fmt: skip
 
-    def _read_experts(self, checkpoint: Checkpoint, family: Family, layer: int, act_fn: Any) -> Experts:
+    def _read_experts(
+        self, checkpoint: Checkpoint, family: Family, layer: int, act_fn: Any
+    ) -> Experts:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
         inner, hidden = shapes["gate_proj"]
         num_own = len(self.shard.experts)
@@ -149,7 +169,9 @@ class BaseModel:
         self._holder.set(step)
         try:
             # The embedding must ask for a gradient, or the first layers' adapters would get none.
-            embedded_TD = self.embeddings_VD[step.rows.token_T].requires_grad_(torch.is_grad_enabled())
+            embedded_TD = self.embeddings_VD[step.rows.token_T].requires_grad_(
+                torch.is_grad_enabled()
+            )
             output = self.decoder(
                 inputs_embeds=embedded_TD.unsqueeze(0),
                 position_ids=step.rows.position_T.unsqueeze(0),
@@ -170,8 +192,12 @@ def _fill(checkpoint: Checkpoint, family: Family, prefix: str, module: nn.Module
     parameters = dict(module.named_parameters())
     wanted = {name: parameter.dtype for name, parameter in parameters.items()}
     # What a family stores as a buffer (a selection bias) it wants in fp32.
-    wanted |= {name: torch.float32 for name, _ in module.named_buffers() if name in module.state_dict()}
-    values = checkpoint.read({family.on_disk(f"{prefix}.{name}"): dtype for name, dtype in wanted.items()})
+    wanted |= {
+        name: torch.float32 for name, _ in module.named_buffers() if name in module.state_dict()
+    }
+    values = checkpoint.read(
+        {family.on_disk(f"{prefix}.{name}"): dtype for name, dtype in wanted.items()}
+    )
     for name, value in zip(wanted, values, strict=True):
         owner, _, own_name = name.rpartition(".")
         filled = nn.Parameter(value, requires_grad=False) if name in parameters else value

@@ -1,11 +1,13 @@
-"""The MoE block: route, send rows to the owners of their experts, sort them by (expert, slot), one grouped base product
-with LoRA inside, and all the way back.
+"""The MoE block: route, send rows to the owners of their experts, sort them by (expert, slot), one
+grouped base product with LoRA inside, and all the way back.
 
-Routing can be replayed (R3, https://arxiv.org/abs/2510.11370): the selection comes from the rollout, the scores
-are computed anew by the family's own gate, so gradients still flow through them.
+Routing can be replayed (R3, https://arxiv.org/abs/2510.11370): the selection comes from the
+rollout, the scores are computed anew by the family's own gate, so gradients still flow through
+them.
 
-Suffixes: T rows, E experts (of this shard, where tensors are meant), K experts per token, N copies sent (T·K), M copies
-received, R routed rows (M and some filling), S shards, D hidden, I intermediate.
+Suffixes: T rows, E experts (of this shard, where tensors are meant), K experts per token, N copies
+sent (T·K), M copies received, R routed rows (M and some filling), S shards, D hidden, I
+intermediate.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Copies:
     """Copies of rows in another order, and the way back."""
 
     row_R: Tensor
-    """The row that each one is a copy of; filling copies row 0, and nobody reads what becomes of it."""
+    """The row that each one is a copy of; filling copies row 0, and nobody reads what becomes of
+    it."""
     place_TK: Tensor
     """Where the k-th copy of each row lies."""
 
@@ -54,23 +57,28 @@ class Copies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """Where one layer's rows lie among this shard's experts. Planned once, used by gate, up and down, forward and
-    backward."""
+    """Where one layer's rows lie among this shard's experts. Planned once, used by gate, up and
+    down, forward and backward."""
 
     copies: Copies
     ends_E: Tensor
     plan: SegmentPlan
 
     @staticmethod
-    def of(expert_N: Tensor, arena_N: Tensor, slot_N: Tensor, top_k: int, num_experts: int, step: Step) -> Routes:
-        """Of `top_k` (row, k) pairs per row, each with its expert, counted from this shard's first."""
+    def of(
+        expert_N: Tensor, arena_N: Tensor, slot_N: Tensor, top_k: int, num_experts: int, step: Step
+    ) -> Routes:
+        """Of `top_k` (row, k) pairs per row, each with its expert, counted from this shard's
+        first."""
         order_R, ends_E = order_by_expert(expert_N, num_experts, step.kernels.row_multiple)
         pair_R = order_R.clamp(min=0)
         arena_R = torch.where(order_R < 0, -1, arena_N[pair_R])
         return Routes(
             copies=Copies.of(order_R, len(expert_N) // top_k, top_k),
             ends_E=ends_E,
-            plan=plan_segments(arena_R, slot_N[pair_R], expert_N[pair_R], accumulates=step.plan.accumulates),
+            plan=plan_segments(
+                arena_R, slot_N[pair_R], expert_N[pair_R], accumulates=step.plan.accumulates
+            ),
         )
 
 
@@ -90,8 +98,8 @@ class MoeBlock(nn.Module):
         exchange: Exchange,
         holder: StepHolder,
     ) -> None:
-        """`shared`: experts that every row goes through, without LoRA. `moe_layer`: `layer` counted among those with
-        experts."""
+        """`shared`: experts that every row goes through, without LoRA. `moe_layer`: `layer` counted
+        among those with experts."""
         super().__init__()
         self.experts, self.gate, self.shared_experts = experts, gate, shared
         self.layer, self.moe_layer, self.exchange, self.holder = layer, moe_layer, exchange, holder
@@ -105,7 +113,9 @@ class MoeBlock(nn.Module):
         ids_TK, score_TK = self._route(x_TD, step)
         if self.num_shards == 1:
             top_k = ids_TK.shape[1]
-            arena_N, slot_N = (rows_T.repeat_interleave(top_k) for rows_T in (step.rows.arena_T, step.rows.slot_T))
+            arena_N, slot_N = (
+                rows_T.repeat_interleave(top_k) for rows_T in (step.rows.arena_T, step.rows.slot_T)
+            )
             routes = Routes.of(ids_TK.reshape(-1), arena_N, slot_N, top_k, len(self.own), step)
             out_RD = self._through_experts(_dispatch(x_TD, routes.copies), routes, step)
             out_TD = _combine(out_RD, score_TK, routes.copies)
@@ -123,7 +133,11 @@ class MoeBlock(nn.Module):
         sent = Copies.of(order_N, num_rows, top_k)
         send_S = torch.bincount(owner_N, minlength=self.num_shards).tolist()
         receive_S = self.exchange.counts(send_S)
-        columns = (ids_TK.reshape(-1)[order_N], step.rows.arena_T[sent.row_R], step.rows.slot_T[sent.row_R])
+        columns = (
+            ids_TK.reshape(-1)[order_N],
+            step.rows.arena_T[sent.row_R],
+            step.rows.slot_T[sent.row_R],
+        )
         label_M3 = self.exchange.rows(torch.stack(columns, 1), send_S, receive_S)
         expert_M, arena_M, slot_M = (column_M.contiguous() for column_M in label_M3.unbind(1))
         x_MD = _send(_dispatch(x_TD, sent), self.exchange, send_S, receive_S)
@@ -134,10 +148,16 @@ class MoeBlock(nn.Module):
 
     def _through_experts(self, x_RD: Tensor, routes: Routes, step: Step) -> Tensor:
         own = self.experts
-        gate_RI, up_RI = self._product(x_RD, own.gate_up_EOD, ("gate_proj", "up_proj"), routes, step).chunk(2, 1)
-        return self._product(own.act_fn(gate_RI) * up_RI, own.down_EDI, ("down_proj",), routes, step)
+        gate_RI, up_RI = self._product(
+            x_RD, own.gate_up_EOD, ("gate_proj", "up_proj"), routes, step
+        ).chunk(2, 1)
+        return self._product(
+            own.act_fn(gate_RI) * up_RI, own.down_EDI, ("down_proj",), routes, step
+        )
 
-    def _product(self, x_RD: Tensor, w_EFD: Tensor, modules: tuple[str, ...], routes: Routes, step: Step) -> Tensor:
+    def _product(
+        self, x_RD: Tensor, w_EFD: Tensor, modules: tuple[str, ...], routes: Routes, step: Step
+    ) -> Tensor:
         weights = [step.lora(module, self.layer) for module in modules]
         base = FrozenProduct(w=w_EFD, ends_E=routes.ends_E)
         return lora_product(x_RD, base, weights, routes.plan, step.kernels.backend)
@@ -179,7 +199,9 @@ class _Send(torch.autograd.Function):
     """[N, D] here -> [M, D] there. Backward sends gradients the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, exchange: Exchange, send_S: list[int], receive_S: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, exchange: Exchange, send_S: list[int], receive_S: list[int]
+    ) -> Tensor:
         ctx.exchange, ctx.send_S, ctx.receive_S = exchange, send_S, receive_S
         return exchange.rows(x_ND, send_S, receive_S)
 
@@ -203,8 +225,8 @@ class _Collect(torch.autograd.Function):
 
 
 class _Dispatch(torch.autograd.Function):
-    """[T, D] -> [R, D]: a copy of each row for each of its experts. Backward adds a row's K gradients in order of
-    expert id: a gather, no atomics, no order to lose."""
+    """[T, D] -> [R, D]: a copy of each row for each of its experts. Backward adds a row's K
+    gradients in order of expert id: a gather, no atomics, no order to lose."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, copies: Copies) -> Tensor:
@@ -221,7 +243,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """([R, D], [T, K]) -> [T, D]: the sum of a row's expert outputs, weighted by its scores, in order of expert id."""
+    """([R, D], [T, K]) -> [T, D]: the sum of a row's expert outputs, weighted by its scores, in
+    order of expert id."""
 
     @staticmethod
     def forward(ctx: Any, out_RD: Tensor, score_TK: Tensor, copies: Copies) -> Tensor:
@@ -241,5 +264,8 @@ class _Combine(torch.autograd.Function):
         score_R = score_TK.new_zeros(len(out_RD))
         score_R[copies.place_TK.reshape(-1)] = score_TK.reshape(-1)
         dout_RD = dy_TD.index_select(0, copies.row_R).mul_(score_R.unsqueeze(1))
-        dscore = [out_RD.index_select(0, place_T).mul_(dy_TD).sum(1) for place_T in copies.place_TK.unbind(1)]
+        dscore = [
+            out_RD.index_select(0, place_T).mul_(dy_TD).sum(1)
+            for place_T in copies.place_TK.unbind(1)
+        ]
         return dout_RD, torch.stack(dscore, 1), None

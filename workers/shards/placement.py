@@ -1,7 +1,8 @@
 """Which shard holds what: pure arithmetic over a base's shapes.
 
-Experts are split in contiguous ranges; everything else is needed by every row and so lies on every shard, whole or
-(with ZeRO-3) in parts that DeepSpeed cuts. A user's rows, with its adapter's dense tensors, live on one shard.
+Experts are split in contiguous ranges; everything else is needed by every row and so lies on every
+shard, whole or (with ZeRO-3) in parts that DeepSpeed cuts. A user's rows, with its adapter's dense
+tensors, live on one shard.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Placement:
         return tuple(shard.rank for shard in self.shards for _ in shard.experts)
 
     def shards_of(self, tensor: str) -> tuple[int, ...]:
-        """Shards that read this tensor of the checkpoint: an expert's has one, all others are replicated."""
+        """Shards that read this tensor of the checkpoint: an expert's has one, all others are
+        replicated."""
         if (found := _EXPERT.search(tensor)) is not None:
             return (self.owners[int(found[1])],)
         return tuple(range(len(self.shards)))
@@ -59,9 +61,13 @@ class Placement:
 
 
 def place_shards(num_experts: int, num_shards: int) -> Placement:
-    """Contiguous ranges of experts, as even as whole experts allow; `InvalidInput` where a shard would have none."""
+    """Contiguous ranges of experts, as even as whole experts allow; `InvalidInput` where a shard
+    would have none."""
     if not 0 < num_shards <= num_experts:
-        raise InvalidInput(f"shard.count is {num_shards}; this base has {num_experts} experts, use 1 to {num_experts}")
+        raise InvalidInput(
+            f"shard.count is {num_shards}; this base has {num_experts} experts, use 1 to "
+            f"{num_experts}"
+        )
     bounds = [rank * num_experts // num_shards for rank in range(num_shards + 1)]
     return Placement(
         shards=tuple(

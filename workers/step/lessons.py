@@ -1,4 +1,5 @@
-"""Who is in which pass of a wave: groups with signal become lessons, lessons become shares of passes."""
+"""Who is in which pass of a wave: groups with signal become lessons, lessons become shares of
+passes."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def _prepare(slab: Slab, batch: AdapterBatch, settings: LossSettings) -> tuple[_
     # Where every target is masked there is nothing to learn from, momentum or not.
     items = [item for item in items if item.sequence.num_targets]
     denominator = sum(item.sequence.num_targets for item in items)
-    return _Lesson(key=batch.adapter, slot=place, items=tuple(items), denominator=denominator), baseline
+    return _Lesson(
+        key=batch.adapter, slot=place, items=tuple(items), denominator=denominator
+    ), baseline
 
 
 def _sequence(weighted: WeightedGroup, slot: tuple[int, int]) -> SequenceGroup:
@@ -72,8 +75,9 @@ def _sequence(weighted: WeightedGroup, slot: tuple[int, int]) -> SequenceGroup:
 def _shares(
     lessons: Sequence[_Lesson], max_rows: int, homes: Mapping[AdapterKey, int]
 ) -> Iterator[tuple[int, list[_Share]]]:
-    """(turn, shares) of each pass of the whole group, with at most `max_rows` rows on each shard: the i-th shares of
-    all adapters come before any (i+1)-th. `homes`: the shard of each adapter's rows."""
+    """(turn, shares) of each pass of the whole group, with at most `max_rows` rows on each shard:
+    the i-th shares of all adapters come before any (i+1)-th. `homes`: the shard of each adapter's
+    rows."""
     by_turn: dict[int, list[_Share]] = {}
     for lesson in sorted(lessons, key=lambda lesson: lesson.slot):
         for turn, share in enumerate(_split(lesson, max_rows)):
@@ -92,7 +96,8 @@ def _shares(
 
 
 def _split(lesson: _Lesson, max_rows: int) -> Iterator[_Share]:
-    """An adapter's groups in shares of at most `max_rows` (a single larger group is a share of its own)."""
+    """An adapter's groups in shares of at most `max_rows` (a single larger group is a share of its
+    own)."""
     part: list[_Item] = []
     num_rows = 0
     for item in lesson.items:

@@ -1,5 +1,5 @@
-"""Advantages and losses. Pure functions; one loss per kind of experience, and all of them weight one thing:
-the log-probability of the tokens that were produced.
+"""Advantages and losses. Pure functions; one loss per kind of experience, and all of them weight
+one thing: the log-probability of the tokens that were produced.
 
 Suffixes: N tokens that count, G samples of a group.
 """
@@ -35,14 +35,18 @@ class Baseline:
     num_rewards: int = 0
 
     def after(self, reward: float, decay: float) -> Baseline:
-        """Exponential mean, exact mean while young: the first reward is not compared with an invented zero."""
+        """Exponential mean, exact mean while young: the first reward is not compared with an
+        invented zero."""
         weight = max(1 - decay, 1 / (self.num_rewards + 1))
-        return Baseline(value=self.value + weight * (reward - self.value), num_rewards=self.num_rewards + 1)
+        return Baseline(
+            value=self.value + weight * (reward - self.value), num_rewards=self.num_rewards + 1
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedGroup:
-    """A group that has something to teach: one coefficient per sample, and whether it is policy gradient."""
+    """A group that has something to teach: one coefficient per sample, and whether it is policy
+    gradient."""
 
     group: TrainGroup
     advantages: tuple[float, ...]
@@ -51,11 +55,12 @@ class WeightedGroup:
 def weigh_groups(
     groups: Sequence[TrainGroup], baseline: Baseline, settings: LossSettings
 ) -> tuple[list[WeightedGroup], Baseline]:
-    """Advantages of every group in order, and the baseline afterwards. Groups without signal are left out.
+    """Advantages of every group in order, and the baseline afterwards. Groups without signal are
+    left out.
 
-    task: GRPO, (r - mean) / std over the group (https://arxiv.org/abs/2402.03300, §4.1.1); no spread, no signal.
-    trajectory: REINFORCE, r - the user's baseline before it; the first has nothing to be compared with.
-    demonstration: likelihood, coefficient 1.
+    task: GRPO, (r - mean) / std over the group (https://arxiv.org/abs/2402.03300, §4.1.1); no
+    spread, no signal. trajectory: REINFORCE, r - the user's baseline before it; the first has
+    nothing to be compared with. demonstration: likelihood, coefficient 1.
     """
     weighted = []
     for group in groups:
@@ -81,7 +86,9 @@ def _group_advantages(samples: Sequence[ScoredSample], settings: LossSettings) -
         rewards = rewards - settings.kl_coefficient * torch.tensor(
             [_sampled_kl(scored) for scored in samples], dtype=torch.float64
         )
-    advantages: list[float] = ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).tolist()
+    advantages: list[float] = (
+        (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+    ).tolist()
     return advantages
 
 
@@ -102,13 +109,16 @@ def token_losses(
 ) -> Tensor:
     """The loss of every token, [N].
 
-    Policy gradient with truncated importance sampling (w = min(pi / pi_behaviour, C), log-ratio bounded at 20;
-    https://fengyao.notion.site/off-policy-rl), likelihood for demonstrations, and k2 = (log pi - log base)² / 2,
-    whose gradient is that of the reverse KL on policy (http://joschu.net/blog/kl-approx.html). `behaviour_N` and
-    `base_N` are NaN where unknown: no correction, no KL.
+    Policy gradient with truncated importance sampling (w = min(pi / pi_behaviour, C), log-ratio
+    bounded at 20; https://fengyao.notion.site/off-policy-rl), likelihood for demonstrations, and k2
+    = (log pi - log base)² / 2, whose gradient is that of the reverse KL on policy
+    (http://joschu.net/blog/kl-approx.html). `behaviour_N` and `base_N` are NaN where unknown: no
+    correction, no KL.
     """
     log_ratio_N = (logprob_N.detach() - behaviour_N).clamp(-20, 20)
-    weight_N = torch.where(log_ratio_N.isnan(), 1.0, log_ratio_N.exp().clamp(max=settings.importance_cap))
+    weight_N = torch.where(
+        log_ratio_N.isnan(), 1.0, log_ratio_N.exp().clamp(max=settings.importance_cap)
+    )
     weight_N = torch.where(policy_gradient_N, weight_N, 1.0)
     loss_N = -weight_N * advantage_N * logprob_N
     if settings.kl_coefficient and not settings.kl_in_reward:

@@ -1,4 +1,5 @@
-"""What makes a user's bits independent of who shares the batch, and the probe that this machine keeps it."""
+"""What makes a user's bits independent of who shares the batch, and the probe that this machine
+keeps it."""
 
 from __future__ import annotations
 
@@ -19,18 +20,19 @@ from populace.workers.batch import AdapterKey
 from populace.workers.layout import AdapterSpec
 
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}
-"""Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths, with other bits, for
-a few odd small counts only."""
+"""Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths,
+with other bits, for a few odd small counts only."""
 
 NUMERICS_REVISION = 2
-"""Raised with every change to the order or kind of arithmetic in a step: older revisions can't be replayed then."""
+"""Raised with every change to the order or kind of arithmetic in a step: older revisions can't be
+replayed then."""
 
 _COUNTS = (8, 16, 24, 40, 104, 264)
 
 
 def probe_invariance(base: BaseModel, kernels: Kernels) -> str:
-    """What on this machine, at its present number of threads, breaks the promise; empty if nothing does. Takes a pass
-    through the base with a few rows, and some products of it with many."""
+    """What on this machine, at its present number of threads, breaks the promise; empty if nothing
+    does. Takes a pass through the base with a few rows, and some products of it with many."""
     if kernels.row_multiple == ROW_MULTIPLE["fast"]:
         return "rows are not filled up"
     # All of them, also after a problem: the shards of a group run these passes together.
@@ -68,21 +70,37 @@ def _products(base: BaseModel) -> Iterator[tuple[str, FrozenProduct]]:
     yield "lm_head", FrozenProduct(w=base.head_VD)
 
 
-def _gradient(base: BaseModel, kernels: Kernels, lengths: tuple[int, int, int], mates: int) -> Tensor:
-    """This shard's part of the gradient of one adapter beside mates of its own rank and of another."""
+def _gradient(
+    base: BaseModel, kernels: Kernels, lengths: tuple[int, int, int], mates: int
+) -> Tensor:
+    """This shard's part of the gradient of one adapter beside mates of its own rank and of
+    another."""
     slab = Slab(base.dims, mates + 1, base.dtype, base.shard)
     groups = []
     for number in range(mates + 1):
         key = AdapterKey(str(number), 0)
-        spec = AdapterSpec(rank=3 + 9 * (number % 2), expert_rank=1 + 8 * (number % 2), alpha=8.0, learning_rate=1e-3)
+        spec = AdapterSpec(
+            rank=3 + 9 * (number % 2),
+            expert_rank=1 + 8 * (number % 2),
+            alpha=8.0,
+            learning_rate=1e-3,
+        )
         slot = slab.take(key, spec, seed=number)
         noise_N = _noise(1, slab.exact_layout(spec).size, torch.float32, seed=number)[0] * 0.02
         slab.load(key, noise_N.numpy().tobytes(), None, tuple(range(base.dims.num_experts)))
         random = np.random.default_rng(number)
-        prompt, *branches = (random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in lengths)
+        prompt, *branches = (
+            random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in lengths
+        )
         if slab.is_home(key):
-            groups.append(SequenceGroup(slot=(slot.arena, slot.row), prompt_ids=prompt, branches=tuple(branches)))
-    rows = pack_rows(sorted(groups, key=lambda group: group.slot), row_multiple=kernels.row_multiple)
+            groups.append(
+                SequenceGroup(
+                    slot=(slot.arena, slot.row), prompt_ids=prompt, branches=tuple(branches)
+                )
+            )
+    rows = pack_rows(
+        sorted(groups, key=lambda group: group.slot), row_multiple=kernels.row_multiple
+    )
     step = Step.of(rows, PackedAttention(rows), slab, kernels)
     token_logprobs(base, base.hidden(step), step).square().sum().backward()  # type: ignore[no-untyped-call]
     mine = slab.slots[AdapterKey("0", 0)]
@@ -90,4 +108,6 @@ def _gradient(base: BaseModel, kernels: Kernels, lengths: tuple[int, int, int], 
 
 
 def _noise(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns), np.float32)).to(dtype)
+    return torch.from_numpy(
+        np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
+    ).to(dtype)

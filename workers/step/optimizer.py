@@ -1,7 +1,8 @@
 """AdamW over slots: each adapter's own learning rates, step, clipping and activity.
 
-Whether an adapter is updated, and how far its gradient is clipped, is decided before anything is written. What an
-adapter gets depends on its own row alone: sums run in fixed blocks, in layout order.
+Whether an adapter is updated, and how far its gradient is clipped, is decided before anything is
+written. What an adapter gets depends on its own row alone: sums run in fixed blocks, in layout
+order.
 
 Suffixes: E experts, B blocks, N elements.
 """
@@ -25,7 +26,8 @@ from populace.workers.layout import AdapterLayout
 from populace.workers.shards.exchange import ALONE, Exchange
 
 BLOCK = 4096
-"""Elements per partial sum: short enough that one thread adds it, whatever the number of threads."""
+"""Elements per partial sum: short enough that one thread adds it, whatever the number of
+threads."""
 
 
 def optimizer_name(settings: OptimizerSettings) -> str:
@@ -36,8 +38,8 @@ def optimizer_name(settings: OptimizerSettings) -> str:
 def update_adapters(
     slab: Slab, keys: Sequence[AdapterKey], settings: OptimizerSettings, exchange: Exchange = ALONE
 ) -> dict[AdapterKey, float]:
-    """Clip and step every adapter whose gradient is finite, in place; returns all gradient norms. A norm that is not
-    finite means that its adapter was left as it was, on every shard."""
+    """Clip and step every adapter whose gradient is finite, in place; returns all gradient norms. A
+    norm that is not finite means that its adapter was left as it was, on every shard."""
     norms = {}
     apply = _cpu_adam if settings.offload else _fused_adamw
     squares_AP = torch.zeros(len(keys), 1 + slab.dims.num_experts, dtype=torch.float64)
@@ -47,11 +49,14 @@ def update_adapters(
     # Every part lies on one shard, so this sum is exact.
     for key, squares_E1 in zip(keys, exchange.add(squares_AP).tolist(), strict=True):
         slot = slab.slots[key]
-        norm = norms[key] = math.sqrt(math.fsum(squares_E1)) if all(map(math.isfinite, squares_E1)) else math.nan
+        norm = norms[key] = (
+            math.sqrt(math.fsum(squares_E1)) if all(map(math.isfinite, squares_E1)) else math.nan
+        )
         if math.isnan(norm):
             continue
         slot.state.step += 1
-        # Experts that no token ever reached are left out: they stay as initialised, weight decay included.
+        # Experts that no token ever reached are left out: they stay as initialised, weight decay
+        # included.
         reached = {expert for expert, square in enumerate(squares_E1[1:]) if square > 0}
         slot.state.experts |= reached
         scale = min(1.0, settings.max_grad_norm / (norm + 1e-12))
@@ -61,8 +66,8 @@ def update_adapters(
 
 
 def part_squares(slab: Slab, slot: Slot) -> dict[int, float]:
-    """Sums of squares of what this shard has of an adapter's gradient: the dense part's under -1, each expert's under
-    its number."""
+    """Sums of squares of what this shard has of an adapter's gradient: the dense part's under -1,
+    each expert's under its number."""
     arena = slab.arenas[slot.arena]
     grad_N, dense = arena.grads[slot.row], arena.layout.dense_size
     parts = [(list(slab.shard.experts), grad_N[dense:].view(len(slab.shard.experts), -1))]
@@ -71,7 +76,11 @@ def part_squares(slab: Slab, slot: Slot) -> dict[int, float]:
     squares: dict[int, float] = {}
     for names, part_EN in parts:
         whole = part_EN.shape[1] // BLOCK * BLOCK
-        norms = [torch.linalg.vector_norm(part_EN[:, :whole].view(len(part_EN), -1, BLOCK), dim=2)] if whole else []
+        norms = (
+            [torch.linalg.vector_norm(part_EN[:, :whole].view(len(part_EN), -1, BLOCK), dim=2)]
+            if whole
+            else []
+        )
         norms.append(torch.linalg.vector_norm(part_EN[:, whole:], dim=1, keepdim=True))
         sums = [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
         squares |= dict(zip(names, sums, strict=True))
@@ -83,7 +92,8 @@ Pieces = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
-    """What this step moves, by learning rate. Where A and B have the same, few large pieces instead of hundreds."""
+    """What this step moves, by learning rate. Where A and B have the same, few large pieces instead
+    of hundreds."""
     arena, spec = slab.arenas[slot.arena], slot.spec
     flats = (arena.weights[slot.row], arena.grads[slot.row], arena.m[slot.row], arena.v[slot.row])
     own = slab.shard.experts
@@ -92,7 +102,10 @@ def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
     ranges = _ranges(arena.layout, places, is_home, spec.b_learning_rate_ratio != 1.0)
     rates = {"a": spec.learning_rate, "b": spec.learning_rate * spec.b_learning_rate_ratio}
     return [
-        (rates[which], [(flats[0][s:e], flats[1][s:e], flats[2][s:e], flats[3][s:e]) for s, e in bounds])
+        (
+            rates[which],
+            [(flats[0][s:e], flats[1][s:e], flats[2][s:e], flats[3][s:e]) for s, e in bounds],
+        )
         for which, bounds in ranges.items()
         if bounds
     ]
@@ -102,8 +115,8 @@ def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
 def _ranges(
     layout: AdapterLayout, experts: tuple[int, ...], dense: bool, apart: bool
 ) -> dict[str, list[tuple[int, int]]]:
-    """Ranges of the flat buffer by `a` and `b`; all under `a` unless they are wanted apart. `experts` by their place in
-    the layout."""
+    """Ranges of the flat buffer by `a` and `b`; all under `a` unless they are wanted apart.
+    `experts` by their place in the layout."""
     parts = [(0, layout.dense)] if dense else []
     parts += [(layout.expert_range(expert)[0], layout.expert) for expert in experts]
     found: dict[str, list[tuple[int, int]]] = {"a": []}
@@ -117,8 +130,11 @@ def _ranges(
     return found
 
 
-def _fused_adamw(pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings) -> None:
-    """AdamW (https://arxiv.org/abs/1711.05101) by torch's fused kernel, which corrects the bias in fp64."""
+def _fused_adamw(
+    pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings
+) -> None:
+    """AdamW (https://arxiv.org/abs/1711.05101) by torch's fused kernel, which corrects the bias in
+    fp64."""
     weights, grads, m, v = (list(column) for column in zip(*pieces, strict=True))
     torch._fused_adamw_(
         weights,
@@ -138,9 +154,11 @@ def _fused_adamw(pieces: Pieces, step: int, rate: float, scale: float, settings:
     )
 
 
-def _cpu_adam(pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings) -> None:
-    """The same by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the history of its calls: it
-    is off, and the correction moves into rate and epsilon,
+def _cpu_adam(
+    pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings
+) -> None:
+    """The same by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the
+    history of its calls: it is off, and the correction moves into rate and epsilon,
 
         m̂ / (√v̂ + ε) = (√c₂ / c₁) · m / (√v + ε √c₂),    cᵢ = 1 - βᵢ^step.
     """
@@ -168,7 +186,8 @@ def _cpu_adam(pieces: Pieces, step: int, rate: float, scale: float, settings: Op
 
 @functools.cache
 def _cpu_adam_library() -> Any:
-    """DeepSpeed's extension; the first use compiles it, which takes minutes once and needs g++ and ninja."""
+    """DeepSpeed's extension; the first use compiles it, which takes minutes once and needs g++ and
+    ninja."""
     try:
         from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -176,8 +195,10 @@ def _cpu_adam_library() -> Any:
         library = load(verbose=False)
     except Exception as error:  # the builder raises whatever the compiler or the loader does
         raise PopulaceError(
-            f"optimizer.offload needs DeepSpeed's CPUAdam, which can't be loaded ({error}); install it with "
-            "`pip install deepspeed ninja --no-build-isolation` beside g++, or set optimizer.offload=false"
+            f"optimizer.offload needs DeepSpeed's CPUAdam, which can't be loaded ({error}); "
+            "install it with "
+            "`pip install deepspeed ninja --no-build-isolation` beside g++, or set "
+            "optimizer.offload=false"
         ) from error
     library.create_adam(0, 1e-3, 0.9, 0.99, 1e-8, 0.0, True, False)
     return library

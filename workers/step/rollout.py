@@ -1,7 +1,7 @@
 """Batched sampling for many adapters at once, with a KV cache.
 
-A user's samples don't depend on who is decoded beside them: the noise of a sample is drawn from a counter-based
-generator keyed by (adapter seed, revision, event, sample), one number per position.
+A user's samples don't depend on who is decoded beside them: the noise of a sample is drawn from a
+counter-based generator keyed by (adapter seed, revision, event, sample), one number per position.
 
 Suffixes: B sequences that still run, T rows, V vocabulary, L layers, K experts per token.
 """
@@ -29,7 +29,11 @@ class _Sequence:
     """One sample while it grows."""
 
     def __init__(
-        self, number: int, request: int, slot: tuple[int, int], uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]
+        self,
+        number: int,
+        request: int,
+        slot: tuple[int, int],
+        uniforms: np.ndarray[tuple[int], np.dtype[np.float64]],
     ):
         self.number, self.request, self.slot, self.uniforms = number, request, slot, uniforms
         self.tokens: list[int] = []
@@ -40,15 +44,24 @@ class _Sequence:
 
 @torch.no_grad()
 def roll_out(
-    base: BaseModel, slab: Slab, requests: Sequence[RolloutRequest], eos_ids: frozenset[int], kernels: Kernels
+    base: BaseModel,
+    slab: Slab,
+    requests: Sequence[RolloutRequest],
+    eos_ids: frozenset[int],
+    kernels: Kernels,
 ) -> list[RolloutGroup | None]:
-    """Answer every request whose adapter is at home on this shard; all adapters must be in the slab. Groups come in the
-    order of the requests, None for those of other shards. The shards of a group decode in step, because each one's rows
-    need the others' experts."""
+    """Answer every request whose adapter is at home on this shard; all adapters must be in the
+    slab. Groups come in the order of the requests, None for those of other shards. The shards of a
+    group decode in step, because each one's rows need the others' experts."""
     own = [index for index, request in enumerate(requests) if slab.is_home(request.adapter)]
     ordered = sorted(own, key=lambda index: _slot(slab, requests[index]))
     rows = pack_rows(
-        [SequenceGroup(slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()) for i in ordered],
+        [
+            SequenceGroup(
+                slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()
+            )
+            for i in ordered
+        ],
         row_multiple=kernels.row_multiple,
     )
     attention = PackedAttention(rows, keep=True)
@@ -59,7 +72,9 @@ def roll_out(
 
     running = [
         _Sequence(number, i, _slot(slab, requests[i]), _uniforms(slab, requests[i], sample))
-        for number, (i, sample) in enumerate((i, k) for i in ordered for k in range(requests[i].num_samples))
+        for number, (i, sample) in enumerate(
+            (i, k) for i in ordered for k in range(requests[i].num_samples)
+        )
     ]
     sequences = list(running)
     samples_G = torch.tensor([requests[i].num_samples for i in ordered], dtype=torch.int64)
@@ -69,12 +84,16 @@ def roll_out(
     hidden_BD = torch.repeat_interleave(hidden_TD[last_G], samples_G, dim=0)
     while True:
         if running:
-            _choose(_logits(base, hidden_BD, running, requests, kernels), running, requests, eos_ids)
+            _choose(
+                _logits(base, hidden_BD, running, requests, kernels), running, requests, eos_ids
+            )
         running = [item for item in running if not item.finished]
         if not base.exchange.any(bool(running)):
             break
         attention_now = CachedAttention(cache, [item.number for item in running])
-        step = Step.of(_decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True)
+        step = Step.of(
+            _decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True
+        )
         hidden_BD = base.hidden(step)[: len(running)]
         for item, ids in zip(running, step.recorded_TLK()[: len(running)].numpy(), strict=True):
             item.expert_ids.append(ids)
@@ -90,10 +109,14 @@ def _logits(
     kernels: Kernels,
 ) -> Tensor:
     """[B, V] fp32, divided by each sequence's temperature; greedy counts as 1."""
-    temperature_B = torch.tensor([requests[item.request].temperature or 1.0 for item in running], dtype=base.dtype)
+    temperature_B = torch.tensor(
+        [requests[item.request].temperature or 1.0 for item in running], dtype=base.dtype
+    )
     # Dividing the hidden state is dividing the logits, at a hundredth of the cost.
     scaled_BD = hidden_BD / temperature_B[:, None]
-    return base.logits(pad(scaled_BD, (0, 0, 0, -len(scaled_BD) % kernels.row_multiple)))[: len(running)]
+    return base.logits(pad(scaled_BD, (0, 0, 0, -len(scaled_BD) % kernels.row_multiple)))[
+        : len(running)
+    ]
 
 
 def _choose(
@@ -102,7 +125,8 @@ def _choose(
     requests: Sequence[RolloutRequest],
     eos_ids: frozenset[int],
 ) -> None:
-    """Append one token to every sequence: inverse transform sampling with the sequence's own number."""
+    """Append one token to every sequence: inverse transform sampling with the sequence's own
+    number."""
     greedy_B = torch.tensor([requests[item.request].temperature == 0 for item in running])
     prob_BV = torch.softmax(logits_BV, dim=1)
     uniform_B = torch.tensor([item.uniforms[len(item.tokens)] for item in running])
@@ -111,7 +135,9 @@ def _choose(
     for item, token, logprob in zip(running, token_B.tolist(), chosen_B.tolist(), strict=True):
         item.tokens.append(token)
         item.logprobs.append(logprob)
-        item.finished = token in eos_ids or len(item.tokens) >= requests[item.request].max_new_tokens
+        item.finished = (
+            token in eos_ids or len(item.tokens) >= requests[item.request].max_new_tokens
+        )
 
 
 def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels) -> PackedRows:
@@ -150,7 +176,9 @@ def _groups(
             Sample(
                 completion_ids=np.asarray(item.tokens, dtype=np.int32),
                 logprobs=np.asarray(item.logprobs, dtype=np.float32),
-                expert_ids=np.stack(item.expert_ids) if item.expert_ids else np.zeros((0, *routing_shape), np.int16),
+                expert_ids=np.stack(item.expert_ids)
+                if item.expert_ids
+                else np.zeros((0, *routing_shape), np.int16),
                 finished=item.tokens[-1] in eos_ids,
             )
         )

@@ -1,11 +1,14 @@
-"""The fused step: one forward, backward and optimizer step for every adapter of a wave. Free of Ray.
+"""The fused step: one forward, backward and optimizer step for every adapter of a wave. Free of
+Ray.
 
-What depends on one adapter alone stays so: its loss denominator, clipping, step counter, learning rates and
-moments. A wave that is too large for memory runs in passes; a pass holds whole adapters, or the i-th share of an
-adapter that is larger than a pass, so that how an adapter is split never depends on who else is there.
+What depends on one adapter alone stays so: its loss denominator, clipping, step counter, learning
+rates and moments. A wave that is too large for memory runs in passes; a pass holds whole adapters,
+or the i-th share of an adapter that is larger than a pass, so that how an adapter is split never
+depends on who else is there.
 
-Every shard of a group runs this with the same batch: it plans all passes, and puts into each the rows of those adapters
-whose home it is. A shard without any runs along with filling, because rows of the others come to its experts.
+Every shard of a group runs this with the same batch: it plans all passes, and puts into each the
+rows of those adapters whose home it is. A shard without any runs along with filling, because rows
+of the others come to its experts.
 
 Suffixes: A adapters of a pass, N target tokens, T rows.
 """
@@ -84,12 +87,14 @@ class _Passes:
     """Replayed selections, and those of them that the trainer would have made otherwise."""
 
 
-def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerSettings) -> ShardStep:
-    """Update every adapter of the batch in its slot and return what is new on this shard (it may share the slab's
-    memory).
+def train_wave(
+    base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerSettings
+) -> ShardStep:
+    """Update every adapter of the batch in its slot and return what is new on this shard (it may
+    share the slab's memory).
 
-    An adapter without signal, or with a gradient that is not finite, keeps its weights and moments bit for bit
-    and says so in its status; the others go on.
+    An adapter without signal, or with a gradient that is not finite, keeps its weights and moments
+    bit for bit and says so in its status; the others go on.
     """
     lessons, baselines = [], {}
     for item in batch.adapters:
@@ -101,13 +106,23 @@ def train_wave(base: BaseModel, slab: Slab, batch: WaveBatch, settings: TrainerS
     for turn, shares in _shares(lessons, settings.max_rows_per_pass, homes):
         own = [share for share in shares if slab.is_home(share.lesson.key)]
         _forward_backward(base, slab, own, settings, done, accumulates=turn > 0)
-    norms = update_adapters(slab, [lesson.key for lesson in lessons], settings.optimizer, base.exchange)
+    norms = update_adapters(
+        slab, [lesson.key for lesson in lessons], settings.optimizer, base.exchange
+    )
     updates = tuple(
-        _update(slab, item, baselines[item.adapter], done.tallies.get(item.adapter), norms.get(item.adapter))
+        _update(
+            slab,
+            item,
+            baselines[item.adapter],
+            done.tallies.get(item.adapter),
+            norms.get(item.adapter),
+        )
         for item in batch.adapters
     )
     replayed, otherwise = base.exchange.add(done.route_counts).tolist()
-    return ShardStep(updates=updates, num_rows=done.num_rows, out_of_route=(int(otherwise), int(replayed)))
+    return ShardStep(
+        updates=updates, num_rows=done.num_rows, out_of_route=(int(otherwise), int(replayed))
+    )
 
 
 def _forward_backward(
@@ -121,7 +136,9 @@ def _forward_backward(
 ) -> None:
     """One pass with this shard's shares; leaves gradients in the slab and its sums in `done`."""
     items = [item for share in shares for item in share.items]
-    rows = pack_rows([item.sequence for item in items], base.routing_shape, settings.kernels.row_multiple)
+    rows = pack_rows(
+        [item.sequence for item in items], base.routing_shape, settings.kernels.row_multiple
+    )
     step = Step.of(rows, PackedAttention(rows), slab, settings.kernels, accumulates=accumulates)
     logprob_N = token_logprobs(base, base.hidden(step), step)
     if step.route_counts:
@@ -132,9 +149,12 @@ def _forward_backward(
         return
 
     advantage_N, behaviour_N, base_N, policy_N = (
-        torch.from_numpy(np.concatenate(column)) for column in zip(*map(_token_columns, items), strict=True)
+        torch.from_numpy(np.concatenate(column))
+        for column in zip(*map(_token_columns, items), strict=True)
     )
-    counts_A = [sum(sum(map(len, item.sequence.branches)) for item in share.items) for share in shares]
+    counts_A = [
+        sum(sum(map(len, item.sequence.branches)) for item in share.items) for share in shares
+    ]
     denominators_A = torch.tensor([share.lesson.denominator for share in shares])
     loss_N = token_losses(logprob_N, advantage_N, behaviour_N, base_N, policy_N, settings.loss)
     loss_N = loss_N / torch.repeat_interleave(denominators_A, torch.tensor(counts_A))
@@ -147,12 +167,16 @@ def _forward_backward(
     columns = (
         np.add.reduceat(loss_N.detach().double().numpy(), starts_A),
         np.maximum.reduceat(torch.where(is_compared_N, gap_N.abs(), -torch.inf).numpy(), starts_A),
-        np.add.reduceat(torch.where(is_compared_N, _divergence(gap_N.double()), 0.0).numpy(), starts_A),
+        np.add.reduceat(
+            torch.where(is_compared_N, _divergence(gap_N.double()), 0.0).numpy(), starts_A
+        ),
         np.add.reduceat(is_compared_N.numpy(), starts_A, dtype=np.int64),
         np.add.reduceat(rows.target_masked_N.numpy(), starts_A, dtype=np.int64),
         counts_A,
     )
-    for share, loss, gap, kl, num_compared, num_masked, num_tokens in zip(shares, *columns, strict=True):
+    for share, loss, gap, kl, num_compared, num_masked, num_tokens in zip(
+        shares, *columns, strict=True
+    ):
         tally = done.tallies.setdefault(share.lesson.key, _Tally())
         tally.loss += float(loss)
         tally.largest_gap = max(tally.largest_gap, float(gap))
@@ -163,8 +187,8 @@ def _forward_backward(
 
 
 def _divergence(gap_N: Tensor) -> Tensor:
-    """KL(rollout || trainer) by sampled tokens: r - 1 - log r, never negative, with r = pi_trainer / pi_rollout (k3 in
-    http://joschu.net/blog/kl-approx.html). `gap_N` is log r."""
+    """KL(rollout || trainer) by sampled tokens: r - 1 - log r, never negative, with r = pi_trainer
+    / pi_rollout (k3 in http://joschu.net/blog/kl-approx.html). `gap_N` is log r."""
     return torch.expm1(gap_N) - gap_N
 
 
@@ -172,13 +196,16 @@ Column = NDArray[np.float32] | NDArray[np.bool_]
 
 
 def _token_columns(item: _Item) -> tuple[Column, Column, Column, Column]:
-    """Of one group's tokens: advantage, behaviour log-probability, base log-probability, is-policy-gradient."""
+    """Of one group's tokens: advantage, behaviour log-probability, base log-probability,
+    is-policy-gradient."""
     group, advantages = item.weighted.group, item.weighted.advantages
     counts = [len(scored.sample.completion_ids) for scored in group.samples]
 
     def known(values: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
         pairs = zip(values, counts, strict=True)
-        return np.concatenate([np.full(n, np.nan, np.float32) if own is None else own for own, n in pairs])
+        return np.concatenate(
+            [np.full(n, np.nan, np.float32) if own is None else own for own, n in pairs]
+        )
 
     return (
         np.repeat(np.asarray(advantages, np.float32), counts),
@@ -214,7 +241,9 @@ def _update(
 
 def _metrics(batch: AdapterBatch, tally: _Tally | None, norm: float | None) -> dict[str, float]:
     scored = [sample for group in batch.groups for sample in group.samples]
-    rewards = [sample.reward for group in batch.groups if group.kind == "task" for sample in group.samples]
+    rewards = [
+        sample.reward for group in batch.groups if group.kind == "task" for sample in group.samples
+    ]
     metrics = {"tokens": float(sum(len(sample.sample.completion_ids) for sample in scored))}
     if rewards:
         metrics["reward"] = float(np.mean(rewards))
