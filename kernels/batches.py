@@ -15,12 +15,12 @@ from torch import Tensor
 from populace.kernels.segments import Ints, Segments
 
 HEIGHTS = np.array([1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64])
-"""Segments of at most 64 rows are filled up to the next of these, so that many become one batched
+"""Segments of at most 64 rows are padded to the next of these, so that many become one batched
 product. 5 to 7 and 9 to 11 are missing: MKL splits a lone product of so many rows over threads,
 with other bits."""
 
 LARGE_STEP = 32
-"""Longer segments of experts are filled up to multiples of this; longer dense ones, which mostly
+"""Longer segments of experts are padded to multiples of this; longer dense ones, which mostly
 lie right as they are, not at all."""
 
 
@@ -59,7 +59,7 @@ class ArenaBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Segments put together into batched products. How a segment is filled up depends on its own
+    """Segments put together into batched products. How a segment is padded depends on its own
     length alone."""
 
     arenas: tuple[ArenaBatches, ...]
@@ -69,7 +69,7 @@ class Batches:
     place_T: Tensor | None
     """The tile row of each row."""
     slot_U: Tensor
-    is_filling_U: Tensor
+    is_padding_U: Tensor
 
     @staticmethod
     def of(segments: Segments, num_rows: int, device: torch.device) -> Batches:
@@ -117,12 +117,12 @@ class Batches:
                 )
             )
         offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)
-        is_filling_U = offset_U >= np.repeat(count_G, height_G)
+        is_padding_U = offset_U >= np.repeat(count_G, height_G)
         source_U = np.repeat(segments.start_G[order_G], height_G) + np.minimum(
             offset_U, np.repeat(count_G - 1, height_G)
         )
         place_T = np.full(num_rows, -1)
-        place_T[source_U[~is_filling_U]] = np.flatnonzero(~is_filling_U)
+        place_T[source_U[~is_padding_U]] = np.flatnonzero(~is_padding_U)
         without_N = np.flatnonzero(place_T < 0)
         place_T[without_N] = num_tile_rows + np.arange(len(without_N))
         source_U = np.append(source_U, without_N)
@@ -131,5 +131,5 @@ class Batches:
             source_U=None if in_place else torch.from_numpy(source_U).to(device),
             place_T=None if in_place else torch.from_numpy(place_T).to(device),
             slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)).to(device),
-            is_filling_U=torch.from_numpy(is_filling_U).to(device),
+            is_padding_U=torch.from_numpy(is_padding_U).to(device),
         )

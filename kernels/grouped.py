@@ -1,5 +1,5 @@
 """The same on torch's batched products: segments of one height are one `bmm`. Short segments are
-filled up to few heights and copied together, the rows that they add to as well; long ones, and rows
+padded to few heights and copied together, the rows that they add to as well; long ones, and rows
 that lie right already, are used where they are. Either way a product adds in place, so what a
 segment gets depends on its own shape alone.
 
@@ -52,7 +52,7 @@ def add_gradients(
     modules: Sequence[Sequence[LoraWeights]],
     plan: SegmentPlan,
 ) -> None:
-    """See `reference.add_gradients`; `shrunk` comes scaled, with zeros where rows are filling."""
+    """See `reference.add_gradients`; `shrunk` comes scaled, with zeros where rows are padding."""
     batches, saved = plan.batches, iter(shrunk)
     x_UD, dy_UF, dx_UD = (_to_tiles(rows, batches) for rows in (x_TD, dy_TF, dx_TD))
     for own_UF, weights in zip(dy_UF.chunk(len(modules), 1), modules, strict=True):
@@ -100,7 +100,7 @@ def _own(s_UR: Tensor, batch: Batch, arena: ArenaBatches) -> Tensor:
 
 def _scales(weights: LoraWeights, batches: Batches, arena: ArenaBatches) -> Tensor:
     scale_U = weights.scale_S[batches.slot_U[arena.rows]]
-    return torch.where(batches.is_filling_U[arena.rows], 0.0, scale_U).unsqueeze(1)
+    return torch.where(batches.is_padding_U[arena.rows], 0.0, scale_U).unsqueeze(1)
 
 
 def _gather(w: Tensor, arena: ArenaBatches, dtype: torch.dtype) -> Tensor:

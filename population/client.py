@@ -56,7 +56,7 @@ from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.adapters.residency import ResidencyBudget
 from populace.workers.base.registry import PreparedBase, find_base, find_prepared
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 from populace.workers.step.numerics import ROW_MULTIPLE
 from populace.workers.step.train import TrainerSettings
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from populace.storage.errors import InvalidInput
 from populace.workers.actors.engine import ShardEngine
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.checkpoint import Checkpoint
+from populace.workers.base.checkpoint import SafetensorsFolder
 from populace.workers.base.families import dims_of, dims_of_config
 from populace.workers.base.footprint import PRESETS, config_of, tensors_of
-from populace.workers.base.forward import Step
+from populace.workers.base.forward import ForwardPass
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.shards.placement import place_shards
@@ -43,9 +43,9 @@ def test_packed_logits_are_those_of_transformers(
         [SequenceGroup(slot=(-1, -1), prompt_ids=ids, branches=()) for ids in sequences],
         row_multiple=8,
     )
-    step = Step.of(rows, PackedAttention(rows), None, engine.kernels)
+    forward_pass = ForwardPass.of(rows, PackedAttention(rows), None, engine.kernels)
     ours = torch.split(
-        engine.base.logits(engine.base.hidden(step)).detach(), list(rows.group_lengths)
+        engine.base.logits(engine.base.hidden(forward_pass)).detach(), list(rows.group_lengths)
     )
     model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
     for ids, mine in zip(sequences, ours, strict=False):
@@ -58,7 +58,7 @@ def test_packed_logits_are_those_of_transformers(
 def test_a_footprint_names_exactly_the_tensors_that_are_on_disk(
     bases: dict[str, Path], family: str
 ) -> None:
-    checkpoint = Checkpoint(bases[family])
+    checkpoint = SafetensorsFolder(bases[family])
     expected = {
         name: checkpoint.read({name: torch.float32})[0].numel() for name in checkpoint.names
     }
@@ -71,7 +71,7 @@ def test_every_tensor_is_placed_once_or_everywhere(
     bases: dict[str, Path], family: str, num_shards: int
 ) -> None:
     placement = place_shards(dims_of(bases[family]).num_experts, num_shards)
-    for name in Checkpoint(bases[family]).names:
+    for name in SafetensorsFolder(bases[family]).names:
         assert placement.shards_of(name) == tuple(range(num_shards)) or ".experts." in name
         assert ".experts." not in name or len(placement.shards_of(name)) == 1
     sizes = [len(shard.experts) for shard in placement.shards]

@@ -18,7 +18,7 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 from tests import tiny
 
 Make = Callable[..., ShardEngine]

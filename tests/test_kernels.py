@@ -99,7 +99,7 @@ def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(
                 count = int(plan.segments.count_G[segment])
                 assert batch.height == min(h for h in (*HEIGHTS.tolist(), 96) if h >= count)
                 assert len({rows[row] for row in source[tile].tolist()}) == 1
-                assert batches.is_filling_U[tile].tolist() == [False] * count + [True] * (
+                assert batches.is_padding_U[tile].tolist() == [False] * count + [True] * (
                     batch.height - count
                 )
                 seen += source[tile][:count].tolist()

@@ -32,7 +32,8 @@ from populace.population.page.tree import tree_of
 from populace.population.tools.diff import norms_of
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.records import AdapterCreated, Batch
-from populace.workers.layout import AdapterSpec, BaseDims, initial_weights, layout_of
+from populace.workers.layout import initial_weights, layout_of
+from populace.workers.shapes import AdapterSpec, BaseDims
 from tests.browser import chromium
 from tests.streams import experience, run_to_the_end
 

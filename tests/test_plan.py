@@ -14,7 +14,7 @@ from populace.population.tools.capacity import Plan, Request, plan, readable
 from populace.storage.errors import InvalidInput
 from populace.workers.base.families import dims_of_config
 from populace.workers.base.footprint import config_of, tensors_of
-from populace.workers.layout import BaseDims
+from populace.workers.shapes import BaseDims
 
 REQUEST = Request(
     device="h100", devices=8, users=1e6, updates_per_user_and_day=1.0, rank=8, expert_rank=1,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from populace.workers.actors.engine import ShardEngine
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Step
+from populace.workers.base.forward import ForwardPass
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import (
@@ -66,8 +66,8 @@ def trainer_logprobs(
             ],
             engine.base.routing_shape,
         )
-        step = Step.of(rows, PackedAttention(rows), engine.slab, engine.kernels)
-        pieces.append(token_logprobs(engine.base, engine.base.hidden(step), step).numpy())
+        forward_pass = ForwardPass.of(rows, PackedAttention(rows), engine.slab, engine.kernels)
+        pieces.append(token_logprobs(engine.base, engine.base.hidden(forward_pass), forward_pass).numpy())
     return np.concatenate(pieces)
 
 

@@ -13,7 +13,7 @@ from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.base.registry import PreparedBase, digest_folder, prepare_base
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest, WaveBatch
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 from populace.workers.step.numerics import probe_invariance
 from populace.workers.step.train import TrainerSettings
 from tests.test_fused_step import batch_of

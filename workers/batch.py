@@ -18,7 +18,7 @@ from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.log.loading import BlobRequest
 from populace.storage.log.pack import BlobPlace
 from populace.storage.objects.counted import Calls
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 
 Ints = NDArray[np.int32]
 

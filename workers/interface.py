@@ -15,7 +15,7 @@ from populace.workers.batch import (
     StepResult,
     WaveBatch,
 )
-from populace.workers.layout import BaseDims
+from populace.workers.shapes import BaseDims
 
 
 class Workers(Protocol):

@@ -12,61 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
-    """What an adapter is made of; fixed when it is created."""
-
-    rank: int
-    expert_rank: int
-    alpha: float
-    learning_rate: float
-    b_learning_rate_ratio: float = 1.0
-
-    def rank_of(self, module: str) -> int:
-        return self.expert_rank if module in EXPERT_MODULES else self.rank
-
-    def scale_of(self, module: str) -> float:
-        """s = alpha / r."""
-        return self.alpha / self.rank_of(module)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(body: Mapping[str, Any]) -> AdapterSpec:
-        return AdapterSpec(**body)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseDims:
-    """The shapes of a base that adapters depend on."""
-
-    num_layers: int
-    num_dense_layers: int = 0
-    """Leading layers without experts."""
-    num_experts: int
-    experts_per_token: int
-    shapes: tuple[tuple[str, int, int], ...]
-    """(module, F, D) for every module that carries LoRA."""
-
-    @property
-    def dense_modules(self) -> tuple[str, ...]:
-        return tuple(module for module, _, _ in self.shapes if module not in EXPERT_MODULES)
-
-    @property
-    def num_moe_layers(self) -> int:
-        return self.num_layers - self.num_dense_layers
+from populace.workers.shapes import EXPERT_MODULES, BaseDims
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +58,7 @@ class AdapterLayout:
         return places, offset
 
     def view(self, flat: Tensor, module: str, layer: int, which: str) -> Tensor:
-        """The tensor inside `flat` [..., N]: [..., rows, cols], or [..., E, rows, cols] for expert
+        """The tensor inside `flat` [..., P]: [..., rows, cols], or [..., E, rows, cols] for expert
         modules. Shares memory."""
         lead, strides = flat.shape[:-1], flat.stride()[:-1]
         if module in EXPERT_MODULES:
@@ -135,14 +87,14 @@ def stored_rank(rank: int, dtype: torch.dtype) -> int:
     return math.ceil(rank / multiple) * multiple
 
 
-def unpad(row_N: Tensor, stored: AdapterLayout, exact: AdapterLayout, dense: bool = True) -> Tensor:
+def unpad(row_P: Tensor, stored: AdapterLayout, exact: AdapterLayout, dense: bool = True) -> Tensor:
     """A row of a slab without what pads its ranks; the row itself where nothing does. `dense` False
     leaves the dense part out, undefined."""
     if exact is stored:
-        return row_N
-    flat = row_N.new_empty(exact.size)
+        return row_P
+    flat = row_P.new_empty(exact.size)
     for place in _places(exact, dense):
-        source = stored.view(row_N, place.module, place.layer, place.which)
+        source = stored.view(row_P, place.module, place.layer, place.which)
         exact.view(flat, place.module, place.layer, place.which).copy_(
             source[..., : place.shape[0], : place.shape[1]]
         )
@@ -150,15 +102,15 @@ def unpad(row_N: Tensor, stored: AdapterLayout, exact: AdapterLayout, dense: boo
 
 
 def pad_into(
-    row_N: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout, dense: bool = True
+    row_P: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout, dense: bool = True
 ) -> None:
     """The inverse of `unpad`; what pads is not written."""
     if exact is stored:
         start = 0 if dense else exact.dense_size
-        row_N[start:].copy_(flat[start:])
+        row_P[start:].copy_(flat[start:])
         return
     for place in _places(exact, dense):
-        target = stored.view(row_N, place.module, place.layer, place.which)
+        target = stored.view(row_P, place.module, place.layer, place.which)
         target[..., : place.shape[0], : place.shape[1]] = exact.view(
             flat, place.module, place.layer, place.which
         )
@@ -174,7 +126,7 @@ def layout_of(dims: BaseDims, rank: int, expert_rank: int) -> AdapterLayout:
 
 
 def initial_weights(layout: AdapterLayout, seed: int) -> Tensor:
-    """Revision 0 as a flat fp32 buffer [N]: A uniform in ±1/sqrt(D) as PEFT and nn.Linear draw it
+    """Revision 0 as a flat fp32 buffer [P]: A uniform in ±1/sqrt(D) as PEFT and nn.Linear draw it
     (Kaiming with a = sqrt 5), B zero. NumPy's Philox, so that the same seed gives the same bits in
     every torch version."""
     flat = torch.zeros(layout.size)

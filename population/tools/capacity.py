@@ -16,7 +16,8 @@ import torch
 
 from populace.population.ledger.heartbeat import HEARTBEAT_S
 from populace.storage.errors import InvalidInput
-from populace.workers.layout import BaseDims, layout_of, stored_rank
+from populace.workers.layout import layout_of, stored_rank
+from populace.workers.shapes import BaseDims
 from populace.workers.shards.placement import is_expert, place_shards
 
 DAYS_PER_YEAR = 365.25

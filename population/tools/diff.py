@@ -15,7 +15,8 @@ from torch import Tensor
 from populace.population.client import Population
 from populace.population.tools.peft import load_weights
 from populace.workers.base.families import dims_of
-from populace.workers.layout import EXPERT_MODULES, AdapterLayout, AdapterSpec, layout_of
+from populace.workers.layout import AdapterLayout, layout_of
+from populace.workers.shapes import EXPERT_MODULES, AdapterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def diff_revisions(population: Population, user: str, before: int, after: int) -
 
 
 def norms_of(
-    layout: AdapterLayout, spec: AdapterSpec, before_N: Tensor, after_N: Tensor
+    layout: AdapterLayout, spec: AdapterSpec, before_P: Tensor, after_P: Tensor
 ) -> list[ModuleNorms]:
     """`diff_revisions` of two adapters in exact layout."""
     found = []
@@ -54,7 +55,7 @@ def norms_of(
         for layer in range(first, layout.dims.num_layers):
             (a, b), (c, d) = (
                 [layout.view(flat, module, layer, which).double() for which in "ab"]
-                for flat in (before_N, after_N)
+                for flat in (before_P, after_P)
             )
             pairs = [(b, a), (d, c), (torch.cat([d, -b], -1), torch.cat([c, a], -2))]
             squares += torch.stack([_square_of_product(left, right) for left, right in pairs])

@@ -28,7 +28,8 @@ from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import load_wave
 from populace.workers.adapters.slab import unpack_weights
 from populace.workers.base.families import dims_of
-from populace.workers.layout import AdapterLayout, AdapterSpec, layout_of
+from populace.workers.layout import AdapterLayout, layout_of
+from populace.workers.shapes import AdapterSpec
 
 
 def export_peft(

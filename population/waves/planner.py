@@ -32,7 +32,8 @@ from populace.storage.log.records import (
     SettledEvent,
 )
 from populace.workers.batch import AdapterKey
-from populace.workers.layout import AdapterSpec, BaseDims, layout_of
+from populace.workers.layout import layout_of
+from populace.workers.shapes import AdapterSpec, BaseDims
 
 
 class Planner:

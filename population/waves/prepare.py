@@ -22,7 +22,7 @@ from populace.workers.batch import (
     ScoredSample,
     TrainGroup,
 )
-from populace.workers.layout import BaseDims
+from populace.workers.shapes import BaseDims
 
 
 def prepare_member(

@@ -35,7 +35,7 @@ from populace.workers.batch import (
     RolloutRequest,
     WaveBatch,
 )
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 from populace.workers.shards.placement import place_shards
 from populace.workers.step.train import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish

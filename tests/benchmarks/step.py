@@ -40,7 +40,7 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 from populace.workers.step import train as train_step
 from populace.workers.step.optimizer import update_adapters
 from populace.workers.step.train import TrainerSettings

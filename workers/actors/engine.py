@@ -24,7 +24,7 @@ from populace.storage.objects.open import open_store
 from populace.workers.adapters.residency import Residency, ResidencyBudget
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Step
+from populace.workers.base.forward import ForwardPass
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel, resolve_dtype
 from populace.workers.base.rows import SequenceGroup, pack_rows
@@ -40,7 +40,7 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.joins import join_steps
-from populace.workers.layout import BaseDims
+from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ALONE, Exchange
 from populace.workers.step.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.step.optimizer import optimizer_name
@@ -202,8 +202,8 @@ class ShardEngine:
             own = [number for number in part if number % shard.num_shards == shard.rank]
             sequences = [_without_adapter(groups[number]) for number in own]
             rows = pack_rows(sequences, row_multiple=self.kernels.row_multiple)
-            step = Step.of(rows, PackedAttention(rows), None, self.kernels)
-            logprob_N = token_logprobs(self.base, self.base.hidden(step), step)
+            forward_pass = ForwardPass.of(rows, PackedAttention(rows), None, self.kernels)
+            logprob_N = token_logprobs(self.base, self.base.hidden(forward_pass), forward_pass)
             pieces = iter(torch.split(logprob_N, list(rows.target_counts)))
             for number, sequence in zip(own, sequences, strict=True):
                 scores[number] = tuple(next(pieces).numpy() for _ in sequence.branches)

@@ -46,7 +46,7 @@ from populace.workers.batch import (
     WaveBatch,
 )
 from populace.workers.joins import join_steps
-from populace.workers.layout import BaseDims
+from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ExchangeBroken
 
 NAMESPACE = "populace"

@@ -1,13 +1,13 @@
 """Slots: weights, gradients and optimizer moments of the adapters that are hot.
 
-One arena per pair of stored ranks; an arena is four fp32 tensors [S, N] with one adapter per row in
+One arena per pair of stored ranks; an arena is four fp32 tensors [S, P] with one adapter per row in
 `AdapterLayout` order. A wave of mixed ranks touches several arenas and pads nothing to the largest.
 
 A shard's slab has room for the dense part and for its own experts. All shards of a group take the
 same slots for the same adapters; the dense part is only filled at the adapter's home, and memory
 that is never written costs nothing.
 
-Suffixes: S slots, N elements of a stored adapter, E experts.
+Suffixes: S slots, P elements of a stored adapter, E experts.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from populace.kernels.lora import LoraWeights
 from populace.workers.batch import AdapterKey, AdapterParts
 from populace.workers.joins import join_parts
 from populace.workers.layout import (
-    EXPERT_MODULES,
     AdapterLayout,
-    AdapterSpec,
-    BaseDims,
     initial_weights,
     layout_of,
     pad_into,
     stored_rank,
     unpad,
 )
+from populace.workers.shapes import EXPERT_MODULES, AdapterSpec, BaseDims
 from populace.workers.shards.placement import Shard, place_shards
 
 Blob = bytes | memoryview
@@ -216,23 +214,23 @@ class Slab:
             (float(state.step), state.baseline, float(state.num_rewards)), [self.dump(key)]
         )
 
-    def exact(self, slot: Slot, row_N: Tensor) -> Tensor:
+    def exact(self, slot: Slot, row_P: Tensor) -> Tensor:
         """What this shard keeps of a row of the slot's arena, without what pads its ranks."""
         is_home = self.shard.is_home(slot.arena, slot.row)
-        return unpad(row_N, self.arenas[slot.arena].layout, self._own_layout(slot.spec), is_home)
+        return unpad(row_P, self.arenas[slot.arena].layout, self._own_layout(slot.spec), is_home)
 
     def _own_layout(self, spec: AdapterSpec) -> AdapterLayout:
         return layout_of(self.own_dims, spec.rank, spec.expert_rank)
 
-    def _fill(self, slot: Slot, flat: Tensor, exact_N: Tensor) -> None:
+    def _fill(self, slot: Slot, flat: Tensor, exact_P: Tensor) -> None:
         """Copy what this shard keeps of a whole adapter into its slot."""
         exact, own = self.exact_layout(slot.spec), self._own_layout(slot.spec)
         if own is not exact:
             experts = self.shard.experts
             start, end = exact.expert_range(experts.start)[0], exact.expert_range(experts[-1])[1]
-            exact_N = torch.cat([exact_N[: exact.dense_size], exact_N[start:end]])
+            exact_P = torch.cat([exact_P[: exact.dense_size], exact_P[start:end]])
         is_home = self.shard.is_home(slot.arena, slot.row)
-        pad_into(flat[slot.row], self.arenas[slot.arena].layout, exact_N, own, is_home)
+        pad_into(flat[slot.row], self.arenas[slot.arena].layout, exact_P, own, is_home)
 
     def _own_range(self, slot: Slot, flat: Tensor) -> Tensor:
         """The part of a slot's row that this shard keeps: all of it, or all but the dense part."""
@@ -253,7 +251,7 @@ def _scatter_parts(
 def unpack_weights(
     layout: AdapterLayout, seed: int, weights: Blob | None, experts: tuple[int, ...]
 ) -> Tensor:
-    """A revision's weights in exact layout [N] from its blob; without one, the initialisation."""
+    """A revision's weights in exact layout [P] from its blob; without one, the initialisation."""
     if weights is None:
         return initial_weights(layout, seed)
     given = torch.from_numpy(np.frombuffer(weights, np.float32).copy())

@@ -21,7 +21,7 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Checkpoint:
+class SafetensorsFolder:
     """Names and places of a folder's tensors."""
 
     def __init__(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from populace.storage.errors import InvalidInput
 from populace.workers.base.gates import Gate, GroupLimitedGate, SoftmaxGate
-from populace.workers.layout import BaseDims
+from populace.workers.shapes import BaseDims
 
 Shapes = tuple[tuple[str, int, int], ...]
 

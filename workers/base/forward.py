@@ -26,7 +26,7 @@ class Kernels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class ForwardPass:
     rows: PackedRows
     attention: Attention
     slab: Slab | None
@@ -48,8 +48,8 @@ class Step:
         *,
         record_routing: bool = False,
         accumulates: bool = False,
-    ) -> Step:
-        return Step(
+    ) -> ForwardPass:
+        return ForwardPass(
             rows=rows,
             attention=attention,
             slab=slab,
@@ -71,17 +71,16 @@ class Step:
         return torch.stack(self.routing, dim=1)
 
 
-class StepHolder:
-    """Where the modules of one base find the step that runs. Belongs to that base, is set for one
-    pass."""
+class PassHolder:
+    """Where the modules of one base find the pass that runs; set by `BaseModel.hidden` alone."""
 
     def __init__(self) -> None:
-        self._step: Step | None = None
+        self._current: ForwardPass | None = None
 
     @property
-    def step(self) -> Step:
-        assert self._step is not None, "a base is called through BaseModel.hidden"
-        return self._step
+    def current(self) -> ForwardPass:
+        assert self._current is not None, "a base is called through BaseModel.hidden"
+        return self._current
 
-    def set(self, step: Step | None) -> None:
-        self._step = step
+    def set(self, forward_pass: ForwardPass | None) -> None:
+        self._current = forward_pass

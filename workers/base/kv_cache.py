@@ -22,14 +22,14 @@ class KvCache:
         """Caches of the prefilled prompts, each repeated for its samples."""
         lengths_G = torch.tensor(prefill.lengths[: len(repeats_G)], dtype=torch.int64)
         starts_G = lengths_G.cumsum(0) - lengths_G
-        owner_N = torch.repeat_interleave(torch.arange(len(lengths_G)), repeats_G)
-        room_N = -(-(lengths_G + new_tokens_G)[owner_N] // LENGTH_STEP) * LENGTH_STEP
-        self.length_N = lengths_G[owner_N]
+        owner_U = torch.repeat_interleave(torch.arange(len(lengths_G)), repeats_G)
+        room_U = -(-(lengths_G + new_tokens_G)[owner_U] // LENGTH_STEP) * LENGTH_STEP
+        self.length_U = lengths_G[owner_U]
         """Tokens of each sequence that have keys; N sequences in all, finished ones included."""
         self.buckets = [
-            _CacheBucket(prefill, room, numbers, starts_G[owner_N[numbers]], self.length_N[numbers])
-            for room in sorted(set(room_N.tolist()))
-            for numbers in [(room_N == room).nonzero().squeeze(1)]
+            _CacheBucket(prefill, room, numbers, starts_G[owner_U[numbers]], self.length_U[numbers])
+            for room in sorted(set(room_U.tolist()))
+            for numbers in [(room_U == room).nonzero().squeeze(1)]
         ]
 
 
@@ -77,17 +77,17 @@ class CachedAttention:
     it."""
 
     def __init__(self, cache: KvCache, running: Sequence[int]) -> None:
-        """`running`: the sequence of each row; rows beyond are filling and attend to nothing."""
-        row_N = torch.full_like(cache.length_N, -1)
-        row_N[torch.tensor(running, dtype=torch.int64)] = torch.arange(len(running))
+        """`running`: the sequence of each row; rows beyond are padding and attend to nothing."""
+        row_U = torch.full_like(cache.length_U, -1)
+        row_U[torch.tensor(running, dtype=torch.int64)] = torch.arange(len(running))
         self.views = []
         for bucket in cache.buckets:
-            is_live_B = bucket.drop_finished(row_N[bucket.number_B] >= 0)
-            length_B, place_L = cache.length_N[bucket.number_B], is_live_B.nonzero().squeeze(1)
+            is_live_B = bucket.drop_finished(row_U[bucket.number_B] >= 0)
+            length_B, place_L = cache.length_U[bucket.number_B], is_live_B.nonzero().squeeze(1)
             mask_B11M = (bucket.offset_M <= length_B[:, None])[:, None, None]
             if len(place_L):
                 self.views.append(
-                    (bucket, place_L, row_N[bucket.number_B[place_L]], length_B[place_L], mask_B11M)
+                    (bucket, place_L, row_U[bucket.number_B[place_L]], length_B[place_L], mask_B11M)
                 )
 
     def attend(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from populace.workers.base.forward import Step
+from populace.workers.base.forward import ForwardPass
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import PackedRows
 
@@ -68,9 +68,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_TD, None, None, None
 
 
-def token_logprobs(base: BaseModel, hidden_TD: Tensor, step: Step) -> Tensor:
-    """Log-probability of every target token of the step's rows, [N] fp32; differentiable."""
+def token_logprobs(base: BaseModel, hidden_TD: Tensor, forward_pass: ForwardPass) -> Tensor:
+    """Log-probability of every target token of the pass's rows, [N] fp32; differentiable."""
     logprob_N: Tensor = _TokenLogprobs.apply(
-        hidden_TD, base.head_VD, step.rows, step.kernels.row_multiple
+        hidden_TD, base.head_VD, forward_pass.rows, forward_pass.kernels.row_multiple
     )  # type: ignore[no-untyped-call]
     return logprob_N

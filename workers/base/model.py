@@ -19,9 +19,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from populace.kernels.lora import FrozenProduct, lora_product
 from populace.storage.errors import InvalidInput
-from populace.workers.base.checkpoint import Checkpoint
+from populace.workers.base.checkpoint import SafetensorsFolder
 from populace.workers.base.families import FAMILIES, Family, check_checkpoint, dims_of
-from populace.workers.base.forward import Step, StepHolder
+from populace.workers.base.forward import ForwardPass, PassHolder
 from populace.workers.base.moe import Experts, MoeBlock
 from populace.workers.shards.exchange import ALONE, Exchange, partition_dense
 from populace.workers.shards.placement import place_shards
@@ -46,7 +46,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 class LoraLinear(nn.Module):
     """A frozen projection plus every row's own adapter."""
 
-    def __init__(self, inner: nn.Linear, module: str, layer: int, holder: StepHolder) -> None:
+    def __init__(self, inner: nn.Linear, module: str, layer: int, holder: PassHolder) -> None:
         super().__init__()
         # The parameters themselves, not their data: ZeRO-3 swaps that before and after this
         # module's turn.
@@ -56,9 +56,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., T, D] -> [..., T, F], with leading dimensions of 1."""
-        step = self.holder.step
-        weights = [step.lora(self.module, self.layer)]
-        y_TF = lora_product(x.flatten(0, -2), self.base, weights, step.plan, step.kernels.backend)
+        forward_pass = self.holder.current
+        weights = [forward_pass.lora(self.module, self.layer)]
+        y_TF = lora_product(x.flatten(0, -2), self.base, weights, forward_pass.plan, forward_pass.kernels.backend)
         return y_TF.view(*x.shape[:-1], -1)
 
 
@@ -83,35 +83,35 @@ class BaseModel:
         self.exchange, self.dtype = exchange, dtype
         AttentionInterface.register(_INTERFACE, _attend)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        checkpoint = Checkpoint(folder)
+        files = SafetensorsFolder(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=_INTERFACE
             )
         model.requires_grad_(False)
         model.eval()
-        self._holder = StepHolder()
+        self._holder = PassHolder()
         self.decoder = model.model
         # Its buffers are computed, not stored.
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=model.config)
         for layer, block in enumerate(self.decoder.layers):
-            self._load_layer(checkpoint, family, config, layer, block)
-        _fill(checkpoint, family, "model.embed_tokens", self.decoder.embed_tokens)
-        _fill(checkpoint, family, "model.norm", self.decoder.norm)
+            self._load_layer(files, family, config, layer, block)
+        _fill(files, family, "model.embed_tokens", self.decoder.embed_tokens)
+        _fill(files, family, "model.norm", self.decoder.norm)
         if not config.tie_word_embeddings:
-            _fill(checkpoint, family, "lm_head", model.lm_head)
+            _fill(files, family, "lm_head", model.lm_head)
         self.embeddings_VD: Tensor = model.model.embed_tokens.weight
         self.head_VD: Tensor = (
             self.embeddings_VD if config.tie_word_embeddings else model.lm_head.weight
         )
-        # The rows of a step come embedded.
+        # The rows of a pass come embedded.
         self.decoder.embed_tokens = nn.Identity()
-        self.bytes_read = checkpoint.bytes_read
+        self.bytes_read = files.bytes_read
         if dense == "zero3":
             partition_dense(self.decoder)
 
     def _load_layer(
-        self, checkpoint: Checkpoint, family: Family, config: Any, layer: int, block: Any
+        self, files: SafetensorsFolder, family: Family, config: Any, layer: int, block: Any
     ) -> None:
         """Read one layer's dense part and this shard's experts, and put our modules in the place of
         the family's."""
@@ -125,7 +125,7 @@ class BaseModel:
         if is_moe:
             act_fn = block.mlp.experts.act_fn
             del block.mlp.experts
-        _fill(checkpoint, family, f"model.layers.{layer}", block)
+        _fill(files, family, f"model.layers.{layer}", block)
         attention = block.self_attn
         attention.populace_holder = self._holder
         for module in self.dims.dense_modules:
@@ -135,7 +135,7 @@ class BaseModel:
                 LoraLinear(getattr(attention, module), module, layer, self._holder),
             )
         if is_moe:
-            experts = self._read_experts(checkpoint, family, layer, act_fn)
+            experts = self._read_experts(files, family, layer, act_fn)
             gate = family.gate(config, block.mlp.gate)
             shared = getattr(block.mlp, "shared_experts", None)
             moe_layer = layer - self.dims.num_dense_layers
@@ -146,7 +146,7 @@ class BaseModel:
             )  # fmt: skip
 
     def _read_experts(
-        self, checkpoint: Checkpoint, family: Family, layer: int, act_fn: Any
+        self, files: SafetensorsFolder, family: Family, layer: int, act_fn: Any
     ) -> Experts:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
         inner, hidden = shapes["gate_proj"]
@@ -156,7 +156,7 @@ class BaseModel:
         for place, expert in enumerate(self.shard.experts):
             names = family.expert_on_disk(layer, expert)
             targets = (gate_up_EOD[place, :inner], gate_up_EOD[place, inner:], down_EDI[place])
-            checkpoint.read_into(dict(zip(names, targets, strict=True)))
+            files.read_into(dict(zip(names, targets, strict=True)))
         return Experts(gate_up_EOD=gate_up_EOD, down_EDI=down_EDI, act_fn=act_fn)
 
     @property
@@ -164,17 +164,17 @@ class BaseModel:
         """(layers with experts, experts per token)."""
         return self.dims.num_moe_layers, self.dims.experts_per_token
 
-    def hidden(self, step: Step) -> Tensor:
-        """The last hidden states of the step's rows, after the final norm: [T, D]."""
-        self._holder.set(step)
+    def hidden(self, forward_pass: ForwardPass) -> Tensor:
+        """The last hidden states of the pass's rows, after the final norm: [T, D]."""
+        self._holder.set(forward_pass)
         try:
             # The embedding must ask for a gradient, or the first layers' adapters would get none.
-            embedded_TD = self.embeddings_VD[step.rows.token_T].requires_grad_(
+            embedded_TD = self.embeddings_VD[forward_pass.rows.token_T].requires_grad_(
                 torch.is_grad_enabled()
             )
             output = self.decoder(
                 inputs_embeds=embedded_TD.unsqueeze(0),
-                position_ids=step.rows.position_T.unsqueeze(0),
+                position_ids=forward_pass.rows.position_T.unsqueeze(0),
                 use_cache=False,
             )
         finally:
@@ -187,7 +187,7 @@ class BaseModel:
         return linear(hidden_TD, self.head_VD).float()
 
 
-def _fill(checkpoint: Checkpoint, family: Family, prefix: str, module: nn.Module) -> None:
+def _fill(files: SafetensorsFolder, family: Family, prefix: str, module: nn.Module) -> None:
     """Read the values of `module`'s parameters and stored buffers, which are on the meta device."""
     parameters = dict(module.named_parameters())
     wanted = {name: parameter.dtype for name, parameter in parameters.items()}
@@ -195,7 +195,7 @@ def _fill(checkpoint: Checkpoint, family: Family, prefix: str, module: nn.Module
     wanted |= {
         name: torch.float32 for name, _ in module.named_buffers() if name in module.state_dict()
     }
-    values = checkpoint.read(
+    values = files.read(
         {family.on_disk(f"{prefix}.{name}"): dtype for name, dtype in wanted.items()}
     )
     for name, value in zip(wanted, values, strict=True):
@@ -214,7 +214,7 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, X] in, [1, T, H, X] out."""
-    holder: StepHolder = module.populace_holder  # type: ignore[assignment]
+    holder: PassHolder = module.populace_holder  # type: ignore[assignment]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    out_THX = holder.step.attention.attend(layer, query[0], key[0], value[0], scaling)
+    out_THX = holder.current.attention.attend(layer, query[0], key[0], value[0], scaling)
     return out_THX.unsqueeze(0), None

@@ -87,8 +87,8 @@ def pack_rows(
     # A shard that has no rows of its own still runs along with the others.
     missing = -sum(group.num_rows for group in groups) % row_multiple if groups else row_multiple
     if missing:
-        filling = SequenceGroup(slot=(-1, -1), prompt_ids=np.zeros(missing, np.int32), branches=())
-        groups = [*groups, filling]
+        padding = SequenceGroup(slot=(-1, -1), prompt_ids=np.zeros(missing, np.int32), branches=())
+        groups = [*groups, padding]
     tokens, positions, branches, slots, lengths = [], [], [], [], []
     expert_ids, masked_rows, target_rows, target_tokens, target_counts, temperatures = (
         [],

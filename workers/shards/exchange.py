@@ -26,17 +26,17 @@ class ExchangeBroken(PopulaceError):
 
 
 class Exchange(Protocol):
-    def counts(self, send_S: list[int]) -> list[int]:
+    def counts(self, send_J: list[int]) -> list[int]:
         """How many rows each shard is about to send here."""
 
-    def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
-        """[M, D]: the first `send_S[0]` rows go to shard 0 and so on; received rows lie in the
+    def all_to_all(self, x_QD: Tensor, send_J: list[int], receive_J: list[int]) -> Tensor:
+        """[Z, D]: the first `send_J[0]` rows go to shard 0 and so on; received rows lie in the
         order of the senders."""
 
     def any(self, flag: bool) -> bool:
         """Whether any shard says yes."""
 
-    def add(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over all shards, on all shards; exact where only one of them has anything but
         zero."""
 
@@ -44,16 +44,16 @@ class Exchange(Protocol):
 class _Alone:
     """A group of one."""
 
-    def counts(self, send_S: list[int]) -> list[int]:
-        return send_S
+    def counts(self, send_J: list[int]) -> list[int]:
+        return send_J
 
-    def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
-        return x_ND
+    def all_to_all(self, x_QD: Tensor, send_J: list[int], receive_J: list[int]) -> Tensor:
+        return x_QD
 
     def any(self, flag: bool) -> bool:
         return flag
 
-    def add(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         return values
 
 
@@ -97,28 +97,28 @@ class DeepSpeedExchange:
                 world_size=num_shards,
             )
 
-    def counts(self, send_S: list[int]) -> list[int]:
-        sent = torch.tensor(send_S)
+    def counts(self, send_J: list[int]) -> list[int]:
+        sent = torch.tensor(send_J)
         received = torch.empty_like(sent)
         with _broken_if_it_fails():
             self._comm.all_to_all_single(received, sent)
         return [int(count) for count in received.tolist()]
 
-    def rows(self, x_ND: Tensor, send_S: list[int], receive_S: list[int]) -> Tensor:
-        received_MD = x_ND.new_empty(sum(receive_S), *x_ND.shape[1:])
+    def all_to_all(self, x_QD: Tensor, send_J: list[int], receive_J: list[int]) -> Tensor:
+        received_ZD = x_QD.new_empty(sum(receive_J), *x_QD.shape[1:])
         with _broken_if_it_fails():
             self._comm.all_to_all_single(
-                received_MD,
-                x_ND.contiguous(),
-                output_split_sizes=receive_S,
-                input_split_sizes=send_S,
+                received_ZD,
+                x_QD.contiguous(),
+                output_split_sizes=receive_J,
+                input_split_sizes=send_J,
             )
-        return received_MD
+        return received_ZD
 
     def any(self, flag: bool) -> bool:
-        return bool(self.add(torch.tensor([float(flag)])))
+        return bool(self.all_reduce(torch.tensor([float(flag)])))
 
-    def add(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         total = values.clone()
         with _broken_if_it_fails():
             self._comm.all_reduce(total)

@@ -12,12 +12,12 @@ from torch import Tensor
 from populace.kernels.lora import FrozenProduct
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Kernels, Step
+from populace.workers.base.forward import Kernels, ForwardPass
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterKey
-from populace.workers.layout import AdapterSpec
+from populace.workers.shapes import AdapterSpec
 
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}
 """Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths,
@@ -34,7 +34,7 @@ def probe_invariance(base: BaseModel, kernels: Kernels) -> str:
     """What on this machine, at its present number of threads, breaks the promise; empty if nothing
     does. Takes a pass through the base with a few rows, and some products of it with many."""
     if kernels.row_multiple == ROW_MULTIPLE["fast"]:
-        return "rows are not filled up"
+        return "rows are not padded"
     # All of them, also after a problem: the shards of a group run these passes together.
     problems = list(_broken(base, kernels))
     return problems[0] if problems else ""
@@ -52,7 +52,7 @@ def _broken(base: BaseModel, kernels: Kernels) -> Iterator[str]:
                     yield f"{name}: {count} rows give other bits than the same rows among {len(rows_TD)}"
                 if not torch.equal(product.backward(whole_TF[part]), dwhole_TD[part]):
                     yield f"{name}, backward: {count} rows give other bits than the same rows among {len(rows_TD)}"
-    for lengths in ((7, 5, 9), (8, 9, 9)):  # the second alone needs no filling up
+    for lengths in ((7, 5, 9), (8, 9, 9)):  # the second alone needs no padding up
         alone = _gradient(base, kernels, lengths, mates=0)
         for mates in (1, 4):
             if not torch.equal(_gradient(base, kernels, lengths, mates), alone):
@@ -86,8 +86,8 @@ def _gradient(
             learning_rate=1e-3,
         )
         slot = slab.take(key, spec, seed=number)
-        noise_N = _noise(1, slab.exact_layout(spec).size, torch.float32, seed=number)[0] * 0.02
-        slab.load(key, noise_N.numpy().tobytes(), None, tuple(range(base.dims.num_experts)))
+        noise_P = _noise(1, slab.exact_layout(spec).size, torch.float32, seed=number)[0] * 0.02
+        slab.load(key, noise_P.numpy().tobytes(), None, tuple(range(base.dims.num_experts)))
         random = np.random.default_rng(number)
         prompt, *branches = (
             random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in lengths
@@ -101,8 +101,8 @@ def _gradient(
     rows = pack_rows(
         sorted(groups, key=lambda group: group.slot), row_multiple=kernels.row_multiple
     )
-    step = Step.of(rows, PackedAttention(rows), slab, kernels)
-    token_logprobs(base, base.hidden(step), step).square().sum().backward()  # type: ignore[no-untyped-call]
+    forward_pass = ForwardPass.of(rows, PackedAttention(rows), slab, kernels)
+    token_logprobs(base, base.hidden(forward_pass), forward_pass).square().sum().backward()  # type: ignore[no-untyped-call]
     mine = slab.slots[AdapterKey("0", 0)]
     return slab.arenas[mine.arena].grads[mine.row].clone()
 

@@ -4,7 +4,7 @@ Whether an adapter is updated, and how far its gradient is clipped, is decided b
 written. What an adapter gets depends on its own row alone: sums run in fixed blocks, in layout
 order.
 
-Suffixes: E experts, B blocks, N elements.
+Suffixes: E experts, B blocks, P elements.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def update_adapters(
     norm that is not finite means that its adapter was left as it was, on every shard."""
     norms = {}
     apply = _cpu_adam if settings.offload else _fused_adamw
-    squares_AP = torch.zeros(len(keys), 1 + slab.dims.num_experts, dtype=torch.float64)
+    squares_A1E = torch.zeros(len(keys), 1 + slab.dims.num_experts, dtype=torch.float64)
     for number, key in enumerate(keys):
         for part, square in part_squares(slab, slab.slots[key]).items():
-            squares_AP[number, 1 + part] = square
+            squares_A1E[number, 1 + part] = square
     # Every part lies on one shard, so this sum is exact.
-    for key, squares_E1 in zip(keys, exchange.add(squares_AP).tolist(), strict=True):
+    for key, squares_E1 in zip(keys, exchange.all_reduce(squares_A1E).tolist(), strict=True):
         slot = slab.slots[key]
         norm = norms[key] = (
             math.sqrt(math.fsum(squares_E1)) if all(map(math.isfinite, squares_E1)) else math.nan
@@ -69,19 +69,19 @@ def part_squares(slab: Slab, slot: Slot) -> dict[int, float]:
     """Sums of squares of what this shard has of an adapter's gradient: the dense part's under -1,
     each expert's under its number."""
     arena = slab.arenas[slot.arena]
-    grad_N, dense = arena.grads[slot.row], arena.layout.dense_size
-    parts = [(list(slab.shard.experts), grad_N[dense:].view(len(slab.shard.experts), -1))]
+    grad_P, dense = arena.grads[slot.row], arena.layout.dense_size
+    parts = [(list(slab.shard.experts), grad_P[dense:].view(len(slab.shard.experts), -1))]
     if slab.shard.is_home(slot.arena, slot.row):
-        parts.append(([-1], grad_N[:dense].unsqueeze(0)))
+        parts.append(([-1], grad_P[:dense].unsqueeze(0)))
     squares: dict[int, float] = {}
-    for names, part_EN in parts:
-        whole = part_EN.shape[1] // BLOCK * BLOCK
+    for names, part_EP in parts:
+        whole = part_EP.shape[1] // BLOCK * BLOCK
         norms = (
-            [torch.linalg.vector_norm(part_EN[:, :whole].view(len(part_EN), -1, BLOCK), dim=2)]
+            [torch.linalg.vector_norm(part_EP[:, :whole].view(len(part_EP), -1, BLOCK), dim=2)]
             if whole
             else []
         )
-        norms.append(torch.linalg.vector_norm(part_EN[:, whole:], dim=1, keepdim=True))
+        norms.append(torch.linalg.vector_norm(part_EP[:, whole:], dim=1, keepdim=True))
         sums = [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
         squares |= dict(zip(names, sums, strict=True))
     return squares

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Kernels, Step
+from populace.workers.base.forward import Kernels, ForwardPass
 from populace.workers.base.kv_cache import CachedAttention, KvCache
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import PackedRows, SequenceGroup, pack_rows
@@ -65,9 +65,9 @@ def roll_out(
         row_multiple=kernels.row_multiple,
     )
     attention = PackedAttention(rows, keep=True)
-    step = Step.of(rows, attention, slab, kernels, record_routing=True)
-    hidden_TD = base.hidden(step)
-    prompt_ids = torch.split(step.recorded_TLK(), list(rows.group_lengths))[: len(ordered)]
+    forward_pass = ForwardPass.of(rows, attention, slab, kernels, record_routing=True)
+    hidden_TD = base.hidden(forward_pass)
+    prompt_ids = torch.split(forward_pass.recorded_TLK(), list(rows.group_lengths))[: len(ordered)]
     prompt_expert_ids = dict(zip(ordered, (ids.numpy() for ids in prompt_ids), strict=True))
 
     running = [
@@ -91,13 +91,13 @@ def roll_out(
         if not base.exchange.any(bool(running)):
             break
         attention_now = CachedAttention(cache, [item.number for item in running])
-        step = Step.of(
+        forward_pass = ForwardPass.of(
             _decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True
         )
-        hidden_BD = base.hidden(step)[: len(running)]
-        for item, ids in zip(running, step.recorded_TLK()[: len(running)].numpy(), strict=True):
+        hidden_BD = base.hidden(forward_pass)[: len(running)]
+        for item, ids in zip(running, forward_pass.recorded_TLK()[: len(running)].numpy(), strict=True):
             item.expert_ids.append(ids)
-        cache.length_N[torch.tensor([item.number for item in running], dtype=torch.int64)] += 1
+        cache.length_U[torch.tensor([item.number for item in running], dtype=torch.int64)] += 1
     return _groups(requests, sequences, prompt_expert_ids, eos_ids, base.routing_shape)
 
 
@@ -142,14 +142,14 @@ def _choose(
 
 def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels) -> PackedRows:
     """One row per sequence: its newest token at its next position."""
-    filling = -len(running) % kernels.row_multiple if running else kernels.row_multiple
-    num_rows = len(running) + filling
-    slots = [item.slot for item in running] + [(-1, -1)] * filling
+    padding = -len(running) % kernels.row_multiple if running else kernels.row_multiple
+    num_rows = len(running) + padding
+    slots = [item.slot for item in running] + [(-1, -1)] * padding
     slot_T2 = torch.tensor(slots)
-    positions = cache.length_N[torch.tensor([item.number for item in running], dtype=torch.int64)]
+    positions = cache.length_U[torch.tensor([item.number for item in running], dtype=torch.int64)]
     return PackedRows(
-        token_T=torch.tensor([item.tokens[-1] for item in running] + [0] * filling),
-        position_T=pad(positions, (0, filling)),
+        token_T=torch.tensor([item.tokens[-1] for item in running] + [0] * padding),
+        position_T=pad(positions, (0, padding)),
         arena_T=slot_T2[:, 0].contiguous(),
         slot_T=slot_T2[:, 1].contiguous(),
         branch_T=torch.full((num_rows,), -1),

@@ -7,7 +7,7 @@ or the i-th share of an adapter that is larger than a pass, so that how an adapt
 depends on who else is there.
 
 Every shard of a group runs this with the same batch: it plans all passes, and puts into each the
-rows of those adapters whose home it is. A shard without any runs along with filling, because rows
+rows of those adapters whose home it is. A shard without any runs along with padding, because rows
 of the others come to its experts.
 
 Suffixes: A adapters of a pass, N target tokens, T rows.
@@ -26,7 +26,7 @@ from torch import Tensor
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Kernels, Step
+from populace.workers.base.forward import Kernels, ForwardPass
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import pack_rows
@@ -119,7 +119,7 @@ def train_wave(
         )
         for item in batch.adapters
     )
-    replayed, otherwise = base.exchange.add(done.route_counts).tolist()
+    replayed, otherwise = base.exchange.all_reduce(done.route_counts).tolist()
     return ShardStep(
         updates=updates, num_rows=done.num_rows, out_of_route=(int(otherwise), int(replayed))
     )
@@ -139,10 +139,10 @@ def _forward_backward(
     rows = pack_rows(
         [item.sequence for item in items], base.routing_shape, settings.kernels.row_multiple
     )
-    step = Step.of(rows, PackedAttention(rows), slab, settings.kernels, accumulates=accumulates)
-    logprob_N = token_logprobs(base, base.hidden(step), step)
-    if step.route_counts:
-        done.route_counts += torch.stack(step.route_counts).sum(0)
+    forward_pass = ForwardPass.of(rows, PackedAttention(rows), slab, settings.kernels, accumulates=accumulates)
+    logprob_N = token_logprobs(base, base.hidden(forward_pass), forward_pass)
+    if forward_pass.route_counts:
+        done.route_counts += torch.stack(forward_pass.route_counts).sum(0)
     done.num_rows += rows.num_rows
     if not items:
         logprob_N.sum().backward()  # type: ignore[no-untyped-call]
