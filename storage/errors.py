@@ -1,5 +1,23 @@
-"""The root of every error that Populace raises on purpose. Its text tells the user what to do
-next."""
+"""The tree of every error that Populace raises on purpose. Each text tells the user what to do next.
+
+    PopulaceError
+    ├── InvalidInput            also a ValueError: a value can't be used; nothing was written
+    ├── Overloaded              temporary: nothing was written, send again later
+    ├── StoreUnavailable        temporary: nothing was written, the store is away or full
+    ├── OutcomeUnknown          temporary: whether it was written isn't known; send it again
+    ├── OwnerAlive              another controller is at work
+    ├── Fenced                  another controller took over
+    ├── Forgotten               the user was erased
+    ├── Damaged                 stored bytes are not the committed ones
+    ├── UnsafeStore             the store can't keep what commits rest on
+    ├── ObjectNotFound          of an object store
+    ├── AlreadyExists           of an object store
+    ├── ShardGroupLost          temporary: shards died (`workers/actors/group.py`)
+    ├── ExchangeBroken          a shard lost the others (`workers/shards/exchange.py`)
+    └── NotTheOwner             a shard was asked by a controller that isn't its own
+
+"Temporary" errors have `is_temporary` set: the same call may succeed later, with nothing changed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +39,7 @@ class ObjectNotFound(PopulaceError):
 
 
 class AlreadyExists(PopulaceError):
-    """A create found an object there; not whose."""
+    """A create found an object there; it doesn't say whose."""
 
 
 class OutcomeUnknown(PopulaceError):
@@ -59,7 +77,7 @@ class Fenced(PopulaceError):
 
 
 class OwnerAlive(PopulaceError):
-    """A partition belongs to a controller that shows life."""
+    """A partition belongs to a controller whose heartbeat is seen."""
 
 
 class Damaged(PopulaceError):
@@ -67,4 +85,4 @@ class Damaged(PopulaceError):
 
 
 class Forgotten(PopulaceError):
-    """This user was forgotten: nothing of theirs can be read or written again."""
+    """This user was erased: nothing of theirs can be read or written again."""

@@ -8,6 +8,7 @@ import logging
 import secrets
 from dataclasses import asdict, dataclass
 
+from populace.storage import paths
 from populace.storage.errors import AlreadyExists, Damaged, InvalidInput, ObjectNotFound
 from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.keys.secrets import Secrets
@@ -49,7 +50,7 @@ class PopulationMeta:
         master = keyring.new_master_key()
         own_secrets = Secrets(master=master, pseudonym_key=secrets.token_hex(32))
         try:
-            store.create(Secrets.path(name), own_secrets.wrap(name, keyring))
+            store.create(paths.secrets(name), own_secrets.wrap(name, keyring))
         except AlreadyExists:
             keyring.discard(master=master)
             Secrets.read(
@@ -68,7 +69,7 @@ class PopulationMeta:
         )
         try:
             store.create(
-                f"{name}/population.json",
+                paths.identity(name),
                 json.dumps({**asdict(meta), "root_key": root_key.as_json()}, indent=1).encode(),
             )
         except AlreadyExists:
@@ -83,7 +84,7 @@ class PopulationMeta:
 
     @staticmethod
     def read(store: ObjectStore, name: str) -> PopulationMeta:
-        body = json.loads(store.get(f"{name}/population.json"))
+        body = json.loads(store.get(paths.identity(name)))
         if body.get("format") != FORMAT_VERSION:
             raise InvalidInput(
                 f"population {name!r} has format {body.get('format')}; this version reads "

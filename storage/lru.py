@@ -1,5 +1,4 @@
-"""One tier of adapters: what is in it, and what goes when it is full. Policy only; the bytes are
-elsewhere."""
+"""What goes when a cache is full: the least recently used. Policy only; the content is elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Tier(Generic[Key]):
+class Lru(Generic[Key]):
     """Keys with sizes, least recently used first, up to `capacity` in the same unit."""
 
     def __init__(self, capacity: float) -> None:
@@ -27,7 +26,7 @@ class Tier(Generic[Key]):
         return iter(self._sizes)
 
     def touch(self, key: Key) -> None:
-        """It was used."""
+        """Mark `key` as most recently used."""
         self._sizes.move_to_end(key)
 
     def put(self, key: Key, size: float, keep: Collection[Key] = ()) -> list[Key]:
@@ -51,5 +50,5 @@ class Tier(Generic[Key]):
         return going
 
     def drop(self, key: Key) -> None:
-        """It is gone; a key that isn't there is fine."""
+        """Remove `key`; no error if absent."""
         self.size -= self._sizes.pop(key, 0.0)

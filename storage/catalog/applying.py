@@ -25,12 +25,13 @@ from populace.storage.catalog.tables import (
 from populace.storage.log.records import (
     AdapterCreated,
     Attempt,
-    Batch,
     Claim,
     Compaction,
+    Decision,
     Failed,
     Position,
     Record,
+    RecordBatch,
     RecordHeader,
     Release,
     Repack,
@@ -69,7 +70,7 @@ def apply_record(tables: CatalogTables, header: RecordHeader, record: Record) ->
             _bury(tables, header, record)
         case Repack():
             _repack(tables, record)
-        case Batch():
+        case RecordBatch():
             _create(
                 tables,
                 header,
@@ -151,15 +152,15 @@ def _judge(tables: CatalogTables, header: RecordHeader, record: Verdict) -> None
     if record.tip != tables.adapters["tip"][row] != 0:
         _fade(tables, tables.revision_row(row, int(tables.adapters["tip"][row])))
     tables.adapters["tip"][row], tables.adapters["serving"][row] = record.tip, record.serving
-    if record.judged and record.decision in ("promote", "pin", "unpin"):
+    if record.judged and record.decision in (Decision.PROMOTE, Decision.PIN, Decision.UNPIN):
         flags = tables.revisions["flags"]
         at = tables.revision_row(row, record.judged)
         match record.decision:
-            case "promote":
+            case Decision.PROMOTE:
                 flags[at] |= PROMOTED
-            case "pin":
+            case Decision.PIN:
                 flags[at] |= PINNED
-            case "unpin":
+            case Decision.UNPIN:
                 flags[at] &= ~PINNED & 0xFF
                 if record.judged != record.tip:
                     _fade(tables, at)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from populace.storage import paths
 from populace.storage.canonical import canonical_json
 from populace.storage.catalog.attempts import Tries
 from populace.storage.catalog.catalog import Catalog
@@ -77,9 +78,11 @@ def restore(reader: RevisionLogReader, catalog: Catalog) -> int | None:
     """Load the newest checkpoint that its record vouches for, and move `reader` behind it; None if
     there is none. One that is damaged is named in the log and passed over."""
     store = reader.log.store
-    for key in reversed(list(store.list(f"{reader.population}/checkpoints/{reader.partition}"))):
+    for key in reversed(
+        list(store.list(paths.checkpoint_folder(reader.population, reader.partition)))
+    ):
         try:
-            seq = int(key.rpartition("/")[2].partition(".")[0])
+            seq = paths.seq_of_checkpoint(key)
             start = RevisionLogReader(store, reader.population, reader.partition, reader.keys[0])
             record = start.start_at(seq)
             body = store.get(key)
@@ -235,13 +238,13 @@ def _load_revisions(catalog: Catalog, revisions: Any, adapter: Rows, state: dict
 
 
 def _drop_old(reader: RevisionLogReader, newest: int) -> None:
-    keys = list(reader.log.store.list(f"{reader.population}/checkpoints/{reader.partition}"))
+    keys = list(reader.log.store.list(paths.checkpoint_folder(reader.population, reader.partition)))
     for key in [key for key in keys if key <= _key(reader, newest)][:-NUM_KEPT]:
         reader.log.store.delete(key)
 
 
 def _key(reader: RevisionLogReader, seq: int) -> str:
-    return f"{reader.population}/checkpoints/{reader.partition}/{seq:020d}.parquet"
+    return paths.checkpoint(reader.population, reader.partition, seq)
 
 
 def _children(adapters: Rows, owner: NDArray[Any]) -> tuple[Rows, NDArray[np.int32]]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from populace.storage import paths
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.columns import Rows, ragged
 from populace.storage.catalog.tables import FADED, FORGOTTEN, PARTS, PINNED, PROMOTED
@@ -85,8 +86,8 @@ def collect_garbage(owner: Owner, catalog: Catalog) -> int:
     """Delete the partition's packs that no record names and none ever will; returns how many."""
     reader, num_deleted = owner.reader, 0
     live = catalog.referenced_packs(reader.partition)
-    for key in list(reader.log.store.list(f"{reader.population}/packs/{reader.partition}")):
-        epoch = int(key.rpartition("/")[2].partition("-")[0])
+    for key in list(reader.log.store.list(paths.pack_folder(reader.population, reader.partition))):
+        epoch = paths.epoch_of_pack(key)
         # A pack of this epoch that this owner hasn't named may be one whose record is on its way.
         if key not in live and (epoch < owner.epoch or key in owner.own_packs):
             reader.log.store.delete(key)

@@ -6,12 +6,11 @@ import base64
 import json
 from dataclasses import dataclass
 
+from populace.storage import paths
 from populace.storage.errors import Damaged
 from populace.storage.keys.keyring import Keyring
 from populace.storage.keys.sealing import seal, unseal
 from populace.storage.objects.contract import ObjectStore
-
-SECRETS = "population"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +22,8 @@ class Secrets:
     pseudonym_key: str
     """Hex. Keys the pseudonyms and event tags that stand in the logs."""
 
-    @staticmethod
-    def path(population: str) -> str:
-        return f"{population}/keys/{SECRETS}"
-
     def wrap(self, population: str, keyring: Keyring) -> bytes:
+        """As they lie in the store."""
         sealed = seal(
             keyring.master_key(self.master),
             bytes.fromhex(self.pseudonym_key),
@@ -39,7 +35,8 @@ class Secrets:
 
     @staticmethod
     def read(store: ObjectStore, population: str, keyring: Keyring) -> Secrets:
-        path = Secrets.path(population)
+        """A population's secrets; `InvalidInput` without the master key."""
+        path = paths.secrets(population)
         body = parse_wrapped(store.get(path), path)
         sealed = base64.b64decode(body["sealed"])
         plain = unseal(keyring.master_key(body["master"]), sealed, f"{population}/secrets")
@@ -47,6 +44,7 @@ class Secrets:
 
 
 def parse_wrapped(body: bytes, path: str) -> dict[str, str]:
+    """A wrapped key or an erasure's marker as JSON; `Damaged` for anything else."""
     try:
         parsed: dict[str, str] = json.loads(body)
         if not (

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from populace.storage import paths
 from populace.storage.errors import (
     AlreadyExists,
     Damaged,
@@ -31,7 +32,7 @@ from populace.storage.errors import (
 )
 from populace.storage.keys.keyring import Keyring
 from populace.storage.keys.sealing import NONCE_BYTES, UNOPENED, seal, unseal
-from populace.storage.keys.secrets import SECRETS, parse_wrapped
+from populace.storage.keys.secrets import parse_wrapped
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.log import Log
 
@@ -62,7 +63,7 @@ class UserKeys:
         self._cache: OrderedDict[str, UserKey] = OrderedDict()
         self._lock = threading.Lock()  # loads run in several threads
         self._masters: dict[str, bytes] = {}
-        self._eras = Log(store, f"{population}/eras", "")
+        self._eras = Log(store, paths.era_folder(population), "")
         self._era: int | None = None
         """As last read; None: never."""
 
@@ -177,8 +178,8 @@ class UserKeys:
 
     def pseudonyms(self) -> list[str]:
         """Everyone who has or had a key."""
-        keys = self.store.list(f"{self.population}/keys")
-        return [name for name in (key.rpartition("/")[2] for key in keys) if name != SECRETS]
+        keys = self.store.list(paths.key_folder(self.population))
+        return [name for name in (key.rpartition("/")[2] for key in keys) if name != paths.SECRETS]
 
     def seal(self, pseudonym: str, plain: bytes, context: str) -> bytes:
         """Encrypt for a user. `context` says what it is; only the same context opens it."""
@@ -206,7 +207,7 @@ class UserKeys:
         return era
 
     def _path(self, pseudonym: str) -> str:
-        return f"{self.population}/keys/{pseudonym[:2]}/{pseudonym}"
+        return paths.user_key(self.population, pseudonym)
 
     def _wrap(self, key: UserKey, pseudonym: str, master: str) -> bytes:
         plain = json.dumps({"user": key.user, "key": key.key.hex()}).encode()

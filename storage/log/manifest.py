@@ -23,17 +23,19 @@ from populace.storage.keys.keyring import PublicKey
 from populace.storage.log.pack import BlobPlace
 from populace.storage.log.records import (
     Attempt,
-    Batch,
+    Decision,
     EventRef,
     Failed,
     MovedBlob,
     Position,
     Record,
+    RecordBatch,
     RecordHeader,
     Repack,
     RevisionEntry,
     Settled,
     SettledEvent,
+    Verdict,
     WaveManifest,
 )
 
@@ -178,7 +180,7 @@ def _statement(header: RecordHeader, wave: WaveManifest) -> dict[str, Any]:
 
 
 def _body(record: Record) -> dict[str, Any]:
-    if isinstance(record, Batch):
+    if isinstance(record, RecordBatch):
         return {"kind": record.KIND, "body": {"records": [_body(part) for part in record.records]}}
     return {"kind": record.KIND, "body": record}
 
@@ -251,7 +253,9 @@ def _record(kind: str, body: dict[str, Any]) -> Record:
         body["consumed"] = _position(body["consumed"])
     if kind == Failed.KIND:
         body["event"] = event_from_json(body["event"])
-    if kind == Batch.KIND:
+    if kind == Verdict.KIND:
+        body["decision"] = Decision(body["decision"])
+    if kind == RecordBatch.KIND:
         body["records"] = [_record(part["kind"], part["body"]) for part in body["records"]]
     if kind == Repack.KIND:
         body["moved"] = [MovedBlob(**moved) for moved in body["moved"]]

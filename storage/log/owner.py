@@ -10,9 +10,10 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from populace.storage import paths
 from populace.storage.errors import AlreadyExists, Fenced, OutcomeUnknown, StoreUnavailable
 from populace.storage.keys.keyring import Keyring
 from populace.storage.log.manifest import attempt_of, seal
@@ -20,35 +21,24 @@ from populace.storage.log.pack import build_pack
 from populace.storage.log.reader import RevisionLogReader
 from populace.storage.log.records import (
     Claim,
-    EventRef,
-    Position,
     Record,
     RecordHeader,
     Release,
     RevisionEntry,
     Rotate,
-    SettledEvent,
     WaveManifest,
 )
 from populace.storage.objects.log import Log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RevisionDraft:
-    """A new revision whose bytes are not yet in a pack."""
+class NewRevision:
+    """A revision whose bytes are about to be packed."""
 
-    pseudonym: str
-    revision: int
-    parent: int
-    parent_sha256: str | None
-    parent_moments_sha256: str | None = None
-    blobs: dict[str, bytes]
+    entry: RevisionEntry
+    """Complete but for `blobs`, the places that packing finds out."""
+    blobs: Mapping[str, bytes]
     """Part -> bytes as they are to be stored."""
-    experts: list[int]
-    trained: list[EventRef]
-    settled: list[SettledEvent]
-    consumed: Position
-    metrics: dict[str, float]
 
 
 class Owner:
@@ -117,7 +107,7 @@ class Owner:
     def commit_wave(
         self,
         wave: str,
-        drafts: Sequence[RevisionDraft],
+        revisions: Sequence[NewRevision],
         *,
         parameters: Mapping[str, Any],
         materials: Mapping[str, str],
@@ -126,30 +116,13 @@ class Owner:
         """Write the pack, then the manifest. Nothing has happened until the manifest is there."""
         key = self.new_pack(wave)
         blobs = {
-            f"{part}/{draft.pseudonym}@{draft.revision}": blob
-            for draft in drafts
-            for part, blob in draft.blobs.items()
+            _name(new.entry, part): blob for new in revisions for part, blob in new.blobs.items()
         }
         body, places = build_pack(key, blobs)
         self.reader.log.store.put(key, body)
         entries = [
-            RevisionEntry(
-                pseudonym=draft.pseudonym,
-                revision=draft.revision,
-                parent=draft.parent,
-                parent_sha256=draft.parent_sha256,
-                parent_moments_sha256=draft.parent_moments_sha256,
-                blobs={
-                    part: places[f"{part}/{draft.pseudonym}@{draft.revision}"]
-                    for part in draft.blobs
-                },
-                experts=draft.experts,
-                trained=draft.trained,
-                settled=draft.settled,
-                consumed=draft.consumed,
-                metrics=draft.metrics,
-            )
-            for draft in drafts
+            replace(new.entry, blobs={part: places[_name(new.entry, part)] for part in new.blobs})
+            for new in revisions
         ]
         manifest = WaveManifest(
             wave=wave,
@@ -165,10 +138,13 @@ class Owner:
 
     def new_pack(self, name: str) -> str:
         """A key that no pack has."""
-        # The random part: a second try of a wave must never write over a pack that a manifest may
-        # name.
-        unique = f"{self.epoch:020d}-{name}-{uuid.uuid4().hex[:8]}"
-        return f"{self.reader.population}/packs/{self.reader.partition}/{unique}.safetensors"
+        reader, unique = self.reader, uuid.uuid4().hex[:8]
+        return paths.pack(reader.population, reader.partition, self.epoch, name, unique)
+
+
+def _name(entry: RevisionEntry, part: str) -> str:
+    """A blob's name in its pack."""
+    return f"{part}/{entry.pseudonym}@{entry.revision}"
 
 
 def _append_until_known(log: Log, header: RecordHeader, sealed: bytes, tries: int = 8) -> None:

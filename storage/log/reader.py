@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from populace.storage import paths
 from populace.storage.errors import Damaged
 from populace.storage.keys.keyring import PublicKey
 from populace.storage.log.manifest import digest_of, open_record, rotations_of, signer_of
@@ -18,7 +19,7 @@ class RevisionLogReader:
     def __init__(
         self, store: ObjectStore, population: str, partition: int, root_key: PublicKey
     ) -> None:
-        self.log = Log(store, f"{population}/revisions/{partition}", ".json")
+        self.log = Log(store, paths.revision_folder(population, partition), ".json")
         self.population = population
         self.partition = partition
         self.next_seq = 0

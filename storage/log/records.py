@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from populace.storage.keys.keyring import PublicKey
@@ -16,6 +17,32 @@ Position = tuple[int, int]
 """Place of an event in its partition's experience log: (segment, row)."""
 
 BEFORE_ALL: Position = (-1, -1)
+
+
+class Decision(StrEnum):
+    """What a verdict does to an adapter: by evaluation the first three, by a command the others."""
+
+    PROMOTE = "promote"
+    KEEP = "keep"
+    REJECT = "reject"
+    ROLLBACK = "rollback"
+    REFUSED = "refused"
+    PIN = "pin"
+    UNPIN = "unpin"
+
+
+class ReasonKind(StrEnum):
+    """Why an event ended without being trained on."""
+
+    PARKED = "parked"
+    NO_SIGNAL = "no signal"
+    NOT_FINITE = "not finite"
+    STALE = "stale"
+    REJECTED = "rejected"
+
+
+NO_SIGNAL, NOT_FINITE = "no signal", "gradient not finite"
+"""What stands in the log for these two kinds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +65,9 @@ class RecordHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventRef:
-    """One consumed event."""
+    """One consumed event.
+
+    Example: `EventRef(tag="9c…", position=(12, 0), digest="e1…")`, the first row of segment 12."""
 
     tag: str
     """Keyed hash of user and event id, hex: the same event has the same tag, and nobody else can
@@ -50,7 +79,10 @@ class EventRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettledEvent:
-    """An event consumed without training on it, and why."""
+    """An event consumed without training on it, and why.
+
+    Example: `SettledEvent(event=ref, reason="parked: failed 3 times: reward m:f raised KeyError")`.
+    """
 
     event: EventRef
     reason: str
@@ -59,21 +91,38 @@ class SettledEvent:
     detail: str = ""
     """What was said, sealed with the user's key, in base64."""
 
+    @property
+    def kind(self) -> ReasonKind:
+        """As the format has it: what is parked or stale says so before a colon."""
+        if self.reason == NOT_FINITE:
+            return ReasonKind.NOT_FINITE
+        first = self.reason.partition(":")[0]
+        known = (ReasonKind.PARKED, ReasonKind.STALE, ReasonKind.NO_SIGNAL)
+        return next((kind for kind in known if first == kind), ReasonKind.REJECTED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
+    """From here on `owner` writes this partition."""
+
     KIND: ClassVar[str] = "claim"
     owner: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
+    """`owner` writes this partition no longer."""
+
     KIND: ClassVar[str] = "release"
     owner: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterCreated:
+    """A new adapter. Its revision 0 is derived from the seed, which is masked in the log.
+
+    Example: `AdapterCreated(pseudonym="3f…", spec={"rank": 8, "expert_rank": 1, …}, seed=71)`."""
+
     KIND: ClassVar[str] = "adapter"
     pseudonym: str
     spec: dict[str, Any]
@@ -82,7 +131,7 @@ class AdapterCreated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The wave about to be trained. What died in it is tried again in a small wave, and then alone.
+    """The wave about to be trained, in the log before anything of it is tried. What died in it is tried again in a small wave, and then alone.
     An adapter without events: its attempt is taken back."""
 
     KIND: ClassVar[str] = "attempt"
@@ -115,7 +164,8 @@ class RevisionEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveManifest:
-    """The commit: new revisions and what they consumed."""
+    """The commit: new revisions and what they consumed. It publishes the one and consumes the other
+    in one atomic write."""
 
     KIND: ClassVar[str] = "wave"
     wave: str
@@ -129,6 +179,7 @@ class WaveManifest:
     numerics: dict[str, str]
 
     def entry(self, pseudonym: str, revision: int) -> RevisionEntry:
+        """What this wave says of one revision."""
         return next(
             item
             for item in self.revisions
@@ -165,7 +216,7 @@ class Verdict:
 
     KIND: ClassVar[str] = "verdict"
     pseudonym: str
-    decision: str
+    decision: Decision
     judged: int
     """The revision that the decision is about."""
     tip: int
@@ -251,7 +302,7 @@ class Rotate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class RecordBatch:
     """Several records at once: a wave's new adapters and its attempt, an evaluation's verdicts. All
     or none."""
 
@@ -274,10 +325,10 @@ Record = (
     | Compaction
     | Checkpoint
     | Rotate
-    | Batch
+    | RecordBatch
 )
 
 
 def parts_of(record: Record) -> list[Any]:
     """What a record says: itself, or what a batch holds."""
-    return record.records if isinstance(record, Batch) else [record]
+    return record.records if isinstance(record, RecordBatch) else [record]

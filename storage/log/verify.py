@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from populace.storage import paths
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
 from populace.storage.keys.keyring import PublicKey
 from populace.storage.log.pack import BlobPlace, read_blob
 from populace.storage.log.reader import RevisionLogReader
 from populace.storage.log.records import (
     AdapterCreated,
-    Batch,
     Checkpoint,
+    RecordBatch,
     Repack,
     RevisionEntry,
     Tombstone,
@@ -31,7 +32,7 @@ from populace.storage.objects.contract import ObjectStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
+class LogPosition:
     """How far a partition's log was known to go."""
 
     seq: int
@@ -52,7 +53,7 @@ class Findings:
     """Revisions whose weights the retention rule let go: their records stand, nothing of theirs is
     damaged."""
     problems: list[str] = field(default_factory=list)
-    positions: dict[int, Position] = field(default_factory=dict)
+    positions: dict[int, LogPosition] = field(default_factory=dict)
     """Per partition: to be kept, and handed to the next verification."""
 
 
@@ -74,7 +75,7 @@ def verify_partition(
     findings: Findings,
     *,
     pseudonym: str | None = None,
-    known: Position | None = None,
+    known: LogPosition | None = None,
     progress: Callable[[int], None] = lambda num_blobs: None,
 ) -> None:
     """Walk one partition from its first record; of one adapter only, if `pseudonym` says so. Adds
@@ -82,7 +83,7 @@ def verify_partition(
     walk = _Walk(RevisionLogReader(store, population, partition, root_key), findings, known)
     walk.follow()
     walk.check_end()
-    findings.positions[partition] = Position(
+    findings.positions[partition] = LogPosition(
         seq=walk.reader.next_seq - 1, sha256=walk.reader.previous
     )
     walk.check_checkpoints()
@@ -97,7 +98,7 @@ class _Walk:
 
     reader: RevisionLogReader
     findings: Findings
-    known: Position | None
+    known: LogPosition | None
     chains: dict[str, _Chain] = field(default_factory=dict)
     checkpoints: dict[int, str] = field(default_factory=dict)
     known_sha256: str | None = None
@@ -141,8 +142,10 @@ class _Walk:
     def check_checkpoints(self) -> None:
         """Those that are still there and that a record vouches for."""
         reader = self.reader
-        for key in reader.log.store.list(f"{reader.population}/checkpoints/{reader.partition}"):
-            digest = self.checkpoints.get(int(key.rpartition("/")[2].partition(".")[0]))
+        for key in reader.log.store.list(
+            paths.checkpoint_folder(reader.population, reader.partition)
+        ):
+            digest = self.checkpoints.get(paths.seq_of_checkpoint(key))
             with contextlib.suppress(ObjectNotFound):  # replaced by a newer one meanwhile
                 if (
                     digest is not None
@@ -203,7 +206,7 @@ def _follow(chains: dict[str, _Chain], record: Any) -> list[str]:
                 f"a verdict moves {record.pseudonym} to revision {n}, which does not exist"
                 for n in sorted(missing)
             ]
-        case Batch():
+        case RecordBatch():
             return [problem for part in record.records for problem in _follow(chains, part)]
         case Tombstone():
             chains.setdefault(record.pseudonym, _Chain()).is_forgotten = True
@@ -254,11 +257,11 @@ def _extend(chains: dict[str, _Chain], entry: RevisionEntry) -> list[str]:
     return problems
 
 
-def positions_from_json(body: Mapping[str, Any]) -> dict[int, Position]:
+def positions_from_json(body: Mapping[str, Any]) -> dict[int, LogPosition]:
     """The `positions` of an earlier verification's JSON; `InvalidInput` if it is something else."""
     try:
         return {
-            int(partition): Position(**position)
+            int(partition): LogPosition(**position)
             for partition, position in body["positions"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -12,6 +12,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+from populace.storage import paths
 from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, UnsafeStore
 from populace.storage.objects.contract import ObjectStore, get_range
 from populace.storage.objects.files import FileStore
@@ -33,7 +34,7 @@ def require_safe(store: ObjectStore, population: str, make_bucket: bool = False)
         if make_bucket:
             bucket.ensure()
         bucket.check()
-    probe(store, f"{population}/probe/{uuid.uuid4().hex}")
+    probe(store, paths.probe_folder(population, uuid.uuid4().hex))
     _passed.add(store.url)
 
 
