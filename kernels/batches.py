@@ -25,7 +25,7 @@ lie right as they are, not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class SegmentBatch:
     """Segments of one arena and one height."""
 
     start: int
@@ -52,7 +52,7 @@ class ArenaBatches:
     segment_G: Ints
     index: slice | tuple[Tensor, ...]
     """Which of the arena's tensors they use."""
-    batches: tuple[Batch, ...]
+    batches: tuple[SegmentBatch, ...]
     rows: slice
     """Its tile rows."""
 
@@ -97,7 +97,7 @@ class Batches:
         for arena, ranges in by_arena.items():
             begin, end = ranges[0][0], ranges[-1][1]
             batches = tuple(
-                Batch(
+                SegmentBatch(
                     start=int(start_G[first]),
                     height=int(height_G[first]),
                     first=first - begin,

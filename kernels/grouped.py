@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from populace.kernels.batches import ArenaBatches, Batch, Batches
+from populace.kernels.batches import ArenaBatches, Batches, SegmentBatch
 from populace.kernels.plan import SegmentPlan
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def _from_tiles(y_TF: Tensor, y_UF: Tensor, batches: Batches) -> None:
         torch.index_select(y_UF, 0, batches.place_T, out=y_TF)
 
 
-def _tiles(x_UD: Tensor, batch: Batch) -> Tensor:
+def _tiles(x_UD: Tensor, batch: SegmentBatch) -> Tensor:
     return x_UD[batch.rows].view(batch.size, batch.height, -1)
 
 
-def _own(s_UR: Tensor, batch: Batch, arena: ArenaBatches) -> Tensor:
+def _own(s_UR: Tensor, batch: SegmentBatch, arena: ArenaBatches) -> Tensor:
     """The batch's part of a tensor over the arena's tile rows alone."""
     start = batch.start - arena.rows.start
     return s_UR[start : start + batch.size * batch.height].view(batch.size, batch.height, -1)

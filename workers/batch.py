@@ -1,14 +1,16 @@
 """What crosses the Ray boundary: plain frozen records of NumPy arrays, one noun per stage.
 
-    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch ->
+    AdapterRef -> RolloutRequest -> RolloutGroup -> TrainGroup -> AdapterBatch -> WaveBatch
     ShardStep -> StepResult
 
-Suffixes: P prompt tokens, C completion tokens, L layers, K experts per token.
+Free of torch, so that what only plans, counts or shows waves loads none of it. In the shapes below
+C is a completion's length; the other letters stand in `workers/__init__.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -21,15 +23,29 @@ from populace.storage.objects.counted import Calls
 from populace.workers.shapes import AdapterSpec
 
 Ints = NDArray[np.int32]
-
 Floats = NDArray[np.float32]
-
 ExpertIds = NDArray[np.int16]
 """[tokens, L, K]; -1 where unknown."""
 
 
+class ExperienceKind(StrEnum):
+    """What a group of samples came from; it decides how it is learned from (`step/losses.py`)."""
+
+    TASK = "task"
+    TRAJECTORY = "trajectory"
+    DEMONSTRATION = "demonstration"
+
+
+class UpdateStatus(StrEnum):
+    """What became of an adapter in a step. Only an updated one has new bytes."""
+
+    UPDATED = "updated"
+    NO_SIGNAL = "no_signal"
+    NON_FINITE = "non_finite"
+
+
 class AdapterKey(NamedTuple):
-    """One revision of one adapter: what a slot holds."""
+    """One revision of one adapter: what a slot holds. Example: `AdapterKey("3f…", 4)`."""
 
     pseudonym: str
     revision: int
@@ -38,7 +54,9 @@ class AdapterKey(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
     """An adapter revision and where its bytes are; without places it is the initialisation of
-    `seed`."""
+    `seed`.
+
+    Example: `AdapterRef(key=AdapterKey("3f…", 0), spec=spec, seed=71)` needs no bytes at all."""
 
     key: AdapterKey
     spec: AdapterSpec
@@ -61,7 +79,9 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paging:
-    """Where adapters were found that a wave needs, and what is hot now."""
+    """Where the adapters that a wave needs were found, and what is hot now.
+
+    Example: `Paging(found={"hot": 12, "warm": 3, "cold": 1}, waited_s=0.04, hot=("3f…", …))`."""
 
     found: dict[str, int]
     """Tier -> adapters; `new` ones are initialised, not loaded."""
@@ -116,6 +136,8 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredSample:
+    """One completion and what it is worth."""
+
     sample: Sample
     reward: float
     base_logprobs: Floats | None
@@ -124,10 +146,10 @@ class ScoredSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainGroup:
-    """One event, ready to learn from. `kind` is task, trajectory or demonstration."""
+    """One event, ready to learn from: all samples of a task, or one logged completion."""
 
     event_id: str
-    kind: str
+    kind: ExperienceKind
     prompt_ids: Ints
     prompt_expert_ids: ExpertIds | None
     samples: tuple[ScoredSample, ...]
@@ -144,6 +166,8 @@ class AdapterBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveBatch:
+    """Everything that one fused step learns from. No adapter is in it twice."""
+
     adapters: tuple[AdapterBatch, ...]
 
 
@@ -161,9 +185,9 @@ class ShardUpdate:
     """One shard's part of an `AdapterUpdate`."""
 
     adapter: AdapterKey
-    status: str
+    status: UpdateStatus
     state: tuple[float, float, float]
-    """Step, reward baseline, number of rewards: the same on every shard."""
+    """Step, reward baseline, number of rewards: equal on every shard."""
     experts: tuple[int, ...]
     parts: AdapterParts | None
     """None unless `status` is updated."""
@@ -183,12 +207,12 @@ class ShardStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUpdate:
-    """What one adapter's step gave. `status`: updated, no_signal or non_finite; only `updated` has
-    bytes: fp32 little-endian in `AdapterLayout` order, without the experts that no token ever
-    reached; the moments are step, baseline and reward count as three fp64, then m, then v."""
+    """What one adapter's step gave. Bytes are fp32 little-endian in `AdapterLayout` order, without
+    the experts that no token ever reached. Moments are step, baseline and reward count as three
+    fp64, then m, then v."""
 
     adapter: AdapterKey
-    status: str
+    status: UpdateStatus
     weights: bytes
     moments: bytes
     experts: tuple[int, ...]
@@ -197,6 +221,8 @@ class AdapterUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
+    """What one fused step gave; updates in the order of the batch."""
+
     updates: tuple[AdapterUpdate, ...]
     num_rows: int
     """Rows that went through the base, forward and backward."""

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from populace.workers.batch import ExpertIds, Sample, ScoredSample, TrainGroup
+from populace.workers.batch import ExperienceKind, ExpertIds, Sample, ScoredSample, TrainGroup
 
 _EVIDENCE = pa.schema(
     [
@@ -34,7 +34,7 @@ def encode_evidence(groups: Sequence[TrainGroup]) -> bytes:
     rows = [
         {
             "event_id": group.event_id,
-            "kind": group.kind,
+            "kind": str(group.kind),
             "temperature": group.temperature,
             "prompt_ids": group.prompt_ids,
             "prompt_expert_ids": _to_npy(group.prompt_expert_ids),
@@ -70,7 +70,7 @@ def _group_from_rows(rows: list[dict[str, object]]) -> TrainGroup:
     first = rows[0]
     return TrainGroup(
         event_id=str(first["event_id"]),
-        kind=str(first["kind"]),
+        kind=ExperienceKind(str(first["kind"])),
         temperature=float(first["temperature"]),  # type: ignore[arg-type]
         prompt_ids=np.asarray(first["prompt_ids"], dtype=np.int32),
         prompt_expert_ids=_from_npy(first["prompt_expert_ids"]),

@@ -13,6 +13,7 @@ from populace.workers.batch import (
     ShardStep,
     ShardUpdate,
     StepResult,
+    UpdateStatus,
 )
 
 
@@ -29,7 +30,7 @@ def join_steps(steps: Sequence[ShardStep]) -> StepResult:
 
 def _join_updates(shares: Sequence[ShardUpdate]) -> AdapterUpdate:
     first, weights, moments = shares[0], b"", b""
-    if first.status == "updated":
+    if first.status is UpdateStatus.UPDATED:
         weights, moments = join_parts(
             first.state, [share.parts for share in shares if share.parts is not None]
         )

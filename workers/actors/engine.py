@@ -15,16 +15,17 @@ from typing import TypeVar
 import torch
 import transformers
 
+from populace.configs.schema import OptimizerSettings, ResidencySettings, TrainSettings
 from populace.storage.errors import InvalidInput
 from populace.storage.keys.keyring import Keyring
 from populace.storage.keys.user_keys import UserKeys
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
-from populace.workers.adapters.residency import Residency, ResidencyBudget
+from populace.workers.adapters.residency import Residency
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import ForwardPass
+from populace.workers.base.forward import ForwardPass, Kernels
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel, resolve_dtype
 from populace.workers.base.rows import SequenceGroup, pack_rows
@@ -42,10 +43,11 @@ from populace.workers.batch import (
 from populace.workers.joins import join_steps
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ALONE, Exchange
+from populace.workers.shards.placement import NO_SLOT
 from populace.workers.step.numerics import NUMERICS_REVISION, probe_invariance
 from populace.workers.step.optimizer import optimizer_name
 from populace.workers.step.rollout import roll_out
-from populace.workers.step.train import TrainerSettings, train_wave
+from populace.workers.step.train import train_wave
 
 Answer = TypeVar("Answer")
 
@@ -62,10 +64,11 @@ class ShardSettings:
     population: str
     slots: int
     threads: int
-    """0: all processors."""
+    """0: all CPUs."""
     eos_ids: frozenset[int]
-    trainer: TrainerSettings
-    residency: ResidencyBudget = field(default_factory=ResidencyBudget)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    residency: ResidencySettings = field(default_factory=ResidencySettings)
     num_shards: int = 1
     dense: str = "replicated"
 
@@ -100,7 +103,7 @@ class ShardEngine:
         exchange: Exchange = ALONE,
     ) -> None:
         """One of `settings.num_shards`; the others are reached through `exchange`."""
-        if settings.trainer.kernels.backend == "triton" and not _interprets_triton():
+        if settings.train.backend == "triton" and not _interprets_triton():
             raise InvalidInput(
                 "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on "
                 "processors for now, "
@@ -117,7 +120,7 @@ class ShardEngine:
             exchange,
             dense=settings.dense,
         )
-        self.kernels = settings.trainer.kernels
+        self.kernels = Kernels.of(settings.train)
         self._counted = CountedStore(open_store(settings.store_url)) if store is None else None
         self._store: ObjectStore = store or self._counted  # type: ignore[assignment]  # one of the two
         self.reset()
@@ -148,7 +151,7 @@ class ShardEngine:
             "transformers": transformers.__version__,
             "kernels": str(NUMERICS_REVISION),
             "backend": self.kernels.backend,
-            "optimizer": optimizer_name(self.settings.trainer.optimizer),
+            "optimizer": optimizer_name(self.settings.optimizer),
             "threads": str(torch.get_num_threads()),
             "numerics": self.numerics,
         }
@@ -176,9 +179,6 @@ class ShardEngine:
     def forget(self, pseudonyms: Sequence[str]) -> None:
         self.residency.forget(pseudonyms)
 
-    def num_hot(self) -> int:
-        return self.residency.num_hot
-
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
         """Of a group of one shard; see `roll_out_share`."""
         return join_shares([self.roll_out_share(requests)])
@@ -198,7 +198,7 @@ class ShardEngine:
         `max_rows_per_pass` per shard."""
         scores: list[tuple[Floats, ...] | None] = [None] * len(groups)
         shard = self.base.shard
-        for part in _parts(groups, self.settings.trainer.max_rows_per_pass, shard.num_shards):
+        for part in _parts(groups, self.settings.train.max_rows_per_pass, shard.num_shards):
             own = [number for number in part if number % shard.num_shards == shard.rank]
             sequences = [_without_adapter(groups[number]) for number in own]
             rows = pack_rows(sequences, row_multiple=self.kernels.row_multiple)
@@ -209,16 +209,24 @@ class ShardEngine:
                 scores[number] = tuple(next(pieces).numpy() for _ in sequence.branches)
         return scores
 
-    def train_wave(self, batch: WaveBatch, trainer: TrainerSettings | None = None) -> StepResult:
-        """Of a group of one shard; see `train_share`. `trainer`: other settings than this shard's
-        own, for replays."""
-        return join_steps(
-            [train_wave(self.base, self.slab, batch, trainer or self.settings.trainer)]
+    def train_wave(
+        self,
+        batch: WaveBatch,
+        train: TrainSettings | None = None,
+        optimizer: OptimizerSettings | None = None,
+    ) -> StepResult:
+        """One fused step of a group of one shard; see `train_share`. Replays give settings other
+        than this shard's own."""
+        own = self.settings
+        step = train_wave(
+            self.base, self.slab, batch, train or own.train, optimizer or own.optimizer
         )
+        return join_steps([step])
 
     def train_share(self, batch: WaveBatch) -> ShardStep:
         """This shard's part of a wave."""
-        return train_wave(self.base, self.slab, batch, self.settings.trainer)
+        own = self.settings
+        return train_wave(self.base, self.slab, batch, own.train, own.optimizer)
 
 
 def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:
@@ -231,7 +239,7 @@ def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:
 
 def _without_adapter(group: RolloutGroup) -> SequenceGroup:
     return SequenceGroup(
-        slot=(-1, -1),
+        address=NO_SLOT,
         prompt_ids=group.prompt_ids,
         branches=tuple(sample.completion_ids for sample in group.samples),
         temperature=group.temperature,

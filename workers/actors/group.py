@@ -149,9 +149,6 @@ class ShardGroup:
     def forget(self, pseudonyms: Sequence[str]) -> None:
         self._all("forget", pseudonyms)
 
-    def num_hot(self) -> int:
-        return int(self._all("num_hot")[0])
-
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
         return join_shares(self._all("roll_out_share", requests))
 
@@ -250,7 +247,7 @@ class ShardGroup:
         them meanwhile."""
         for shard in self._shards:
             try:
-                ray.get(shard.call.remote(self._token, "num_hot"), timeout=_ATTACH_TIMEOUT_S)
+                ray.get(shard.call.remote(self._token, "ping"), timeout=_ATTACH_TIMEOUT_S)
             except NotTheOwner:
                 self._shards, self._places, self._loading = [], None, []
                 raise

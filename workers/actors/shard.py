@@ -72,6 +72,9 @@ class ShardActor(ShardEngine):
         self.reset()
         return True
 
+    def ping(self) -> None:
+        """Answer the owning group: this process lives and obeys it."""
+
     def pid(self) -> int:
         return os.getpid()
 

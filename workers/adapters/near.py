@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from populace.storage.log.loading import BlobRequest
-from populace.storage.lru import Tier
+from populace.storage.lru import Lru
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class NearTier:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        self._files = Tier[str](max_bytes)
+        self._files = Lru[str](max_bytes)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         there = [
             (path.stat(), path) for path in folder.glob("*/*") if not path.name.startswith(".")

@@ -18,25 +18,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from populace.configs.schema import ResidencySettings
 from populace.storage.errors import InvalidInput
 from populace.storage.keys.user_keys import UserKeys
 from populace.storage.log.loading import BlobRequest, load_wave, open_sealed
-from populace.storage.lru import Tier
+from populace.storage.lru import Lru
 from populace.storage.objects.contract import ObjectStore
 from populace.workers.adapters.near import NearTier
 from populace.workers.adapters.slab import Slab
 from populace.workers.batch import AdapterKey, AdapterRef, Paging
 
 Blob = bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidencyBudget:
-    """See configs/schema.py, ResidencySettings."""
-
-    warm_bytes: int = 1 << 29
-    near_bytes: int = 0
-    near_folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +51,16 @@ class Residency:
     evicted."""
 
     def __init__(
-        self, slab: Slab, store: ObjectStore, keys: UserKeys, budget: ResidencyBudget
+        self, slab: Slab, store: ObjectStore, keys: UserKeys, settings: ResidencySettings
     ) -> None:
         self.slab, self.store, self.keys = slab, store, keys
         self.near = (
-            NearTier(Path(budget.near_folder), budget.near_bytes) if budget.near_bytes else None
+            NearTier(Path(settings.near_folder), int(settings.near_mb * 1e6))
+            if settings.near_mb
+            else None
         )
-        self._hot = Tier[AdapterKey](slab.capacity)
-        self._warm = Tier[AdapterKey](budget.warm_bytes)
+        self._hot = Lru[AdapterKey](slab.capacity)
+        self._warm = Lru[AdapterKey](int(settings.warm_mb * 1e6))
         self._blobs: dict[AdapterKey, WarmBlobs] = {}
         self._wanted: frozenset[AdapterKey] = frozenset()
         """The wave that was prefetched last: what is warm of it stays so."""
@@ -74,10 +68,6 @@ class Residency:
         self._loader = ThreadPoolExecutor(2, thread_name_prefix="populace-page")
         self._has_moments: dict[AdapterKey, bool] = {}
         """Whether a slot that may be trained in holds moments, or zeros in their place."""
-
-    @property
-    def num_hot(self) -> int:
-        return len(self.slab.slots)
 
     def prefetch(self, refs: Sequence[AdapterRef]) -> None:
         """Start loading what isn't in memory, with moments, and return at once. A load that

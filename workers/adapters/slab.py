@@ -31,7 +31,7 @@ from populace.workers.layout import (
     unpad,
 )
 from populace.workers.shapes import EXPERT_MODULES, AdapterSpec, BaseDims
-from populace.workers.shards.placement import Shard, place_shards
+from populace.workers.shards.placement import Shard, SlotAddress, place_shards
 
 Blob = bytes | memoryview
 
@@ -83,8 +83,9 @@ def _untouched_zeros(slots: int, size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    arena: int
-    row: int
+    """Where one adapter is hot, and what it carries besides tensors."""
+
+    address: SlotAddress
     spec: AdapterSpec
     seed: int
     state: SlotState
@@ -113,11 +114,11 @@ class Slab:
     def is_home(self, key: AdapterKey) -> bool:
         """Whether the rows and the dense part of this adapter are here."""
         slot = self.slots[key]
-        return self.shard.is_home(slot.arena, slot.row)
+        return self.shard.is_home(slot.address)
 
     def clear_gradient(self, key: AdapterKey) -> None:
         slot = self.slots[key]
-        self._own_range(slot, self.arenas[slot.arena].grads).zero_()
+        self._own_range(slot, self.arenas[slot.address.arena].grads).zero_()
 
     def take(self, key: AdapterKey, spec: AdapterSpec, seed: int) -> Slot:
         """A slot for `key`, with zero moments. Its weights are to be filled by `initialise` or
@@ -132,7 +133,9 @@ class Slab:
         # The lowest, so that it follows from which slots are taken, on every shard alike.
         row = min(arena.free)
         arena.free.remove(row)
-        slot = self.slots[key] = Slot(arena=index, row=row, spec=spec, seed=seed, state=SlotState())
+        slot = self.slots[key] = Slot(
+            address=SlotAddress(index, row), spec=spec, seed=seed, state=SlotState()
+        )
         if row in arena.used:
             for flat in (arena.weights, arena.m, arena.v):
                 self._own_range(slot, flat).zero_()
@@ -146,13 +149,13 @@ class Slab:
         slot = self.slots[key]
         self._fill(
             slot,
-            self.arenas[slot.arena].weights,
+            self.arenas[slot.address.arena].weights,
             initial_weights(self.exact_layout(slot.spec), slot.seed),
         )
 
     def drop(self, key: AdapterKey) -> None:
         slot = self.slots.pop(key)
-        self.arenas[slot.arena].free.add(slot.row)
+        self.arenas[slot.address.arena].free.add(slot.address.row)
 
     def rename(self, old: AdapterKey, new: AdapterKey) -> None:
         """The slot's content became another revision."""
@@ -163,7 +166,7 @@ class Slab:
     ) -> None:
         """Fill the slot of `key` from blobs; experts that they leave out stay as initialised."""
         slot = self.slots[key]
-        arena, exact = self.arenas[slot.arena], self.exact_layout(slot.spec)
+        arena, exact = self.arenas[slot.address.arena], self.exact_layout(slot.spec)
         self._fill(slot, arena.weights, unpack_weights(exact, slot.seed, weights, experts))
         slot.state.experts = frozenset(experts)
         if moments is None:
@@ -184,7 +187,7 @@ class Slab:
         """Start the optimizer of `key` anew: what a revision that stopped being the tip continues
         with."""
         slot = self.slots[key]
-        for flat in (self.arenas[slot.arena].m, self.arenas[slot.arena].v):
+        for flat in (self.arenas[slot.address.arena].m, self.arenas[slot.address.arena].v):
             self._own_range(slot, flat).zero_()
         slot.state.step, slot.state.baseline, slot.state.num_rewards = 0, 0.0, 0
 
@@ -192,14 +195,16 @@ class Slab:
         """What this shard has of an adapter, without what pads its ranks. Where nothing does, it
         shares the slab's memory."""
         slot = self.slots[key]
-        arena, own = self.arenas[slot.arena], self._own_layout(slot.spec)
+        arena, own = self.arenas[slot.address.arena], self._own_layout(slot.spec)
         parts = {-1: (0, own.dense_size)} if self.is_home(key) else {}
         parts |= {
             expert: own.expert_range(place)
             for place, expert in enumerate(self.shard.experts)
             if expert in slot.state.experts
         }
-        flats = [self.exact(slot, flat[slot.row]) for flat in (arena.weights, arena.m, arena.v)]
+        flats = [
+            self.exact(slot, flat[slot.address.row]) for flat in (arena.weights, arena.m, arena.v)
+        ]
         return AdapterParts(
             *(
                 {part: flat[start:end].numpy() for part, (start, end) in parts.items()}
@@ -216,8 +221,10 @@ class Slab:
 
     def exact(self, slot: Slot, row_P: Tensor) -> Tensor:
         """What this shard keeps of a row of the slot's arena, without what pads its ranks."""
-        is_home = self.shard.is_home(slot.arena, slot.row)
-        return unpad(row_P, self.arenas[slot.arena].layout, self._own_layout(slot.spec), is_home)
+        is_home = self.shard.is_home(slot.address)
+        return unpad(
+            row_P, self.arenas[slot.address.arena].layout, self._own_layout(slot.spec), is_home
+        )
 
     def _own_layout(self, spec: AdapterSpec) -> AdapterLayout:
         return layout_of(self.own_dims, spec.rank, spec.expert_rank)
@@ -229,13 +236,17 @@ class Slab:
             experts = self.shard.experts
             start, end = exact.expert_range(experts.start)[0], exact.expert_range(experts[-1])[1]
             exact_P = torch.cat([exact_P[: exact.dense_size], exact_P[start:end]])
-        is_home = self.shard.is_home(slot.arena, slot.row)
-        pad_into(flat[slot.row], self.arenas[slot.arena].layout, exact_P, own, is_home)
+        is_home = self.shard.is_home(slot.address)
+        pad_into(
+            flat[slot.address.row], self.arenas[slot.address.arena].layout, exact_P, own, is_home
+        )
 
     def _own_range(self, slot: Slot, flat: Tensor) -> Tensor:
         """The part of a slot's row that this shard keeps: all of it, or all but the dense part."""
-        is_home = self.shard.is_home(slot.arena, slot.row)
-        return flat[slot.row, 0 if is_home else self.arenas[slot.arena].layout.dense_size :]
+        is_home = self.shard.is_home(slot.address)
+        return flat[
+            slot.address.row, 0 if is_home else self.arenas[slot.address.arena].layout.dense_size :
+        ]
 
 
 def _scatter_parts(

@@ -1,7 +1,8 @@
 """The families of bases: what a Hugging Face config says about their shapes, and what their tensors
 are called on disk.
 
-A family is supported once it stands in `FAMILIES`; docs/families.md says what was tested.
+A family is supported once it stands in `FAMILIES`; docs/families.md says what was tested. Torch and
+transformers are loaded by the functions that need them: looking a base up needs neither.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
-from transformers import AutoConfig
+from typing import TYPE_CHECKING, Any
 
 from populace.storage.errors import InvalidInput
-from populace.workers.base.gates import Gate, GroupLimitedGate, SoftmaxGate
 from populace.workers.shapes import BaseDims
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from populace.workers.base.gates import Gate
 
 Shapes = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
+    """What sets a family apart from the others."""
+
     num_experts: str
     """Config field, as are the next two."""
     intermediate: str
@@ -80,6 +84,8 @@ def _softmax_gate(normalise: str | None) -> Callable[[Any, nn.Module], Gate]:
     """`normalise`: the config field that says so; None: always."""
 
     def gate(config: Any, module: nn.Module) -> Gate:
+        from populace.workers.base.gates import SoftmaxGate
+
         return SoftmaxGate(
             w_ED=module.weight,  # type: ignore[arg-type]
             top_k=config.num_experts_per_tok,
@@ -90,6 +96,8 @@ def _softmax_gate(normalise: str | None) -> Callable[[Any, nn.Module], Gate]:
 
 
 def _group_limited_gate(config: Any, module: nn.Module) -> Gate:
+    from populace.workers.base.gates import GroupLimitedGate
+
     return GroupLimitedGate(
         w_ED=module.weight,  # type: ignore[arg-type]
         bias_E=module.e_score_correction_bias,  # type: ignore[arg-type]
@@ -174,10 +182,13 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 def dims_of(folder: Path) -> BaseDims:
     """Shapes of a checkpoint from its config alone, without its weights."""
     check_checkpoint(folder)
+    from transformers import AutoConfig
+
     return dims_of_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def dims_of_config(config: Any) -> BaseDims:
+    """Shapes of a base from its Hugging Face config."""
     family = FAMILIES[config.model_type]
     hidden, inner = config.hidden_size, getattr(config, family.intermediate)
     return BaseDims(

@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from populace.configs.schema import TrainSettings
 from populace.kernels.lora import LoraWeights
 from populace.kernels.plan import SegmentPlan, plan_segments
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import Attention
 from populace.workers.base.rows import PackedRows
+
+ROW_MULTIPLE = {"invariant": 8, "fast": 1}
+"""Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths,
+with other bits, for a few odd small counts only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +29,16 @@ class Kernels:
     row_multiple: int
     """Row counts of the base's products are multiples of this."""
 
+    @staticmethod
+    def of(train: TrainSettings) -> Kernels:
+        """As the settings say."""
+        return Kernels(backend=train.backend, row_multiple=ROW_MULTIPLE[train.numerics])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardPass:
+    """Everything that one pass through the base depends on besides its weights."""
+
     rows: PackedRows
     attention: Attention
     slab: Slab | None
@@ -49,6 +61,8 @@ class ForwardPass:
         record_routing: bool = False,
         accumulates: bool = False,
     ) -> ForwardPass:
+        """A pass over `rows`. `record_routing`: every MoE block tells which experts it chose;
+        `accumulates`: backward adds to the adapters' gradients instead of replacing them."""
         return ForwardPass(
             rows=rows,
             attention=attention,
@@ -59,14 +73,17 @@ class ForwardPass:
         )
 
     def count_out_of_route(self, is_recorded_T: Tensor, differs_T: Tensor) -> None:
+        """Note how many rows of a block have a recorded selection, and how many differ."""
         self.route_counts.append(
             torch.stack([is_recorded_T.sum(), (is_recorded_T & differs_T).sum()])
         )
 
     def lora(self, module: str, layer: int) -> Sequence[LoraWeights]:
+        """A module's tensors by arena; empty for the base alone."""
         return () if self.slab is None else self.slab.lora(module, layer)
 
     def recorded_TLK(self) -> Tensor:
+        """The selections of every MoE block, [T, L, K]."""
         assert self.routing is not None
         return torch.stack(self.routing, dim=1)
 

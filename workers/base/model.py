@@ -58,7 +58,9 @@ class LoraLinear(nn.Module):
         """[..., T, D] -> [..., T, F], with leading dimensions of 1."""
         forward_pass = self.holder.current
         weights = [forward_pass.lora(self.module, self.layer)]
-        y_TF = lora_product(x.flatten(0, -2), self.base, weights, forward_pass.plan, forward_pass.kernels.backend)
+        y_TF = lora_product(
+            x.flatten(0, -2), self.base, weights, forward_pass.plan, forward_pass.kernels.backend
+        )
         return y_TF.view(*x.shape[:-1], -1)
 
 

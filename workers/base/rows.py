@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from populace.workers.batch import ExpertIds, Ints
+from populace.workers.shards.placement import NO_SLOT, SlotAddress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,8 @@ class SequenceGroup:
     """Input of `pack_rows`: a prompt and its branches. The last token of a branch predicts nothing
     and is not fed, so it has no row."""
 
-    slot: tuple[int, int]
-    """(arena, row in it); (-1, -1) for the base alone."""
+    address: SlotAddress
+    """`NO_SLOT` for the base alone."""
     prompt_ids: Ints
     branches: tuple[Ints, ...]
     prompt_expert_ids: ExpertIds | None = None
@@ -51,7 +52,7 @@ class SequenceGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
-    """Rows sorted by (slot, group, branch, position); what fills them up to a multiple comes last,
+    """Rows sorted by (address, group, branch, position). Padding to a multiple of rows comes last,
     as one more group without an adapter."""
 
     token_T: Tensor
@@ -82,12 +83,14 @@ def pack_rows(
     routing_shape: tuple[int, int] | None = None,
     row_multiple: int = 1,
 ) -> PackedRows:
-    """`groups` must be sorted by slot. `routing_shape` is (L, K) where any group brings expert
+    """Rows of all groups, which must be sorted by address. `routing_shape` is (L, K) where any group brings expert
     ids."""
     # A shard that has no rows of its own still runs along with the others.
     missing = -sum(group.num_rows for group in groups) % row_multiple if groups else row_multiple
     if missing:
-        padding = SequenceGroup(slot=(-1, -1), prompt_ids=np.zeros(missing, np.int32), branches=())
+        padding = SequenceGroup(
+            address=NO_SLOT, prompt_ids=np.zeros(missing, np.int32), branches=()
+        )
         groups = [*groups, padding]
     tokens, positions, branches, slots, lengths = [], [], [], [], []
     expert_ids, masked_rows, target_rows, target_tokens, target_counts, temperatures = (
@@ -126,7 +129,7 @@ def pack_rows(
             temperatures.append(np.full(len(branch), group.temperature, dtype=np.float32))
             row += len(fed)
         lengths.append(row - start)
-        slots.append(np.tile(np.asarray(group.slot), (row - start, 1)))
+        slots.append(np.tile(np.asarray(group.address), (row - start, 1)))
         start = row
     slot_T2 = torch.from_numpy(np.concatenate(slots))
     target_row_N = _ints(target_rows)

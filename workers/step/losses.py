@@ -1,30 +1,21 @@
-"""Advantages and losses. Pure functions; one loss per kind of experience, and all of them weight
-one thing: the log-probability of the tokens that were produced.
+"""Advantages and losses. Pure functions; one objective per kind of experience, and all of them
+weight one thing: the log-probability of the tokens that were produced.
 
-Suffixes: N tokens that count, G samples of a group.
+To add a loss, write its advantages and add a row to `OBJECTIVES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from populace.workers.batch import ScoredSample, TrainGroup
+from populace.configs.schema import TrainSettings
+from populace.workers.batch import ExperienceKind, ScoredSample, TrainGroup
 
 MIN_SPREAD = 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossSettings:
-    """See configs/schema.py, TrainSettings."""
-
-    kl_coefficient: float
-    kl_in_reward: bool
-    importance_cap: float
-    baseline_decay: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,53 +34,82 @@ class Baseline:
         )
 
 
+Advantages = Callable[[TrainGroup, Baseline, TrainSettings], tuple[list[float], Baseline]]
+"""(group, baseline before it) -> one advantage per sample, baseline afterwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """How one kind of experience is learned from."""
+
+    advantages: Advantages
+    is_policy_gradient: bool
+    """Whether importance weights and the KL term apply; else it is plain likelihood."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedGroup:
-    """A group that has something to teach: one coefficient per sample, and whether it is policy
-    gradient."""
+    """A group that has something to teach, with one advantage per sample."""
 
     group: TrainGroup
     advantages: tuple[float, ...]
 
+    @property
+    def is_policy_gradient(self) -> bool:
+        return OBJECTIVES[self.group.kind].is_policy_gradient
+
 
 def weigh_groups(
-    groups: Sequence[TrainGroup], baseline: Baseline, settings: LossSettings
+    groups: Sequence[TrainGroup], baseline: Baseline, train: TrainSettings
 ) -> tuple[list[WeightedGroup], Baseline]:
     """Advantages of every group in order, and the baseline afterwards. Groups without signal are
-    left out.
-
-    task: GRPO, (r - mean) / std over the group (https://arxiv.org/abs/2402.03300, §4.1.1); no
-    spread, no signal. trajectory: REINFORCE, r - the user's baseline before it; the first has
-    nothing to be compared with. demonstration: likelihood, coefficient 1.
-    """
+    left out."""
     weighted = []
     for group in groups:
-        match group.kind:
-            case "task":
-                advantages = _group_advantages(group.samples, settings)
-            case "trajectory":
-                reward = group.samples[0].reward
-                advantages = [reward - baseline.value if baseline.num_rewards else 0.0]
-                baseline = baseline.after(reward, settings.baseline_decay)
-            case _:
-                advantages = [1.0]
+        advantages, baseline = OBJECTIVES[group.kind].advantages(group, baseline, train)
         if any(abs(value) > MIN_SPREAD for value in advantages):
             weighted.append(WeightedGroup(group=group, advantages=tuple(advantages)))
     return weighted, baseline
 
 
-def _group_advantages(samples: Sequence[ScoredSample], settings: LossSettings) -> list[float]:
-    rewards = torch.tensor([scored.reward for scored in samples], dtype=torch.float64)
+def _group_relative(
+    group: TrainGroup, baseline: Baseline, train: TrainSettings
+) -> tuple[list[float], Baseline]:
+    """GRPO: (r - mean) / std over the group (https://arxiv.org/abs/2402.03300, §4.1.1). Without
+    spread there is no signal."""
+    rewards = torch.tensor([scored.reward for scored in group.samples], dtype=torch.float64)
     if len(rewards) < 2 or float(rewards.max() - rewards.min()) < MIN_SPREAD:
-        return [0.0] * len(samples)
-    if settings.kl_in_reward:
-        rewards = rewards - settings.kl_coefficient * torch.tensor(
-            [_sampled_kl(scored) for scored in samples], dtype=torch.float64
-        )
-    advantages: list[float] = (
-        (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
-    ).tolist()
-    return advantages
+        return [0.0] * len(rewards), baseline
+    if train.kl_in == "reward":
+        kl = torch.tensor([_sampled_kl(scored) for scored in group.samples], dtype=torch.float64)
+        rewards = rewards - train.kl_coefficient * kl
+    spread = rewards.std(correction=0) + 1e-6
+    advantages: list[float] = ((rewards - rewards.mean()) / spread).tolist()
+    return advantages, baseline
+
+
+def _against_baseline(
+    group: TrainGroup, baseline: Baseline, train: TrainSettings
+) -> tuple[list[float], Baseline]:
+    """REINFORCE: r - the user's baseline before it (Williams 1992). The first reward has nothing to
+    be compared with."""
+    reward = group.samples[0].reward
+    advantage = reward - baseline.value if baseline.num_rewards else 0.0
+    return [advantage], baseline.after(reward, train.baseline_decay)
+
+
+def _likelihood(
+    group: TrainGroup, baseline: Baseline, train: TrainSettings
+) -> tuple[list[float], Baseline]:
+    """Maximum likelihood: every token counts as one."""
+    return [1.0], baseline
+
+
+OBJECTIVES = {
+    ExperienceKind.TASK: Objective(advantages=_group_relative, is_policy_gradient=True),
+    ExperienceKind.TRAJECTORY: Objective(advantages=_against_baseline, is_policy_gradient=True),
+    ExperienceKind.DEMONSTRATION: Objective(advantages=_likelihood, is_policy_gradient=False),
+}
 
 
 def _sampled_kl(scored: ScoredSample) -> float:
@@ -105,24 +125,26 @@ def token_losses(
     behaviour_N: Tensor,
     base_N: Tensor,
     policy_gradient_N: Tensor,
-    settings: LossSettings,
+    train: TrainSettings,
 ) -> Tensor:
-    """The loss of every token, [N].
+    """The loss of every target token, [N].
 
     Policy gradient with truncated importance sampling (w = min(pi / pi_behaviour, C), log-ratio
-    bounded at 20; https://fengyao.notion.site/off-policy-rl), likelihood for demonstrations, and k2
-    = (log pi - log base)² / 2, whose gradient is that of the reverse KL on policy
+    bounded at 20; https://fengyao.notion.site/off-policy-rl), likelihood for demonstrations, and
+    k2 = (log pi - log base)² / 2, whose gradient is that of the reverse KL on policy
     (http://joschu.net/blog/kl-approx.html). `behaviour_N` and `base_N` are NaN where unknown: no
     correction, no KL.
     """
+    # Importance weights: 1 where the behaviour is unknown, and for likelihood.
     log_ratio_N = (logprob_N.detach() - behaviour_N).clamp(-20, 20)
     weight_N = torch.where(
-        log_ratio_N.isnan(), 1.0, log_ratio_N.exp().clamp(max=settings.importance_cap)
+        log_ratio_N.isnan(), 1.0, log_ratio_N.exp().clamp(max=train.importance_cap)
     )
     weight_N = torch.where(policy_gradient_N, weight_N, 1.0)
     loss_N = -weight_N * advantage_N * logprob_N
-    if settings.kl_coefficient and not settings.kl_in_reward:
+    # The KL term, where the base's log-probability is known.
+    if train.kl_coefficient and train.kl_in == "loss":
         known_N = policy_gradient_N & ~base_N.isnan()
         gap_N = logprob_N - torch.where(known_N, base_N, 0.0)
-        loss_N = loss_N + torch.where(known_N, settings.kl_coefficient * 0.5 * gap_N.square(), 0.0)
+        loss_N = loss_N + torch.where(known_N, train.kl_coefficient * 0.5 * gap_N.square(), 0.0)
     return loss_N

@@ -12,16 +12,12 @@ from torch import Tensor
 from populace.kernels.lora import FrozenProduct
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Kernels, ForwardPass
+from populace.workers.base.forward import ROW_MULTIPLE, ForwardPass, Kernels
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterKey
 from populace.workers.shapes import AdapterSpec
-
-ROW_MULTIPLE = {"invariant": 8, "fast": 1}
-"""Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths,
-with other bits, for a few odd small counts only."""
 
 NUMERICS_REVISION = 2
 """Raised with every change to the order or kind of arithmetic in a step: older revisions can't be
@@ -94,17 +90,15 @@ def _gradient(
         )
         if slab.is_home(key):
             groups.append(
-                SequenceGroup(
-                    slot=(slot.arena, slot.row), prompt_ids=prompt, branches=tuple(branches)
-                )
+                SequenceGroup(address=slot.address, prompt_ids=prompt, branches=tuple(branches))
             )
     rows = pack_rows(
-        sorted(groups, key=lambda group: group.slot), row_multiple=kernels.row_multiple
+        sorted(groups, key=lambda group: group.address), row_multiple=kernels.row_multiple
     )
     forward_pass = ForwardPass.of(rows, PackedAttention(rows), slab, kernels)
     token_logprobs(base, base.hidden(forward_pass), forward_pass).square().sum().backward()  # type: ignore[no-untyped-call]
     mine = slab.slots[AdapterKey("0", 0)]
-    return slab.arenas[mine.arena].grads[mine.row].clone()
+    return slab.arenas[mine.address.arena].grads[mine.address.row].clone()
 
 
 def _noise(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

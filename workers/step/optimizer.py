@@ -68,10 +68,10 @@ def update_adapters(
 def part_squares(slab: Slab, slot: Slot) -> dict[int, float]:
     """Sums of squares of what this shard has of an adapter's gradient: the dense part's under -1,
     each expert's under its number."""
-    arena = slab.arenas[slot.arena]
-    grad_P, dense = arena.grads[slot.row], arena.layout.dense_size
+    arena = slab.arenas[slot.address.arena]
+    grad_P, dense = arena.grads[slot.address.row], arena.layout.dense_size
     parts = [(list(slab.shard.experts), grad_P[dense:].view(len(slab.shard.experts), -1))]
-    if slab.shard.is_home(slot.arena, slot.row):
+    if slab.shard.is_home(slot.address):
         parts.append(([-1], grad_P[:dense].unsqueeze(0)))
     squares: dict[int, float] = {}
     for names, part_EP in parts:
@@ -94,11 +94,16 @@ Pieces = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
     """What this step moves, by learning rate. Where A and B have the same, few large pieces instead
     of hundreds."""
-    arena, spec = slab.arenas[slot.arena], slot.spec
-    flats = (arena.weights[slot.row], arena.grads[slot.row], arena.m[slot.row], arena.v[slot.row])
+    arena, spec = slab.arenas[slot.address.arena], slot.spec
+    flats = (
+        arena.weights[slot.address.row],
+        arena.grads[slot.address.row],
+        arena.m[slot.address.row],
+        arena.v[slot.address.row],
+    )
     own = slab.shard.experts
     places = tuple(expert - own.start for expert in sorted(slot.state.experts) if expert in own)
-    is_home = slab.shard.is_home(slot.arena, slot.row)
+    is_home = slab.shard.is_home(slot.address)
     ranges = _ranges(arena.layout, places, is_home, spec.b_learning_rate_ratio != 1.0)
     rates = {"a": spec.learning_rate, "b": spec.learning_rate * spec.b_learning_rate_ratio}
     return [

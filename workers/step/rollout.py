@@ -17,12 +17,13 @@ from torch.nn.functional import pad
 
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
-from populace.workers.base.forward import Kernels, ForwardPass
+from populace.workers.base.forward import ForwardPass, Kernels
 from populace.workers.base.kv_cache import CachedAttention, KvCache
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import PackedRows, SequenceGroup, pack_rows
 from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
-from populace.workers.step.sampling import _inverse_transform, _uniforms
+from populace.workers.shards.placement import NO_SLOT, SlotAddress
+from populace.workers.step.sampling import inverse_transform, uniforms_of
 
 
 class _Sequence:
@@ -32,10 +33,11 @@ class _Sequence:
         self,
         number: int,
         request: int,
-        slot: tuple[int, int],
+        address: SlotAddress,
         uniforms: np.ndarray[tuple[int], np.dtype[np.float64]],
     ):
-        self.number, self.request, self.slot, self.uniforms = number, request, slot, uniforms
+        self.number, self.request, self.address = number, request, address
+        self.uniforms = uniforms
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.expert_ids: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]] = []
@@ -54,11 +56,11 @@ def roll_out(
     slab. Groups come in the order of the requests, None for those of other shards. The shards of a
     group decode in step, because each one's rows need the others' experts."""
     own = [index for index, request in enumerate(requests) if slab.is_home(request.adapter)]
-    ordered = sorted(own, key=lambda index: _slot(slab, requests[index]))
+    ordered = sorted(own, key=lambda index: _address(slab, requests[index]))
     rows = pack_rows(
         [
             SequenceGroup(
-                slot=_slot(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()
+                address=_address(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()
             )
             for i in ordered
         ],
@@ -71,7 +73,7 @@ def roll_out(
     prompt_expert_ids = dict(zip(ordered, (ids.numpy() for ids in prompt_ids), strict=True))
 
     running = [
-        _Sequence(number, i, _slot(slab, requests[i]), _uniforms(slab, requests[i], sample))
+        _Sequence(number, i, _address(slab, requests[i]), uniforms_of(slab, requests[i], sample))
         for number, (i, sample) in enumerate(
             (i, k) for i in ordered for k in range(requests[i].num_samples)
         )
@@ -95,7 +97,9 @@ def roll_out(
             _decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True
         )
         hidden_BD = base.hidden(forward_pass)[: len(running)]
-        for item, ids in zip(running, forward_pass.recorded_TLK()[: len(running)].numpy(), strict=True):
+        for item, ids in zip(
+            running, forward_pass.recorded_TLK()[: len(running)].numpy(), strict=True
+        ):
             item.expert_ids.append(ids)
         cache.length_U[torch.tensor([item.number for item in running], dtype=torch.int64)] += 1
     return _groups(requests, sequences, prompt_expert_ids, eos_ids, base.routing_shape)
@@ -130,7 +134,7 @@ def _choose(
     greedy_B = torch.tensor([requests[item.request].temperature == 0 for item in running])
     prob_BV = torch.softmax(logits_BV, dim=1)
     uniform_B = torch.tensor([item.uniforms[len(item.tokens)] for item in running])
-    token_B = torch.where(greedy_B, logits_BV.argmax(1), _inverse_transform(prob_BV, uniform_B))
+    token_B = torch.where(greedy_B, logits_BV.argmax(1), inverse_transform(prob_BV, uniform_B))
     chosen_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).log()
     for item, token, logprob in zip(running, token_B.tolist(), chosen_B.tolist(), strict=True):
         item.tokens.append(token)
@@ -144,7 +148,7 @@ def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels)
     """One row per sequence: its newest token at its next position."""
     padding = -len(running) % kernels.row_multiple if running else kernels.row_multiple
     num_rows = len(running) + padding
-    slots = [item.slot for item in running] + [(-1, -1)] * padding
+    slots = [item.address for item in running] + [NO_SLOT] * padding
     slot_T2 = torch.tensor(slots)
     positions = cache.length_U[torch.tensor([item.number for item in running], dtype=torch.int64)]
     return PackedRows(
@@ -197,6 +201,5 @@ def _groups(
     ]
 
 
-def _slot(slab: Slab, request: RolloutRequest) -> tuple[int, int]:
-    slot = slab.slots[request.adapter]
-    return slot.arena, slot.row
+def _address(slab: Slab, request: RolloutRequest) -> SlotAddress:
+    return slab.slots[request.adapter].address

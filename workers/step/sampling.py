@@ -18,7 +18,7 @@ from populace.workers.batch import RolloutRequest
 _BLOCK = 256
 
 
-def _inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The token whose interval of the cumulated probabilities holds the draw, [B]. Two levels,
     because a plain cumulated sum over a vocabulary takes longer than its softmax: first the block,
     then the token inside."""
@@ -38,7 +38,7 @@ def _inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return (block_B1 * _BLOCK + place_B1).squeeze(1).clamp(max=num_tokens - 1)
 
 
-def _uniforms(
+def uniforms_of(
     slab: Slab, request: RolloutRequest, sample: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """One number in [0, 1) per position."""
