@@ -18,7 +18,7 @@ test: .venv/dev lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev
-	POPULACE_TEST_EXAMPLES=1000 $(BIN)/python -m pytest -s --timeout 3600 tests/test_faults.py -k no_fault
+	POPULACE_TEST_EXAMPLES=1000 $(BIN)/python -m pytest -s --timeout 3600 tests/storage/test_faults.py -k no_fault
 	$(BIN)/python -m pytest -m slow
 
 # With the Python of a machine with a CUDA GPU that has torch for it, Triton, NumPy and pytest (bench-kernels: rich); this
@@ -27,7 +27,7 @@ GPU_PYTHON ?= python3
 ON_GPU = PATH="$${PATH\#$(CURDIR)/$(BIN):}" TRITON_INTERPRET=0 PYTHONPATH=build/gpu:. $(GPU_PYTHON)
 
 test-gpu: build/gpu/populace/kernels
-	$(ON_GPU) -m pytest --noconftest -m gpu tests/test_gpu.py
+	$(ON_GPU) -m pytest --noconftest -m gpu tests/kernels/test_gpu.py
 
 bench-kernels: build/gpu/populace/kernels
 	$(ON_GPU) -m tests.benchmarks.kernels
@@ -46,11 +46,11 @@ bench-streams: .venv/dev
 
 # Producers, gateway, controllers and shards killed at random for ten minutes, every event sent twice.
 test-crash: .venv/dev
-	$(BIN)/python -m pytest -s -m endurance tests/test_endurance.py -k ten_minutes
+	$(BIN)/python -m pytest -s -m endurance tests/system/test_endurance.py -k ten_minutes
 
 # An hour of 20,000 users with 50 events a second, with kills.
 soak: .venv/dev
-	$(BIN)/python -m pytest -s -m endurance tests/test_endurance.py -k an_hour
+	$(BIN)/python -m pytest -s -m endurance tests/system/test_endurance.py -k an_hour
 
 bench-shards: .venv/dev
 	$(BIN)/python -m tests.benchmarks.shards
@@ -60,9 +60,9 @@ bench-metrics: .venv/dev
 
 # Compiles the Triton kernels for GPUs that need not be here.
 aot: .venv/dev
-	$(BIN)/python -m tests.aot docs/measurements/aot.md
+	$(BIN)/python -m tests.support.aot docs/measurements/aot.md
 
-# The pages that are made from the code; tests/test_docs.py checks that they are fresh.
+# The pages that are made from the code; tests/system/test_docs.py checks that they are fresh.
 docs: .venv/dev
 	$(BIN)/python docs/build.py
 	$(BIN)/python infra/grafana/build.py

@@ -12,108 +12,134 @@ last one is still being published:
     wave n                                 score, train
     wave n-1                                             publish
 
-A user is in one of these at most, so that no update waits for another. Calls to the workers go
-through one lane, in the order in which they are made. Every stage returns a value to `run_once`; no
-stage calls the next one.
+What is on its way is a value, the `Pipeline`, that `run_once` takes and returns. A user is in one
+of these waves at most, so that no update waits for another. Calls to the workers go through one
+lane, in the order in which they are made. Every stage returns a value to `run_once`; no stage calls
+the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from populace.configs.load import settings_as_dict
 from populace.configs.schema import Settings
 from populace.population.evaluation.examiner import Examiner
+from populace.population.ledger.commands import obey_commands
 from populace.population.ledger.ledger import Ledger
-from populace.population.waves.chat import Chat
-from populace.population.waves.outcomes import account_for
+from populace.population.ledger.upkeep import Upkeep
+from populace.population.waves.outcomes import Scored, account_for, scored_group
 from populace.population.waves.planner import Planner
-from populace.population.waves.publisher import Publisher
-from populace.population.waves.report import Clock, WaveReport, report_of
-from populace.population.waves.rollouts import Rollout, Score, Trials
-from populace.population.waves.wave import MemberOutcome, PlannedWave, Publication, RollingWave
+from populace.population.waves.publisher import Publication, Publisher
+from populace.population.waves.report import Clock, RunState, WaveReport, report_of
+from populace.population.waves.rollouts import Score, Trials
+from populace.population.waves.wave import (
+    MemberOutcome,
+    PlannedWave,
+    RolledOut,
+    RollingWave,
+    TrainedWave,
+    batch_of,
+)
 from populace.storage.catalog.repack import RetentionRule
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Settled, Tombstone, Verdict
-from populace.workers.batch import (
-    AdapterBatch,
-    AdapterKey,
-    Paging,
-    ScoredSample,
-    TrainGroup,
-    WaveBatch,
-)
+from populace.workers.batch import AdapterKey, RolloutRequest
 from populace.workers.interface import Workers
+
+if TYPE_CHECKING:
+    from populace.population.waves.chat import Chat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """The waves that are on their way between two turns of the loop.
+
+    Example: `Pipeline(rolling=n1, publication=n0)`: one wave rolls out while the one before is
+    being written."""
+
+    planned: PlannedWave | None = None
+    """Its adapters are being prefetched."""
+    rolling: RollingWave | None = None
+    publication: Publication | None = None
+    renaming: Future[None] | None = None
+    """The workers are learning which revisions their slots hold now."""
+
+
+EMPTY = Pipeline()
+"""Nothing is on its way."""
 
 
 class Controller:
-    """Owns partitions of a population while it lives. `ledger` must have claimed or joined."""
+    """Trains waves of the partitions that `ledger` owns. They must have been claimed or joined."""
 
     def __init__(
         self, settings: Settings, ledger: Ledger, workers: Workers, chat: Chat, score: Score
     ) -> None:
-        self.settings, self.ledger, self.workers, self.chat = settings, ledger, workers, chat
+        self.settings, self.ledger, self.workers = settings, ledger, workers
         self.trials = Trials(settings, workers, chat, score)
         self.examiner = Examiner(self.trials, ledger)
         self.publisher = Publisher(ledger, settings_as_dict(settings), chat.template_digest())
+        self.upkeep = Upkeep(ledger)
         self._lane = ThreadPoolExecutor(1, thread_name_prefix="populace-workers")
         dims, self.numerics = workers.describe()
-        self.planner = Planner(settings, ledger, chat, self.trials, dims)
+        self.planner = Planner(settings, ledger, chat, dims)
         self.num_waves = 0
-        self._planned: PlannedWave | None = None
-        self._rolling: RollingWave | None = None
-        self._publication: Publication | None = None
-        self._renaming: Future[None] | None = None
         self._between: list[Verdict | Tombstone | Settled] = []
         """Written since the last report, beside waves."""
-        self._busy: set[str] = set()
-        """Users in an uncommitted wave."""
 
-    def run_once(self) -> WaveReport | None:
-        """One wave from pending experience to revisions; None when nobody has any. When the run is
-        pipelined the wave may still be on its way into the store when this returns; `quiesce` waits
-        for it."""
+    def run_once(self, pipeline: Pipeline = EMPTY) -> tuple[WaveReport | None, Pipeline]:
+        """One wave from pending experience to revisions; no report when nobody has any. The wave
+        may still be on its way into the store when this returns: `drain` waits for it. When this
+        raises, nothing is on its way any more, and whatever isn't committed is still pending."""
         clock = Clock()
         try:
-            current, self._rolling = self._rolling or self._roll_out(self._plan()), None
+            rolling = pipeline.rolling or self._roll_out(self._plan())
+            pipeline = replace(pipeline, rolling=None)
             clock.lap("plan")
-            if current is None:
-                return None
-            rollouts = current.rollouts.result()
-            self.ledger.pending.mark_hot(current.paging[0].hot)
+            if rolling is None:
+                return None, pipeline
+            rolled = rolling.rolled.result()
+            self.ledger.pending.mark_hot(rolled.paging.hot)
             clock.lap("rollout")
-            self._look_ahead()
+            pipeline = self._look_ahead(pipeline)
             clock.lap("plan")
-            batch, outcomes = self._batch(current.planned, self._score(current.planned, rollouts))
+            outcomes = self._outcomes(rolling.planned, rolled)
             clock.lap("score")
-            training = self._lane.submit(self.workers.train_wave, batch)
+            training = self._lane.submit(self.workers.train_wave, batch_of(outcomes))
             training.add_done_callback(lambda _: clock.mark())
-            self.settle()
+            pipeline = self.finish_publication(pipeline)
             clock.lap_up_to_mark("train", "publish")
-            result = training.result()
+            trained = TrainedWave.of(rolling.planned.wave_id, outcomes, training.result())
             clock.lap("train")
-            self._publication = self.publisher.start(
-                current.planned.wave, current.planned.adapters, outcomes, result, self.numerics
-            )
+            publication = self.publisher.start(trained, self.numerics)
+            pipeline = replace(pipeline, publication=publication)
             self.num_waves += 1
-            if self._rolling is None:
-                self.quiesce()
+            if pipeline.rolling is None:
+                pipeline = self.drain(pipeline)
             clock.lap("publish")
-            verdicts = self._keep_up(clock)
+            verdicts, pipeline = self._keep_up(pipeline, clock)
         except BaseException:
-            self.abandon()
+            self.drop_in_flight(pipeline)
             raise
         between, self._between = self._between, []
-        return report_of(
-            current.planned.wave,
-            current.paging[0],
-            outcomes,
-            result,
-            verdicts,
-            between,
-            clock.seconds,
+        return report_of(trained, rolled.paging, verdicts, between, clock.seconds), pipeline
+
+    def state(self) -> RunState:
+        """What is true now, wave or not."""
+        pending, catalog = self.ledger.pending, self.ledger.catalog
+        return RunState(
+            population=self.ledger.meta.name,
+            num_waves=self.num_waves,
+            num_pending=pending.num_pending(),
+            oldest_wait_s=pending.oldest_wait_s(),
+            num_partitions=len(self.ledger.owners),
+            num_adapters=len(catalog),
+            num_updated=catalog.num_updated(),
         )
 
     def take_answered(self) -> list[Verdict | Tombstone]:
@@ -122,64 +148,64 @@ class Controller:
         self._between = [record for record in self._between if isinstance(record, Settled)]
         return answered
 
-    def settle(self) -> None:
+    # What is on its way.
+
+    def finish_publication(self, pipeline: Pipeline) -> Pipeline:
         """Wait until the last wave is in the store, and let the catalog and the slots follow."""
-        publication, self._publication = self._publication, None
-        if publication is None:
-            return
-        try:
-            publication.written.result()
-        except BaseException:
+        publication = pipeline.publication
+        landed = None if publication is None else publication.collect()
+        if publication is None or landed is None:
+            return replace(pipeline, publication=None)
+        for header, record in landed.records:
+            self.ledger.apply(header, record)
+        self.ledger.pending.mark_busy(publication.pseudonyms, False)
+        if landed.error is not None:
             self._lane.submit(self.workers.evict, [old for old, _ in publication.renamed])
-            raise
-        finally:
-            for header, record in publication.records:
-                self.ledger.apply(header, record)
-            self._set_free(publication.pseudonyms)
+            raise landed.error
         # Before whatever the workers are asked next.
-        self._renaming = self._lane.submit(self.workers.committed, publication.renamed)
+        renaming = self._lane.submit(self.workers.committed, publication.renamed)
+        return replace(pipeline, publication=None, renaming=renaming)
 
-    def quiesce(self) -> None:
-        """`settle`, and wait until the workers know."""
-        self.settle()
-        if self._renaming is not None:
-            renaming, self._renaming = self._renaming, None
-            renaming.result()
+    def drain(self, pipeline: Pipeline) -> Pipeline:
+        """`finish_publication`, and wait until the workers know."""
+        pipeline = self.finish_publication(pipeline)
+        if pipeline.renaming is not None:
+            pipeline.renaming.result()
+        return replace(pipeline, renaming=None)
 
-    def abandon(self) -> None:
+    def drop_in_flight(self, pipeline: Pipeline) -> None:
         """Forget what is under way; whatever isn't committed is still pending. A slot whose commit
         isn't known is dirty: what is in it must not be trained on or served."""
-        if self._rolling is not None:
-            self._rolling.rollouts.cancel()
+        if pipeline.rolling is not None:
+            pipeline.rolling.rolled.cancel()
         with contextlib.suppress(PopulaceError):
-            self.settle()
-        self._planned = self._rolling = None
-        keys = self._keys_of(self._busy)
-        self._set_free(self._busy)
+            self.finish_publication(pipeline)
+        busy = self.ledger.pending.busy()
+        dirty = self._tips_of(busy)
+        self.ledger.pending.mark_busy(busy, False)
         with contextlib.suppress(PopulaceError):
-            self._lane.submit(self.workers.evict, keys).result()
-        self._renaming = None  # of a group that may be gone
+            self._lane.submit(self.workers.evict, dirty).result()
 
-    def withdraw(self) -> None:
-        """Take back the attempts that haven't begun to train: an orderly end must not make them
-        suspect."""
-        self.settle()
-        if self._renaming is not None:
-            self._renaming.exception()  # a group that is lost says so at the next call
-            self._renaming = None
-        waves = [self._planned] if self._planned is not None else []
-        if self._rolling is not None:
-            self._rolling.rollouts.exception()
-            waves.append(self._rolling.planned)
-        self._planned = self._rolling = None
+    def take_back_attempts(self, pipeline: Pipeline) -> Pipeline:
+        """Finish what was trained, and take back the attempts that haven't begun to train: an
+        orderly end must not make them suspect. Nothing is on its way afterwards."""
+        pipeline = self.finish_publication(pipeline)
+        if pipeline.renaming is not None:
+            pipeline.renaming.exception()  # a group that is lost says so at the next call
+        waves = [] if pipeline.planned is None else [pipeline.planned]
+        if pipeline.rolling is not None:
+            pipeline.rolling.rolled.exception()
+            waves.append(pipeline.rolling.planned)
         for planned in waves:
             self.planner.take_back(planned)
-            self._set_free(list(planned.adapters))
+            self.ledger.pending.mark_busy(planned.pseudonyms, False)
+        return EMPTY
 
     def close(self) -> None:
         """End this controller's threads."""
         self._lane.shutdown()
         self.publisher.close()
+        self.upkeep.close()
 
     def meet_workers(self) -> None:
         """Learn what computes: also after a group was started again, maybe on other machines."""
@@ -187,41 +213,44 @@ class Controller:
 
     # Planning.
 
-    def _look_ahead(self) -> None:
+    def _look_ahead(self, pipeline: Pipeline) -> Pipeline:
         """Let the next wave's rollouts run and the one behind it be prefetched, as long as they are
         full: a wave that waits a little gathers more users."""
         # Before an evaluation or a repack nothing may be under way.
         if not self.settings.run.pipelined or self._is_upkeep_due(self.num_waves + 1):
-            return
-        if self.settings.scheduler.slots < 3 * self.settings.scheduler.max_adapters_per_wave:
-            self.settle()  # no room for the slots of a wave that is still being published
-        following, self._planned = self._planned or self._plan(ahead=True), None
-        self._rolling = self._roll_out(following)
+            return pipeline
+        scheduler = self.settings.scheduler
+        if scheduler.slots < 3 * scheduler.max_adapters_per_wave:
+            # No room for the slots of a wave that is still being published.
+            pipeline = self.finish_publication(pipeline)
+        following = pipeline.planned or self._plan(ahead=True)
+        rolling = self._roll_out(following)
+        planned = None
         if following is not None and not self._is_upkeep_due(self.num_waves + 2):
-            self._planned = self._plan(ahead=True)
+            planned = self._plan(ahead=True)
+        return replace(pipeline, rolling=rolling, planned=planned)
 
     def _plan(self, ahead: bool = False) -> PlannedWave | None:
         """The next wave, its attempt logged, its adapters on their way; None when nobody has
         anything, or `ahead` and it would not be full."""
         self.ledger.read_experience()
         self._obey_commands()
-        self._between += self.planner.park_killers(self._busy)
-        planned = self.planner.plan(self._busy, ahead)
+        self._between += self.planner.suspects.park_killers(self.ledger.pending.busy())
+        planned = self.planner.plan(ahead)
         if planned is not None:
-            self._busy |= planned.adapters.keys()
-            self.ledger.pending.mark_busy(list(planned.adapters), True)
+            self.ledger.pending.mark_busy(planned.pseudonyms, True)
             self._lane.submit(self.workers.prefetch, planned.refs)
         return planned
 
     def _obey_commands(self) -> None:
         """Commands come between two waves of a user; neither the workers nor the exams may keep
-        what is forgotten."""
-        done = self.ledger.obey_commands(self._busy)
+        what is erased."""
+        done = obey_commands(self.ledger, self.ledger.pending.busy())
         self._between += done
-        forgotten = [record.pseudonym for record in done if isinstance(record, Tombstone)]
-        if forgotten:
-            self.examiner.forget(forgotten)
-            self._lane.submit(self.workers.forget, forgotten).result()
+        erased = [record.pseudonym for record in done if isinstance(record, Tombstone)]
+        if erased:
+            self.examiner.forget(erased)
+            self._lane.submit(self.workers.forget, erased).result()
 
     # Rolling out and scoring.
 
@@ -229,66 +258,47 @@ class Controller:
         """Page in and roll out, as soon as the workers get to it."""
         if planned is None:
             return None
-        keep = self._keys_of(self._busy)
-        requests = [request for item in planned.prepared for request in item.requests]
-        paging: list[Paging] = []
-
-        def call() -> list[Rollout]:
-            paging.append(self.workers.page_in(planned.refs, True, keep))
-            return self.trials.roll_out(requests)
-
-        return RollingWave(planned=planned, rollouts=self._lane.submit(call), paging=paging)
-
-    def _score(
-        self, planned: PlannedWave, rollouts: Sequence[Rollout]
-    ) -> Mapping[tuple[str, str], TrainGroup | str]:
-        """Rewarded rollouts by (user, event), or why an event's reward failed."""
-        members = {member.pseudonym: member for member in planned.wave.members}
-        requests = []
-        for group, base in rollouts:
-            member = members[group.adapter.pseudonym]
-            logged = next(item for item in member.events if item.event_id == group.event_id)
-            requests.append(
-                self.trials.reward_request(logged, self.trials.replies(logged, group, base))
-            )
-        scored: dict[tuple[str, str], TrainGroup | str] = {}
-        for (group, base), outcome in zip(rollouts, self.trials.judge(requests), strict=True):
-            name = (group.adapter.pseudonym, group.event_id)
-            if isinstance(outcome, str):
-                scored[name] = outcome
-                continue
-            scored[name] = TrainGroup(
-                event_id=group.event_id,
-                kind="task",
-                prompt_ids=group.prompt_ids,
-                prompt_expert_ids=group.prompt_expert_ids,
-                samples=tuple(
-                    ScoredSample(sample=sample, reward=reward, base_logprobs=logprobs)
-                    for sample, reward, logprobs in zip(group.samples, outcome, base, strict=True)
-                ),
-                temperature=group.temperature,
-            )
-        return scored
-
-    def _batch(
-        self, planned: PlannedWave, scored: Mapping[tuple[str, str], TrainGroup | str]
-    ) -> tuple[WaveBatch, tuple[MemberOutcome, ...]]:
-        """What every adapter learns from, and what becomes of every event."""
-        outcomes = tuple(
-            account_for(
-                member,
-                item,
-                scored,
-                self.ledger.catalog.attempts.failures.get(member.pseudonym),
-                self.ledger.seals.settled,
-            )
-            for member, item in zip(planned.wave.members, planned.prepared, strict=True)
+        keep = self._tips_of(self.ledger.pending.busy())
+        requests = [request for member in planned.members for request in member.requests]
+        return RollingWave(
+            planned=planned,
+            rolled=self._lane.submit(self._page_in_and_roll_out, planned, requests, keep),
         )
-        batches = [
-            AdapterBatch(adapter=item.adapter, groups=outcome.groups)
-            for item, outcome in zip(planned.prepared, outcomes, strict=True)
+
+    def _page_in_and_roll_out(
+        self,
+        planned: PlannedWave,
+        requests: Sequence[RolloutRequest],
+        keep: Sequence[AdapterKey],
+    ) -> RolledOut:
+        """In the lane; `keep`: slots of the waves beside this one."""
+        paging = self.workers.page_in(planned.refs, True, keep)
+        return RolledOut(paging=paging, rollouts=self.trials.roll_out(requests))
+
+    def _outcomes(self, planned: PlannedWave, rolled: RolledOut) -> tuple[MemberOutcome, ...]:
+        """Judge the rollouts; then what every adapter learns from, and what becomes of every
+        event."""
+        logged = {
+            (member.key, event.logged.event_id): event.logged
+            for member in planned.members
+            for event in member.events
+        }
+        groups = [rollout.group for rollout in rolled.rollouts]
+        tasks = [logged[group.adapter, group.event_id] for group in groups]
+        requests = [
+            self.trials.reward_request(task, self.trials.replies(task, rollout))
+            for task, rollout in zip(tasks, rolled.rollouts, strict=True)
         ]
-        return WaveBatch(adapters=tuple(batches)), outcomes
+        scored: dict[AdapterKey, dict[str, Scored]] = {}
+        judged = self.trials.judge(requests)
+        for rollout, outcome in zip(rolled.rollouts, judged, strict=True):
+            own = scored.setdefault(rollout.group.adapter, {})
+            own[rollout.group.event_id] = scored_group(rollout, outcome)
+        failures = self.ledger.catalog.attempts.failures
+        return tuple(
+            account_for(member, scored.get(member.key, {}), failures.get(member.member.pseudonym))
+            for member in planned.members
+        )
 
     # Between waves.
 
@@ -296,34 +306,29 @@ class Controller:
         every = (self.settings.evaluation.every_waves, self.settings.retention.every_waves)
         return any(num_waves % number == 0 for number in every)
 
-    def _keep_up(self, clock: Clock) -> list[Verdict]:
+    def _keep_up(self, pipeline: Pipeline, clock: Clock) -> tuple[list[Verdict], Pipeline]:
         """Evaluations, repacks, checkpoints and compactions, as they are due."""
-        verdicts: list[Verdict] = []
-        if self.num_waves % self.settings.evaluation.every_waves == 0:
+        settings, verdicts = self.settings, list[Verdict]()
+        if self.num_waves % settings.evaluation.every_waves == 0:
+            pipeline = self.drain(pipeline)
             verdicts = self.evaluate()
             clock.lap("evaluate")
-        if self.num_waves % self.settings.retention.every_waves == 0:
-            self.settle()
-            self.ledger.repack(RetentionRule(last=self.settings.retention.last))
+        if self.num_waves % settings.retention.every_waves == 0:
+            pipeline = self.finish_publication(pipeline)
+            self.upkeep.repack(RetentionRule(last=settings.retention.last))
             clock.lap("repack")
-        if self._publication is None:  # a checkpoint holds all of the log
-            self.ledger.checkpoint(self.settings.run.checkpoint_every_records)
-        self.ledger.compact(self.settings.stream.compact_every_segments)
+        if pipeline.publication is None:  # a checkpoint holds all of the log
+            self.upkeep.checkpoint(settings.run.checkpoint_every_records)
+        self.upkeep.compact(settings.stream.compact_every_segments)
         clock.lap("checkpoint")
-        return verdicts
+        return verdicts, pipeline
 
     def evaluate(self) -> list[Verdict]:
         """Judge the tips that aren't serving; nothing may be under way beside it."""
-        self.quiesce()
-        assert not self._busy
+        assert not self.ledger.pending.busy(), "a wave is under way"
         return self.examiner.evaluate()
 
-    def _set_free(self, pseudonyms: Sequence[str] | set[str]) -> None:
-        names = list(pseudonyms)
-        self.ledger.pending.mark_busy(names, False)
-        self._busy -= set(names)
-
-    def _keys_of(self, pseudonyms: set[str]) -> list[AdapterKey]:
+    def _tips_of(self, pseudonyms: Sequence[str]) -> list[AdapterKey]:
         """The slots of users under way: they are named after the tips that they start from."""
         states = [self.ledger.catalog.get(pseudonym) for pseudonym in sorted(pseudonyms)]
         return [AdapterKey(state.pseudonym, state.tip) for state in states if state is not None]

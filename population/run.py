@@ -19,13 +19,16 @@ import ray
 
 from populace.configs.schema import Settings
 from populace.population.client import Population
-from populace.population.controller import Controller
+from populace.population.controller import EMPTY, Controller
 from populace.population.experience.gateway import Gateway
+from populace.population.ledger.ownership import Ownership
+from populace.population.sampler import shard_settings
 from populace.population.tools.report import write_report
 from populace.population.watching.beacon import Beacon
 from populace.population.watching.metrics import RayMetrics
 from populace.population.watching.views import View, Views
 from populace.population.waves.chat import Chat
+from populace.population.waves.report import WaveReport
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.population.waves.rewards import find_reward
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
@@ -44,9 +47,8 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which
     all end after the current wave. Also returns whether a report was written."""
     started = time.monotonic()
-    sys.path.insert(
-        0, os.getcwd()
-    )  # rewards and experience are modules of the directory the run starts in
+    # Rewards and experience are modules of the directory that the run starts in.
+    sys.path.insert(0, os.getcwd())
     for target in settings.rewards.functions.values():
         find_reward(target)
     experience = None if settings.experience is None else _import_target(settings.experience)
@@ -60,21 +62,21 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
         view.stage(f"enqueued {num_events} events")
     view.stage("starting Ray")
     start_ray()
-    ledger, run = population.ledger, settings.run
+    ownership, run = population.ownership, settings.run
     metrics = RayMetrics(settings.name, run.controller, store.take_calls) if run.metrics else View()
-    view = Views(view, Beacon(ledger.show), metrics)
+    view = Views(view, Beacon(ownership.show), metrics)
     with metrics, StopSignal(view) as stop:
         view.stage("claiming the population")
         # First: only one controller of a name may take over, or remove, what a run that died has
         # left in the cluster.
-        ledger.join(run.controller, run.takeover_s, stop.ask)
+        ownership.join(run.controller, run.takeover_s, stop.ask)
         try:
             with _page(settings, population, view):
                 if settings.stream.gateway:
                     Gateway.start(population.store.url, settings.name, stream=settings.stream)
                 reported = _train(settings, population, base, chat, view, stop, started)
         finally:
-            ledger.release()
+            ownership.release()
     return population, reported
 
 
@@ -88,15 +90,13 @@ def _train(
     started: float,
 ) -> bool:
     """Place the shards, loop, report; returns whether a report was written."""
-    shards = ShardGroup(
-        population.shard_settings(base, chat), settings.shard, settings.run.controller
-    )
-    group = _Group(shards, view)
+    own = shard_settings(settings, population.meta, population.store.url, base, chat)
+    group = _Group(ShardGroup(own, settings.shard, settings.run.controller), view)
     try:
         group.wait_until_ready()
         controller = Controller(settings, population.ledger, group.shards, chat, score_on_ray)
         try:
-            _Run(controller, group, view, stop).until_done()
+            _Run(controller, population.ownership, group, view, stop).until_done()
             if settings.report is None or stop.event.is_set():
                 return False
             view.stage("measuring every adapter on every user's held-out tasks")
@@ -130,8 +130,8 @@ def _page(settings: Settings, population: Population, view: View) -> Iterator[No
 
 
 class _Group:
-    """The shard group as a run sees it: it loads with a sign of life, and comes back when it
-    dies."""
+    """The shard group as a run sees it: its progress is shown while it loads, and it comes back
+    when it dies."""
 
     def __init__(self, shards: ShardGroup, view: View) -> None:
         self.shards, self._view = shards, view
@@ -155,7 +155,7 @@ class _Group:
             except ShardGroupLost as error:
                 is_new, started = True, time.monotonic()
                 self._start_again(error)
-                controller.planner.suspect_unfinished()
+                controller.planner.suspects.suspect_unfinished()
                 self._view.stage(f"the group is back after {time.monotonic() - started:.1f} s")
 
     def _start_again(self, error: ShardGroupLost) -> None:
@@ -173,10 +173,19 @@ class _Run:
     """Waves until there is a reason to stop, whatever the store and the other controllers do
     meanwhile."""
 
-    def __init__(self, controller: Controller, group: _Group, view: View, stop: StopSignal) -> None:
-        self._controller, self._group, self._view = controller, group, view
+    def __init__(
+        self,
+        controller: Controller,
+        ownership: Ownership,
+        group: _Group,
+        view: View,
+        stop: StopSignal,
+    ) -> None:
+        self._controller, self._ownership = controller, ownership
+        self._group, self._view = group, view
         self._ask_to_stop, self._stop = stop.ask, stop.event
         self._ledger, self._run = controller.ledger, controller.settings.run
+        self._pipeline = EMPTY
         self._looked_s = -REBALANCE_S
         self._given_up: set[int] = set()
         """What this run owned when the store went away."""
@@ -186,10 +195,10 @@ class _Run:
         while True:
             try:
                 self._wait_for_partitions()
-                self._view.idle(self._controller)
+                self._view.idle(self._controller.state())
                 while not self._stop.is_set() and self._has_waves_left() and self._turn():
                     pass
-                self._controller.withdraw()
+                self._take_back_attempts()
                 if not self._stop.is_set():
                     self._judge()
                 return
@@ -208,17 +217,26 @@ class _Run:
     def _turn(self) -> bool:
         """One wave; False when the run is over."""
         self._share_partitions()
-        report = self._group.surviving(self._controller, self._controller.run_once)
+        report = self._group.surviving(self._controller, self._wave)
         if report is not None:
-            self._view.wave(report, self._controller)
+            self._view.wave(report, self._controller.state())
         elif self._run.until_drained and not self._ledger.pending.num_pending():
             return False
         else:
             if answered := self._controller.take_answered():
                 self._view.decided(answered)
-            self._view.idle(self._controller)
+            self._view.idle(self._controller.state())
             self._stop.wait(IDLE_S)
         return True
+
+    def _wave(self) -> WaveReport | None:
+        """When `run_once` raises, nothing is on its way any more."""
+        pipeline, self._pipeline = self._pipeline, EMPTY
+        report, self._pipeline = self._controller.run_once(pipeline)
+        return report
+
+    def _take_back_attempts(self) -> None:
+        self._pipeline = self._controller.take_back_attempts(self._pipeline)
 
     def _wait_for_partitions(self) -> None:
         """Until something is owned: what a dead run left is taken over, the others are asked to
@@ -235,11 +253,10 @@ class _Run:
         if not at_once and now - self._looked_s < REBALANCE_S:
             return
         self._looked_s = now
-        claims, releases = self._ledger.rebalance(self._run.takeover_s, self._controller.withdraw)
-        self._controller.planner.forgive(
-            [partition for partition in claims if partition in self._given_up]
-        )
-        self._controller.planner.suspect_unfinished(claims)
+        claims, releases = self._ownership.rebalance(self._run.takeover_s, self._take_back_attempts)
+        suspects = self._controller.planner.suspects
+        suspects.forgive([partition for partition in claims if partition in self._given_up])
+        suspects.suspect_unfinished(claims)
         if releases or (claims and len(self._ledger.owned()) < len(self._ledger.readers)):
             self._view.stage(f"this controller owns partitions {self._ledger.owned()}")
 
@@ -248,15 +265,16 @@ class _Run:
         back."""
         self._given_up |= set(self._ledger.owned())
         self._view.paused(error)
-        self._controller.abandon()
-        self._ledger.give_up()
+        pipeline, self._pipeline = self._pipeline, EMPTY
+        self._controller.drop_in_flight(pipeline)
+        self._ownership.give_up()
         while not self._stop.wait(self._run.store_retry_s):
             try:
-                self._ledger.join(self._run.controller, self._run.takeover_s, self._ask_to_stop)
+                self._ownership.join(self._run.controller, self._run.takeover_s, self._ask_to_stop)
                 self._view.paused(None)
                 return
             except (StoreUnavailable, OutcomeUnknown) as still:
-                self._ledger.give_up()
+                self._ownership.give_up()
                 error = still
         raise error
 

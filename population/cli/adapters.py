@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from populace.population.cli.app import app
 from populace.population.cli.console import Name, Store, console, open_population
 from populace.storage.errors import InvalidInput
 
+commands = typer.Typer()
 
-@app.command()
+
+@commands.command()
 def revisions(user: str, store: Store = "build/store", name: Name = None) -> None:
     """A user's chain of revisions."""
     table = Table("revision", "parent", "age", "events", "reward", "KL to base", "verdict", "")
@@ -45,7 +46,7 @@ def _age(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f}s"
 
 
-@app.command()
+@commands.command()
 def show(
     revision: Annotated[str, typer.Argument(help="USER@NUMBER")],
     store: Store = "build/store",
@@ -58,7 +59,7 @@ def show(
     console.print_json(json.dumps(open_population(store, name).manifest(user, int(number))))
 
 
-@app.command()
+@commands.command()
 def sample(
     user: str,
     prompt: str,
@@ -79,14 +80,14 @@ def sample(
     )
 
 
-@app.command()
+@commands.command()
 def rollback(user: str, to: int, store: Store = "build/store", name: Name = None) -> None:
     """Move a user's tip and serving to an older revision."""
     done = open_population(store, name).rollback(user, to)
     _say_when(done, f"{user}: now at revision {to}", f"{user}: asked for revision {to}")
 
 
-@app.command()
+@commands.command()
 def pin(
     user: str,
     revision: int,
@@ -105,7 +106,7 @@ def pin(
     )
 
 
-@app.command()
+@commands.command()
 def forget(
     user: str,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
@@ -121,7 +122,7 @@ def forget(
     _say_when(done, "forgotten; `populace repack` removes the bytes", "asked to forget")
 
 
-@app.command()
+@commands.command()
 def export(
     user: str,
     folder: Path,

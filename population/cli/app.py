@@ -1,4 +1,8 @@
-"""The `populace` command."""
+"""The `populace` command: the main group, and the command that runs a population.
+
+What is slow to import is imported where it is used: `--help` and a mistyped option must not wait
+for torch and Ray.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from populace.population.cli import adapters, experience, runs, sizing, store
 from populace.population.cli.console import TEMPORARY, Name, Store, console, open_population
-from populace.population.cli.experience import commands as stream_commands
-from populace.population.cli.runs import commands as operate_commands
 from populace.storage.errors import InvalidInput, PopulaceError
 
 app = typer.Typer(
@@ -24,26 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Keeps a population of personal models learning on one shared base.",
 )
-
-base_app = typer.Typer(no_args_is_help=True, help="The models that populations live on.")
-
-app.add_typer(base_app, name="base")
-
-store_app = typer.Typer(no_args_is_help=True, help="Where populations live.")
-
-app.add_typer(store_app, name="store")
-
-keys_app = typer.Typer(no_args_is_help=True, help="Signing and master keys.")
-
-app.add_typer(keys_app, name="keys")
-
-catalog_app = typer.Typer(no_args_is_help=True, help="The index of all adapters.")
-
-app.add_typer(catalog_app, name="catalog")
-
-app.add_typer(stream_commands)
-
-app.add_typer(operate_commands)
+for module in (adapters, experience, runs, sizing, store):
+    app.add_typer(module.commands)
+app.add_typer(sizing.base_commands, name="base")
+app.add_typer(store.store_commands, name="store")
+app.add_typer(store.key_commands, name="keys")
+app.add_typer(store.catalog_commands, name="catalog")
 
 
 def main() -> None:

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from populace.population.cli.app import app, base_app
 from populace.population.cli.console import console
-from populace.population.cli.experience import commands
 from populace.storage.errors import InvalidInput
 
+commands = typer.Typer()
+base_commands = typer.Typer(no_args_is_help=True, help="The models that populations live on.")
 
-@base_app.command()
+
+@base_commands.command()
 def prepare(
     model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging Face MoE folder.")],
 ) -> None:
@@ -35,7 +36,7 @@ def prepare(
     )
 
 
-@app.command()
+@commands.command()
 def plan(
     base: Annotated[
         str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")
@@ -133,7 +134,6 @@ def simulate(
     from populace.configs.load import load_settings
     from populace.population.tools.simulate import Load
     from populace.population.tools.simulate import simulate as run
-    from populace.population.waves.scheduler import policy_of
 
     settings = load_settings(config, overrides or ())
     num_tenants = 1 + len(settings.scheduler.tenants)
@@ -150,7 +150,7 @@ def simulate(
         rank=settings.adapter.rank,
         shares=shares, seed=seed,
     )  # fmt: skip
-    report = run(load, settings, policy_of(settings.scheduler))
+    report = run(load, settings)
     if as_json:
         figures = dataclasses.asdict(dataclasses.replace(report, waves=()))
         print(

@@ -14,15 +14,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from populace.population.cli.app import app, catalog_app, keys_app, store_app
 from populace.population.cli.console import Name, Store, console, find_population, open_population
 from populace.storage.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from populace.storage.log.verify import Position
+    from populace.storage.log.verify import LogPosition
+
+commands = typer.Typer()
+store_commands = typer.Typer(no_args_is_help=True, help="Where populations live.")
+key_commands = typer.Typer(no_args_is_help=True, help="Signing and master keys.")
+catalog_commands = typer.Typer(no_args_is_help=True, help="The index of all adapters.")
 
 
-@store_app.command("dev")
+@store_commands.command("dev")
 def store_dev(
     folder: Annotated[
         Path | None, typer.Option(help="Keep the data here; without it they go with the server.")
@@ -46,7 +50,7 @@ def store_dev(
         stop.wait()
 
 
-@app.command()
+@commands.command()
 def repack(
     last: Annotated[int, typer.Option(min=1, help="Keep every adapter's last revisions.")] = 2,
     store: Store = "build/store",
@@ -63,7 +67,7 @@ def repack(
     )
 
 
-@app.command()
+@commands.command()
 def verify(
     user: Annotated[str | None, typer.Argument(help="One user; or --all.")] = None,
     everybody: Annotated[
@@ -172,7 +176,7 @@ def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
         raise typer.Exit(1)
 
 
-@keys_app.command("rotate-signing")
+@key_commands.command("rotate-signing")
 def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
     """Sign with a new key from now on; the old one vouches for it."""
     key = open_population(store, name).rotate_signing_key()
@@ -183,7 +187,7 @@ def rotate_signing(store: Store = "build/store", name: Name = None) -> None:
     )
 
 
-@keys_app.command("rotate-master")
+@key_commands.command("rotate-master")
 def rotate_master(store: Store = "build/store", name: Name = None) -> None:
     """Wrap every user's key with a new master key. The old one is needed until this is done, and
     not afterwards."""
@@ -193,7 +197,7 @@ def rotate_master(store: Store = "build/store", name: Name = None) -> None:
     )
 
 
-@catalog_app.command("export")
+@catalog_commands.command("export")
 def export_catalog(folder: Path, store: Store = "build/store", name: Name = None) -> None:
     """Write the catalog as Parquet files that DuckDB and pandas read."""
     from populace.storage.catalog.parquet import export_catalog as write
@@ -204,7 +208,7 @@ def export_catalog(folder: Path, store: Store = "build/store", name: Name = None
         console.print(f"{folder / table}.parquet  {count} rows", soft_wrap=True)
 
 
-def _known_positions(path: Path) -> dict[int, Position]:
+def _known_positions(path: Path) -> dict[int, LogPosition]:
     from populace.storage.log.verify import positions_from_json
 
     try:

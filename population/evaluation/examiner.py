@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
-from populace.population.evaluation.verdict import VerdictPolicy, verdict
-from populace.population.experience.sealing import LoggedEvent
+from populace.population.evaluation.verdict import verdict
+from populace.population.experience.sealing import LoggedEvent, Reason
 from populace.population.ledger.ledger import Ledger
 from populace.population.waves.prepare import task_request
 from populace.population.waves.rewards import Reply
-from populace.population.waves.rollouts import Trials, task_of
+from populace.population.waves.rollouts import Trials, rollout_request, task_of
 from populace.storage.catalog.states import AdapterState
 from populace.storage.log.records import Verdict
 from populace.workers.batch import AdapterKey
@@ -30,12 +30,6 @@ class Examiner:
 
     def evaluate(self) -> list[Verdict]:
         """Judge every adapter whose tip is not what serves, on its held-out tasks."""
-        policy = VerdictPolicy(
-            **{
-                name: getattr(self.settings.evaluation, name)
-                for name in ("min_tasks", "too_few", "confidence", "tolerance")
-            }
-        )
         owned = set(self.ledger.owned())
         candidates = [
             adapter for adapter in self.ledger.catalog.unjudged() if adapter.partition in owned
@@ -51,7 +45,8 @@ class Examiner:
                     self.heldout_rewards(adapter, number)
                     for number in (adapter.tip, adapter.serving)
                 )
-                judged.append((adapter.partition, verdict(adapter, tip, serving, policy)))
+                record = verdict(adapter, tip, serving, self.settings.evaluation)
+                judged.append((adapter.partition, record))
             self.ledger.append_all(judged)
             verdicts += [record for _, record in judged]
         _shorten(self._heldout_rewards)
@@ -77,20 +72,17 @@ class Examiner:
         if len(tasks) < most and num_seen < len(positions):
             partition = self.ledger.catalog.require(pseudonym).partition
             new = self.ledger.events(partition, positions[num_seen:])
-            tasks = [
-                *tasks,
-                *itertools.islice(
-                    (item for item in new if self._is_answerable(item)), most - len(tasks)
-                ),
-            ]
+            answerable = filter(self._is_answerable, new)
+            tasks = [*tasks, *itertools.islice(answerable, most - len(tasks))]
             self._tasks[pseudonym] = (len(positions), tasks)
         return tasks
 
     def _is_answerable(self, logged: LoggedEvent) -> bool:
-        task = task_of(logged)
-        return task.reward in self.settings.rewards.functions and not isinstance(
-            task_request(task, self.trials.requester(AdapterKey("", 0)), self.settings.train), str
-        )
+        task, settings = task_of(logged), self.settings
+        if task.reward not in settings.rewards.functions:
+            return False
+        request = task_request(AdapterKey("", 0), task, 1, self.trials.chat, settings)
+        return not isinstance(request, Reason)
 
     def answer_heldout(
         self, exams: Sequence[tuple[AdapterState, int, Sequence[LoggedEvent]]], num_samples: int
@@ -106,12 +98,16 @@ class Examiner:
             return []
         refs = {(adapter.pseudonym, n): self.ledger.ref(adapter, n) for adapter, n, _ in exams}
         self.trials.workers.page_in(list(refs.values()), False)
+        chat, rollout = self.trials.chat, self.settings.rollout
         rollouts = self.trials.roll_out(
-            [self.trials.request(key, task_of(logged), num_samples) for key, logged in asked]
+            [
+                rollout_request(key, task_of(logged), num_samples, chat, rollout)
+                for key, logged in asked
+            ]
         )
         return [
-            (key, logged, self.trials.replies(logged, group, base))
-            for (key, logged), (group, base) in zip(asked, rollouts, strict=True)
+            (key, logged, self.trials.replies(logged, rollout))
+            for (key, logged), rollout in zip(asked, rollouts, strict=True)
         ]
 
     def measure(self, pairs: Sequence[tuple[AdapterState, int]]) -> None:
@@ -128,7 +124,7 @@ class Examiner:
         for (key, logged, _), outcome in zip(answers, outcomes, strict=True):
             # An answer that its reward can't judge is worth nothing: a tip must not be promoted for
             # breaking it.
-            reward = 0.0 if isinstance(outcome, str) else fmean(outcome)
+            reward = 0.0 if isinstance(outcome, Reason) else fmean(outcome)
             self._heldout_rewards.setdefault(key, {})[logged.event_id] = reward
 
 

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
+from populace.configs.schema import EvaluationSettings
 from populace.storage.catalog.states import AdapterState
-from populace.storage.log.records import Verdict
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerdictPolicy:
-    """See configs/schema.py, EvaluationSettings."""
-
-    min_tasks: int
-    too_few: str
-    confidence: float
-    tolerance: float
+from populace.storage.log.records import Decision, Verdict
 
 
 def verdict(
     adapter: AdapterState,
     tip: Mapping[str, float],
     serving: Mapping[str, float],
-    policy: VerdictPolicy,
+    settings: EvaluationSettings,
 ) -> Verdict:
     """Compare the tip with what serves on the same held-out tasks (task id -> mean reward).
 
@@ -34,41 +24,48 @@ def verdict(
     to serving. keep: neither.
     """
     tasks = sorted(tip.keys() & serving.keys())
-    if len(tasks) < policy.min_tasks:
-        promoted = policy.too_few == "promote"
-        return Verdict(
-            pseudonym=adapter.pseudonym,
-            decision="promote" if promoted else "keep",
-            judged=adapter.tip,
-            tip=adapter.tip,
-            serving=adapter.tip if promoted else adapter.serving,
-            reason=f"provisional: {len(tasks)} held-out tasks, {policy.min_tasks} wanted",
-            numbers={"num_tasks": float(len(tasks))},
+    if len(tasks) < settings.min_tasks:
+        is_promoted = settings.too_few == "promote"
+        return _decided(
+            adapter,
+            Decision.PROMOTE if is_promoted else Decision.KEEP,
+            f"provisional: {len(tasks)} held-out tasks, {settings.min_tasks} wanted",
+            {"num_tasks": float(len(tasks))},
         )
-    gaps = [tip[task] - serving[task] for task in tasks]
-    mean = fmean(gaps)
-    spread = stdev(gaps) if len(gaps) > 1 else 0.0
-    half = NormalDist().inv_cdf(0.5 + policy.confidence / 2) * spread / math.sqrt(len(gaps))
-    numbers = {
-        "tip_reward": fmean(tip[task] for task in tasks),
-        "serving_reward": fmean(serving[task] for task in tasks),
-        "difference": mean,
-        "interval_low": mean - half,
-        "interval_high": mean + half,
-        "num_tasks": float(len(tasks)),
-    }
-    if mean + half < -policy.tolerance:
-        decision, new_tip, new_serving = "reject", adapter.serving, adapter.serving
-    elif mean >= 0:
-        decision, new_tip, new_serving = "promote", adapter.tip, adapter.tip
+    differences = [tip[task] - serving[task] for task in tasks]
+    mean = fmean(differences)
+    spread = stdev(differences) if len(differences) > 1 else 0.0
+    quantile = NormalDist().inv_cdf(0.5 + settings.confidence / 2)
+    half = quantile * spread / math.sqrt(len(differences))
+    if mean + half < -settings.tolerance:
+        decision = Decision.REJECT
     else:
-        decision, new_tip, new_serving = "keep", adapter.tip, adapter.serving
+        decision = Decision.PROMOTE if mean >= 0 else Decision.KEEP
+    return _decided(
+        adapter,
+        decision,
+        f"tip {adapter.tip} against serving {adapter.serving} on {len(tasks)} held-out tasks",
+        {
+            "tip_reward": fmean(tip[task] for task in tasks),
+            "serving_reward": fmean(serving[task] for task in tasks),
+            "difference": mean,
+            "interval_low": mean - half,
+            "interval_high": mean + half,
+            "num_tasks": float(len(tasks)),
+        },
+    )
+
+
+def _decided(
+    adapter: AdapterState, decision: Decision, reason: str, numbers: dict[str, float]
+) -> Verdict:
+    """The record of a decision about the tip, and where tip and serving are after it."""
     return Verdict(
         pseudonym=adapter.pseudonym,
         decision=decision,
         judged=adapter.tip,
-        tip=new_tip,
-        serving=new_serving,
-        reason=f"tip {adapter.tip} against serving {adapter.serving} on {len(tasks)} held-out tasks",
+        tip=adapter.serving if decision is Decision.REJECT else adapter.tip,
+        serving=adapter.tip if decision is Decision.PROMOTE else adapter.serving,
+        reason=reason,
         numbers=numbers,
     )

@@ -1,4 +1,5 @@
-"""Validation of what comes from outside: nothing is written unless all of it passes."""
+"""Validation of what comes from outside: nothing is written unless all of it passes. Every error
+names the event, the field, its value and the way out."""
 
 from __future__ import annotations
 
@@ -21,12 +22,23 @@ from populace.population.experience.events import (
 from populace.storage.canonical import canonical_json
 from populace.storage.errors import InvalidInput
 
+MAX_USER_BYTES = 256
+MAX_EVENT_ID_BYTES = 256
+MAX_REWARD = 1e6
+"""Rewards are by convention 0..1; beyond this their arithmetic is no longer safe in fp32."""
+MIN_LOGPROB = -1e4
+
 
 class CheckedEvent(NamedTuple):
     """An event that passed every check, as it is sealed."""
 
     event_id: str
     plain: bytes
+
+    @staticmethod
+    def of(event: LogEvent) -> CheckedEvent:
+        """An event that needs no check: one of ours, such as a command."""
+        return CheckedEvent(str(event.event_id), event_bytes(event))
 
 
 def check_events(
@@ -41,18 +53,8 @@ def check_events(
         own = checked.setdefault(user, [])
         for event in events:
             check_event(event, rewards)
-            own.append(CheckedEvent(str(event.event_id), event_bytes(event)))
+            own.append(CheckedEvent.of(event))
     return checked
-
-
-MAX_USER_BYTES = 256
-
-MAX_EVENT_ID_BYTES = 256
-
-MAX_REWARD = 1e6
-"""Rewards are by convention 0..1; beyond this their arithmetic is no longer safe in fp32."""
-
-MIN_LOGPROB = -1e4
 
 
 def check_user(user: str) -> UserId:
@@ -67,23 +69,12 @@ def check_user(user: str) -> UserId:
 
 
 def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
-    """Raises `InvalidInput` naming the event, field, value and way out. `rewards`: the registered
-    ones; None: any."""
+    """Raises `InvalidInput` for an event that can't be stored or learned from. `rewards`: the
+    registered ones; None: any."""
     where = f"event {getattr(event, 'event_id', '?')!r}"
     if type(event) not in KIND_NAMES:
         raise InvalidInput(f"{event!r} is not an event; use Task, Trajectory or Demonstration")
-    event_id: object = event.event_id
-    if _is_integer(event_id):
-        if not 0 <= event_id < 2**63:  # type: ignore[operator]
-            raise InvalidInput(f"{where}: an integer event_id counts up from 0, below 2**63")
-    elif (
-        not isinstance(event_id, str)
-        or not _is_utf8(event_id)
-        or not 0 < len(event_id.encode()) <= MAX_EVENT_ID_BYTES
-    ):
-        raise InvalidInput(
-            f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text, or an integer"
-        )
+    _check_id(where, event.event_id)
     if isinstance(event, Command):
         method = kind_of(event)
         raise InvalidInput(
@@ -92,24 +83,7 @@ def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
     check_prompt(where, event.prompt)
     match event:
         case Task():
-            if (
-                not isinstance(event.reward, str)
-                or not event.reward
-                or (rewards is not None and event.reward not in rewards)
-            ):
-                known = ", ".join(sorted(rewards or ())) or "none"
-                raise InvalidInput(
-                    f"{where}: reward {event.reward!r} is not registered; known: {known}. "
-                    "Add it to rewards.functions as module:function"
-                )
-            try:
-                if not all(isinstance(name, str) for name in event.reward_args):
-                    raise TypeError("names must be strings")
-                canonical_json(dict(event.reward_args))
-            except (TypeError, ValueError) as error:
-                raise InvalidInput(
-                    f"{where}: reward_args are not JSON ({error}); use plain values"
-                ) from None
+            _check_reward(where, event, rewards)
         case Trajectory():
             _check_completion(where, event.completion)
             if not is_number(event.reward) or not abs(event.reward) <= MAX_REWARD:
@@ -125,6 +99,7 @@ def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
 
 
 def check_prompt(where: str, prompt: str | Messages) -> None:
+    """Raises `InvalidInput` for what is no text and no conversation; `where` begins the error."""
     if isinstance(prompt, str):
         if not prompt:
             raise InvalidInput(f"{where}: prompt is empty; give a text or a list of messages")
@@ -140,17 +115,55 @@ def check_prompt(where: str, prompt: str | Messages) -> None:
             raise InvalidInput(f"{where}: role {message['role']!r}; use system, user or assistant")
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a plain finite number."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _check_id(where: str, event_id: object) -> None:
+    if _is_integer(event_id):
+        if not 0 <= event_id < 2**63:  # type: ignore[operator]
+            raise InvalidInput(f"{where}: an integer event_id counts up from 0, below 2**63")
+        return
+    is_text = isinstance(event_id, str) and _is_utf8(event_id)
+    if not is_text or not 0 < len(str(event_id).encode()) <= MAX_EVENT_ID_BYTES:
+        raise InvalidInput(
+            f"{where}: event_id needs 1 to {MAX_EVENT_ID_BYTES} bytes of text, or an integer"
+        )
+
+
+def _check_reward(where: str, event: Task, rewards: Mapping[str, str] | None) -> None:
+    is_named = isinstance(event.reward, str) and bool(event.reward)
+    if not is_named or (rewards is not None and event.reward not in rewards):
+        known = ", ".join(sorted(rewards or ())) or "none"
+        raise InvalidInput(
+            f"{where}: reward {event.reward!r} is not registered; known: {known}. "
+            "Add it to rewards.functions as module:function"
+        )
+    try:
+        if not all(isinstance(name, str) for name in event.reward_args):
+            raise TypeError("names must be strings")
+        canonical_json(dict(event.reward_args))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"{where}: reward_args are not JSON ({error}); use plain values"
+        ) from None
+
+
 def _check_completion(where: str, completion: str) -> None:
     if not isinstance(completion, str) or not completion:
         raise InvalidInput(f"{where}: completion is {completion!r}; give a non-empty text")
 
 
 def _check_lengths(where: str, event: Trajectory) -> None:
-    if not any(getattr(event, name) != () for name in ("completion_ids", "logprobs", "expert_ids")):
+    """Token ids, log-probabilities and expert ids: one per token, of the right shape."""
+    names = ("completion_ids", "logprobs", "expert_ids")
+    if not any(getattr(event, name) != () for name in names):
         return  # most have none, and checks take time
-    for name in ("completion_ids", "logprobs", "expert_ids"):
-        if not isinstance(getattr(event, name), Sequence) or isinstance(getattr(event, name), str):
-            raise InvalidInput(f"{where}: {name} is {getattr(event, name)!r}; give a list")
+    for name in names:
+        value = getattr(event, name)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise InvalidInput(f"{where}: {name} is {value!r}; give a list")
     num_tokens = len(event.completion_ids)
     if not all(_is_integer(token) and 0 <= token < 2**31 for token in event.completion_ids):
         raise InvalidInput(f"{where}: completion_ids must be token ids, integers from 0 up")
@@ -163,28 +176,25 @@ def _check_lengths(where: str, event: Trajectory) -> None:
             )
     if not all(is_number(value) and MIN_LOGPROB <= value <= 0 for value in event.logprobs):
         raise InvalidInput(f"{where}: logprobs must be natural logarithms, finite and at most 0")
-    try:
-        shapes = {
-            (len(layers), *sorted({len(ids) for ids in layers})) for layers in event.expert_ids
-        }
-        known = all(
-            _is_integer(k) and -1 <= k < 2**31
-            for layers in event.expert_ids
-            for ids in layers
-            for k in ids
-        )
-    except TypeError:
-        shapes, known = set(), False
-    if not known or len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+    if not _is_rectangular(event.expert_ids):
         raise InvalidInput(
             f"{where}: expert_ids must be [token][layer][k] integers from -1 up, with the same "
             "shape for every token"
         )
 
 
-def is_number(value: object) -> bool:
-    """Whether `value` is a plain finite number."""
-    return isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value)
+def _is_rectangular(expert_ids: Sequence[Sequence[Sequence[int]]]) -> bool:
+    try:
+        shapes = {(len(layers), *sorted({len(ids) for ids in layers})) for layers in expert_ids}
+        are_ids = all(
+            _is_integer(k) and -1 <= k < 2**31
+            for layers in expert_ids
+            for ids in layers
+            for k in ids
+        )
+    except TypeError:
+        return False
+    return are_ids and len(shapes) <= 1 and all(len(shape) == 2 for shape in shapes)
 
 
 def _is_integer(value: object) -> bool:

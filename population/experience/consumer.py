@@ -14,73 +14,83 @@ import contextlib
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from populace.population.experience.events import Command, LogEvent, Task, UserId, is_held_out
+from populace.configs.schema import Settings
+from populace.population.experience.events import (
+    Command,
+    Task,
+    UserId,
+    estimate_tokens,
+    is_held_out,
+)
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.memory import EventMemory
-from populace.population.experience.pending import CLASH, HELD, OUT_OF_ORDER, PENDING, PendingIndex
+from populace.population.experience.pending import EventState, PendingIndex
 from populace.population.experience.sealing import LoggedEvent, Seals
-from populace.population.experience.segments import checked, decode_rows, enqueued_at, with_digest
-from populace.population.experience.snapshot import (
-    Payload,
-    SegmentCache,
-    Snapshot,
-    payload_at,
-    row_from,
+from populace.population.experience.segments import (
+    Row,
+    checked,
+    decode_rows,
+    enqueued_at,
+    with_digest,
 )
+from populace.population.experience.snapshot import EventCache, SegmentCache, Snapshot, row_at
+from populace.storage import paths
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound
 from populace.storage.identity import PopulationMeta
 from populace.storage.log.records import Compaction, Position
+from populace.storage.objects.contract import ObjectStore
 
 logger = logging.getLogger(__name__)
-
-COMMAND = 5
-"""State of a command in a snapshot; beside those of `pending.py`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How a process looks at experience."""
+    """What the consumers of one process share."""
 
-    cache_bytes: int = 64_000_000
-    """Of segments kept in memory."""
-    price: Callable[[LogEvent], int] = lambda event: 1
-    """Estimated tokens of an event."""
-    events_per_update: int = 1
-    rank: int = 0
-    """Of the adapters that new users get."""
-    user_ranks: Mapping[str, int] = field(default_factory=dict)
-    """Users whose adapters get another one."""
-    tenants: tuple[str, ...] = ()
-    """A user `NAME/…` belongs to tenant NAME if it is one of these, else to the default one."""
+    store: ObjectStore
+    meta: PopulationMeta
+    settings: Settings
+    seals: Seals
+    index: PendingIndex
+    segments: SegmentCache
+    events: EventCache
+
+    @staticmethod
+    def of(store: ObjectStore, meta: PopulationMeta, seals: Seals, settings: Settings) -> Reading:
+        """With empty caches and an empty index."""
+        cache_bytes = int(settings.stream.cache_mb * 1e6)
+        return Reading(
+            store=store,
+            meta=meta,
+            settings=settings,
+            seals=seals,
+            index=PendingIndex(settings.scheduler.events_per_update),
+            segments=SegmentCache(cache_bytes),
+            events=EventCache(cache_bytes // 4),
+        )
 
     def tenant(self, user: UserId) -> int:
-        """Number of a user's tenant; 0 is the default."""
+        """Number of a user's tenant; 0 is the default. A user `NAME/…` belongs to tenant NAME if
+        the settings know it."""
+        tenants = tuple(self.settings.scheduler.tenants)
         name, slash, _ = user.partition("/")
-        return self.tenants.index(name) + 1 if slash and name in self.tenants else 0
+        return tenants.index(name) + 1 if slash and name in tenants else 0
 
 
 class Consumer:
-    """Follows one partition's experience log into a `PendingIndex`."""
+    """Follows one partition's experience log into the `PendingIndex`."""
 
-    def __init__(
-        self,
-        log: ExperienceLog,
-        partition: int,
-        seals: Seals,
-        index: PendingIndex,
-        cache: SegmentCache,
-        meta: PopulationMeta,
-        reading: Reading,
-    ) -> None:
-        self.log, self.partition, self.seals = log, partition, seals
-        self.index, self.cache, self.reading = index, cache, reading
-        self._heldout_key, self._heldout_share = meta.heldout_key(), meta.heldout_share
+    def __init__(self, partition: int, reading: Reading) -> None:
+        self.partition, self.reading = partition, reading
+        self.log = ExperienceLog(reading.store, reading.meta.name, partition)
+        self.seals, self.index = reading.seals, reading.index
+        self._heldout_key = reading.meta.heldout_key()
         self.next_segment = 0
         self.commands: list[LoggedEvent] = []
         self.memory = EventMemory()
@@ -89,41 +99,43 @@ class Consumer:
         """Events since the last snapshot."""
 
     def observe(self, catalog: Catalog) -> int:
-        """Read what is new; returns the number of events. What forgotten users sent can't be read
-        any more."""
+        """Read what is new; returns the number of events. What erased users sent can't be read any
+        more."""
         compaction = catalog.compactions.get(self.partition)
         if compaction is not None and compaction.floor > self.next_segment:
             self._start_from(self._read_snapshot(compaction), catalog)
         num_events = 0
         for seq, body in self.log.log.read_from(self.next_segment):
-            self.cache.put(self.partition, seq, body)
+            self.reading.segments.put(self.partition, seq, body)
             num_events += self._take_in(seq, decode_rows(self.log.log.key(seq), body), catalog)
             self.next_segment = seq + 1
         self._num_read += num_events
         return num_events
 
     def load(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, LoggedEvent]:
-        """The events at these places; those of forgotten users are left out."""
+        """The events at these places; those of erased users are left out."""
         events = {}
-        for position, payload in self._payloads(positions, catalog).items():
+        for position in positions:
+            if (logged := self.reading.events.take(self.partition, position)) is not None:
+                events[position] = logged
+        missing = [position for position in positions if position not in events]
+        for position, row in self._rows(missing, catalog).items():
             with contextlib.suppress(Forgotten):
-                events[position] = self.seals.open(row_from(*payload), position)
+                events[position] = self.seals.open(row, position)
         return events
 
     def forget(self, pseudonym: str) -> None:
         """Drop everything of a user."""
         self.index.forget(pseudonym)
+        self.reading.events.forget(self.partition, pseudonym)
         self.commands = [logged for logged in self.commands if logged.pseudonym != pseudonym]
 
     def let_go(self) -> None:
-        """Forget what was read: another process has the partition now."""
+        """Drop everything that was read: another process has the partition now."""
         self.index.clear_partition(self.partition)
-        self.next_segment, self.commands, self.memory, self._snapshot = (
-            0,
-            [],
-            EventMemory(self.memory.horizon),
-            None,
-        )
+        self.reading.events.forget(self.partition)
+        self.next_segment, self.commands, self._snapshot = 0, [], None
+        self.memory = EventMemory(self.memory.horizon)
         self._num_read = 0
 
     # Compaction; the partition's owner alone.
@@ -136,30 +148,23 @@ class Consumer:
     def write_snapshot(self, catalog: Catalog) -> Compaction:
         """Save what is still needed of everything read so far. Nothing depends on it until its
         record is there."""
-        floor, alive = self.next_segment, self.index.survivors(self.partition, self.next_segment)
-        positions = list(zip(alive.segment.tolist(), alive.row.tolist(), strict=True))
-        entries = list(zip(positions, alive.state.tolist(), alive.tokens.tolist(), strict=True))
-        entries += [(logged.ref.position, COMMAND, 0) for logged in self.commands]
-        entries.sort()
-        found = self._payloads([position for position, _, _ in entries], catalog)
-        payloads = [found[position] for position, _, _ in entries]
-        table = pa.table({
-            "pseudonym": pa.array([item[0] for item in payloads], pa.string()),
-            "tag": pa.array([item[1] for item in payloads], pa.string()),
-            "sealed": pa.array([item[2] for item in payloads], pa.binary()),
-            "segment": pa.array([position[0] for position, _, _ in entries], pa.uint32()),
-            "row": pa.array([position[1] for position, _, _ in entries], pa.uint32()),
-            "state": pa.array([state for _, state, _ in entries], pa.uint8()),
-            "tokens": pa.array([tokens for _, _, tokens in entries], pa.uint32()),
-        })  # fmt: skip
+        floor = self.next_segment
+        kept = self.index.survivors(self.partition, floor)
+        kept += [(logged.ref.position, EventState.COMMAND, 0) for logged in self.commands]
+        kept.sort()
+        found = self._rows([position for position, _, _ in kept], catalog)
+        table = _kept_table([(found[item[0]], *item) for item in kept])
         body = with_digest([table, *self.memory.dump()])
-        key = f"{self.log.log.prefix.replace('/experience/', '/snapshots/')}/{floor:020d}-{uuid.uuid4().hex[:8]}.arrow"
-        self.log.log.store.put(key, body)
+        unique = uuid.uuid4().hex[:8]
+        key = paths.snapshot(self.reading.meta.name, self.partition, floor, unique)
+        self.reading.store.put(key, body)
         before = catalog.compactions.get(self.partition)
         compaction = Compaction(
-            previous=0 if before is None else before.floor, floor=floor, snapshot=key,
+            previous=0 if before is None else before.floor,
+            floor=floor,
+            snapshot=key,
             sha256=hashlib.sha256(body).hexdigest(),
-        )  # fmt: skip
+        )
         self._snapshot, self._num_read = Snapshot(compaction, [table]), 0
         return compaction
 
@@ -169,16 +174,15 @@ class Consumer:
         self.log.raise_floor(now.previous, now.floor)
         self.log.delete_below(now.floor)
         folder = now.snapshot.rpartition("/")[0]
-        for key in list(self.log.log.store.list(folder)):
-            if (
-                key < now.snapshot
-            ):  # never a newer one: this may be an owner that was fenced meanwhile
-                self.log.log.store.delete(key)
+        for key in list(self.reading.store.list(folder)):
+            # Never a newer one: this may be an owner that was fenced meanwhile.
+            if key < now.snapshot:
+                self.reading.store.delete(key)
 
-    def _payloads(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, Payload]:
+    def _rows(self, positions: Sequence[Position], catalog: Catalog) -> dict[Position, Row]:
         """What lies at these places, segment by segment."""
         compaction = catalog.compactions.get(self.partition)
-        found: dict[Position, Payload] = {}
+        found: dict[Position, Row] = {}
         by_segment: dict[int, list[int]] = {}
         for segment, row in positions:
             by_segment.setdefault(segment, []).append(row)
@@ -186,26 +190,28 @@ class Consumer:
             if compaction is not None and segment < compaction.floor:
                 if self._snapshot is None or self._snapshot.compaction != compaction:
                     self._snapshot = self._read_snapshot(compaction)
-                found |= {(segment, row): self._snapshot.payload((segment, row)) for row in rows}
+                found |= {(segment, row): self._snapshot.row((segment, row)) for row in rows}
                 continue
-            key, body = self.log.log.key(segment), self.cache.get(self.partition, segment)
-            if body is None:
-                body = self.log.log.store.get(key)
-                self.cache.put(self.partition, segment, body)
-            table = decode_rows(key, body)
-            found |= {(segment, row): payload_at(table, row) for row in rows}
+            table = decode_rows(self.log.log.key(segment), self._body(segment))
+            found |= {(segment, row): row_at(table, row) for row in rows}
         return found
 
+    def _body(self, segment: int) -> bytes:
+        """A segment's bytes, from memory or from the store."""
+        body = self.reading.segments.get(self.partition, segment)
+        if body is None:
+            body = self.reading.store.get(self.log.log.key(segment))
+            self.reading.segments.put(self.partition, segment, body)
+        return body
+
     def _read_snapshot(self, compaction: Compaction) -> Snapshot:
-        body = self.log.log.store.get(compaction.snapshot)
+        body = self.reading.store.get(compaction.snapshot)
         if hashlib.sha256(body).hexdigest() != compaction.sha256:
             raise Damaged(
                 f"{compaction.snapshot} is not what its record vouches for; restore it from a copy"
             )
-        source, tables = pa.BufferReader(checked(compaction.snapshot, body)), []
-        for _ in range(4):
-            tables.append(pa.ipc.open_stream(source).read_all())
-        return Snapshot(compaction, tables)
+        source = pa.BufferReader(checked(compaction.snapshot, body))
+        return Snapshot(compaction, [pa.ipc.open_stream(source).read_all() for _ in range(4)])
 
     def _start_from(self, snapshot: Snapshot, catalog: Catalog) -> None:
         """Take a snapshot for everything below its floor."""
@@ -214,23 +220,20 @@ class Consumer:
         names = table.column("pseudonym").to_pylist()
         unique = list(dict.fromkeys(names))
         consumed = dict(zip(unique, catalog.consumed_of(unique), strict=True)) if unique else {}
-        places = zip(
-            *(table.column(name).to_pylist() for name in ("segment", "row", "state", "tokens")),
-            strict=True,
-        )
-        for number, (name, (segment, row, state, tokens)) in enumerate(
-            zip(names, places, strict=True)
-        ):
+        columns = (table.column(name).to_pylist() for name in ("segment", "row", "state", "tokens"))
+        rows = zip(names, *columns, strict=True)
+        for number, (name, segment, row, state, tokens) in enumerate(rows):
             position = (segment, row)
             if catalog.is_forgotten(name):
                 continue
-            if state == COMMAND:
-                logged = self._open(row_from(*payload_at(table, number)), position)
+            if state == EventState.COMMAND:
+                logged = self._open(row_at(table, number), position)
                 if logged is not None and (name, logged.ref.tag) not in catalog.obeyed:
                     self.commands.append(logged)
-            elif state == HELD or position > consumed[name]:
+            elif state == EventState.HELD or position > consumed[name]:
                 with contextlib.suppress(Forgotten):  # the key is gone, the tombstone not read yet
-                    self.index.add(self._user(name, catalog), position, state, tokens, 0.0)
+                    user = self._user(name, catalog)
+                    self.index.add(user, position, EventState(state), tokens, 0.0)
         self.memory = EventMemory.load(snapshot.tables[1:], self.memory.horizon)
         self._snapshot, self.next_segment = snapshot, snapshot.compaction.floor
 
@@ -247,58 +250,69 @@ class Consumer:
         arrived_at = enqueued_at(table)
         new: dict[str, int] = {}
         for logged, limit in zip(logged_events, consumed, strict=True):
+            is_consumed = logged.ref.position <= limit
             digest = int(logged.ref.digest[:16], 16) or 1
-            if (first := known[logged.ref.tag]) or (first := new.get(logged.ref.tag, 0)):
-                if first != digest and logged.ref.position > limit:
-                    self._add(logged, CLASH, catalog, arrived_at)
-                continue
-            new[logged.ref.tag] = digest
-            if logged.sequence is not None:
-                if logged.sequence <= self.memory.highest(logged.pseudonym):
-                    # Not remembered, though all is: it came late. Else it is a repetition from
-                    # before the memory.
-                    if not self.memory.has_forgotten and logged.ref.position > limit:
-                        self._add(logged, OUT_OF_ORDER, catalog, arrived_at)
-                    continue
-                self.memory.raise_highest(logged.pseudonym, logged.sequence)
-            self._sort(logged, logged.ref.position <= limit, catalog, arrived_at)
+            first = known[logged.ref.tag] or new.get(logged.ref.tag, 0)
+            if not first:
+                new[logged.ref.tag] = digest
+            state = self._state_of(logged, digest, first, is_consumed, catalog)
+            if state is EventState.COMMAND:
+                self.commands.append(logged)
+            elif state is not None:
+                self._add(logged, state, catalog, arrived_at)
+                size = len(rows[logged.ref.position[1]]["sealed"])
+                self.reading.events.put(self.partition, logged, size)
         if new:
             self.memory.add(list(new), list(new.values()))
         return len(logged_events)
 
-    def _sort(
-        self, logged: LoggedEvent, is_consumed: bool, catalog: Catalog, arrived_at: float
-    ) -> None:
-        """Where a new event belongs."""
+    def _state_of(
+        self, logged: LoggedEvent, digest: int, first: int, is_consumed: bool, catalog: Catalog
+    ) -> EventState | None:
+        """What an event that was just read is to be, None for nothing. `first`: half of the digest
+        that its id came with first; 0: it is new."""
+        if first:
+            is_clash = first != digest and not is_consumed
+            return EventState.CLASH if is_clash else None
+        if logged.sequence is not None:
+            if logged.sequence <= self.memory.highest(logged.pseudonym):
+                # Not remembered, though all is: it came late. Else it is a repetition from before
+                # the memory.
+                is_late = not self.memory.has_forgotten and not is_consumed
+                return EventState.OUT_OF_ORDER if is_late else None
+            self.memory.raise_highest(logged.pseudonym, logged.sequence)
         if catalog.is_forgotten(logged.pseudonym):
-            return  # the tombstone is there, the key not yet gone
-        event = logged.event
-        if isinstance(event, Command):
-            if (logged.pseudonym, logged.ref.tag) not in catalog.obeyed:
-                self.commands.append(logged)
-        elif isinstance(event, Task) and is_held_out(
-            logged.event_id, self._heldout_key, self._heldout_share
-        ):
-            self._add(logged, HELD, catalog, arrived_at)
-        elif not is_consumed:
-            self._add(logged, PENDING, catalog, arrived_at)
+            return None  # the tombstone is there, the key not yet gone
+        heldout_share = self.reading.meta.heldout_share
+        match logged.event:
+            case event if isinstance(event, Command):
+                is_obeyed = (logged.pseudonym, logged.ref.tag) in catalog.obeyed
+                return None if is_obeyed else EventState.COMMAND
+            case Task() if is_held_out(logged.event_id, self._heldout_key, heldout_share):
+                return EventState.HELD
+        return None if is_consumed else EventState.PENDING
 
-    def _add(self, logged: LoggedEvent, state: int, catalog: Catalog, arrived_at: float) -> None:
-        tokens = self.reading.price(logged.event) if state == PENDING else 0
-        self.index.add(
-            self._user(logged.pseudonym, catalog), logged.ref.position, state, tokens, arrived_at
-        )
+    def _add(
+        self, logged: LoggedEvent, state: EventState, catalog: Catalog, arrived_at: float
+    ) -> None:
+        tokens = 0
+        if state is EventState.PENDING:
+            tokens = estimate_tokens(logged.event, self.reading.settings.rollout)
+        user = self._user(logged.pseudonym, catalog)
+        self.index.add(user, logged.ref.position, state, tokens, arrived_at)
 
     def _user(self, pseudonym: str, catalog: Catalog) -> int:
+        """The user's row in the index, made now if there is none."""
         row = self.index.row_of(pseudonym)
         if row is not None:
             return row
-        adapter, reading = catalog.get(pseudonym), self.reading
-        tenant, rank = 0, reading.rank if adapter is None else adapter.spec["rank"]
-        if reading.tenants or (adapter is None and reading.user_ranks):  # a name costs a request
+        adapter, settings = catalog.get(pseudonym), self.reading.settings
+        tenant, rank = 0, settings.adapter.rank if adapter is None else adapter.spec["rank"]
+        # A name costs a request: it is only asked for where something depends on it.
+        if settings.scheduler.tenants or (adapter is None and settings.user_ranks):
             user = UserId(self.seals.keys.get(pseudonym).user)
-            tenant = reading.tenant(user)
-            rank = reading.user_ranks.get(user, rank) if adapter is None else rank
+            tenant = self.reading.tenant(user)
+            rank = settings.user_ranks.get(user, rank) if adapter is None else rank
         return self.index.add_user(pseudonym, self.partition, tenant, rank)
 
     def _open(self, row: Mapping[str, str | bytes], position: Position) -> LoggedEvent | None:
@@ -307,7 +321,25 @@ class Consumer:
         except Forgotten:
             return None
         except (Damaged, ObjectNotFound) as error:  # of one user; everybody else goes on
-            logger.error(
-                "%s, row %d, is passed over: %s", self.log.log.key(position[0]), position[1], error
-            )
+            key = self.log.log.key(position[0])
+            logger.error("%s, row %d, is passed over: %s", key, position[1], error)
             return None
+
+
+def _kept_table(kept: Sequence[tuple[Row, Position, int, int]]) -> pa.Table:
+    """(row, position, state, tokens) of every event that a snapshot keeps."""
+    columns = {
+        name: pa.array([row[name] for row, *_ in kept], kind)
+        for name, kind in (
+            ("pseudonym", pa.string()),
+            ("tag", pa.string()),
+            ("sealed", pa.binary()),
+        )
+    }
+    columns |= {
+        "segment": pa.array([position[0] for _, position, _, _ in kept], pa.uint32()),
+        "row": pa.array([position[1] for _, position, _, _ in kept], pa.uint32()),
+        "state": pa.array([int(state) for *_, state, _ in kept], pa.uint8()),
+        "tokens": pa.array([tokens for *_, tokens in kept], pa.uint32()),
+    }
+    return pa.table(columns)

@@ -1,9 +1,11 @@
-"""Experience: what users' models learn from. Records and their validation.
+"""Experience: what users' models learn from, and the commands that travel in the same stream.
 
 An event id identifies an event of its user: the same id sent again with the same content is the
 same event, with other content it is an error that the controller settles with that reason. Ids are
 texts, or integers that increase per user. Texts are remembered for the last 2**20 events of a
 partition at least, integers for ever.
+
+To add a kind, write its record here and register it in `KINDS`; CONTRIBUTING.md says what else.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from populace.storage.canonical import canonical_json
 from populace.storage.errors import InvalidInput
 
 UserId = NewType("UserId", str)
-
 Messages = tuple[Mapping[str, str], ...]
 """Chat messages, each with `role` and `content`, in the order of the conversation."""
 
@@ -31,7 +32,9 @@ def _new_id() -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """Something to try: the policy answers `prompt` several times, `reward` scores each answer in
-    0..1."""
+    0..1.
+
+    Example: `Task(prompt="What is rain?", reward="short", reward_args={"words": 8})`."""
 
     prompt: str | Messages
     reward: str
@@ -43,7 +46,9 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """An answer that happened and what it was worth."""
+    """An answer that happened and what it was worth.
+
+    Example: `Trajectory(prompt="What is tea?", completion="A drink.", reward=0.8, revision=3)`."""
 
     prompt: str | Messages
     completion: str
@@ -61,7 +66,9 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """An answer to imitate."""
+    """An answer to imitate.
+
+    Example: `Demonstration(prompt="What is tea?", completion="Leaves in hot water.")`."""
 
     prompt: str | Messages
     completion: str
@@ -87,30 +94,31 @@ class Pin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forget:
-    """A command: forget this user."""
+    """A command: erase this user."""
 
     event_id: str | int = field(default_factory=_new_id)
 
 
 Experience = Task | Trajectory | Demonstration
-
 Command = Rollback | Pin | Forget
-
 LogEvent = Experience | Command
-
-_KINDS: dict[str, type[Any]] = {
+EXPERIENCE_KINDS: dict[str, type[Any]] = {
     "task": Task,
     "trajectory": Trajectory,
     "demonstration": Demonstration,
+}
+"""Name in logs and files -> record, of what can be learned from."""
+KINDS: dict[str, type[Any]] = {
+    **EXPERIENCE_KINDS,
     "rollback": Rollback,
     "pin": Pin,
     "forget": Forget,
 }
-
-KIND_NAMES = {kind: name for name, kind in _KINDS.items()}
+KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 
 def kind_of(event: LogEvent) -> str:
+    """An event's name in the log."""
     return KIND_NAMES[type(event)]
 
 
@@ -140,10 +148,11 @@ def event_bytes(event: LogEvent) -> bytes:
 
 
 def decode_event(encoded: Mapping[str, Any]) -> LogEvent:
+    """The event in what `encode_event` gave."""
     body = dict(encoded["body"])
     if "prompt" in body:
         body["prompt"] = tuple(body["prompt"])
-    event: LogEvent = _KINDS[encoded["kind"]](event_id=str(encoded["event_id"]), **body)
+    event: LogEvent = KINDS[encoded["kind"]](event_id=str(encoded["event_id"]), **body)
     return event
 
 
@@ -158,9 +167,7 @@ def estimate_tokens(event: LogEvent, rollout: RolloutSettings) -> int:
     """What an event costs, about: three bytes of text are a token; a task's samples share its
     prompt."""
     prompt = getattr(event, "prompt", "")
-    num_bytes = (
-        sum(len(message["content"].encode()) for message in messages_of(prompt)) if prompt else 0
-    )
+    num_bytes = sum(len(message["content"].encode()) for message in messages_of(prompt) if prompt)
     num_bytes += len(getattr(event, "completion", "").encode())
     samples = rollout.samples_per_task * rollout.max_new_tokens if isinstance(event, Task) else 0
     return num_bytes // 3 + 1 + samples

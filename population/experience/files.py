@@ -172,11 +172,11 @@ def enqueue_file(
             waiting.setdefault(name, []).extend(checked[name])
             num_waiting += 1
         if num_waiting == ROWS_PER_CALL:
-            num_events += producer.send_checked(waiting)
+            num_events += producer.send(waiting)
             waiting, num_waiting = {}, 0
         if number % 256 == 0:
             tick(number)
-    num_events += producer.send_checked(waiting)
+    num_events += producer.send(waiting)
     return ReadReport(num_events=num_events, num_users=len(users), num_rejected=num_rejected)
 
 

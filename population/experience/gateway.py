@@ -1,9 +1,9 @@
 """The gateway: a Ray actor through which many small producers share segments, and which alone needs
 keys and store.
 
-    gateway = Gateway.start("s3://people", "assistants")        # once; `stream.gateway: true` lets a run do it
-    gateway = Gateway.connect("s3://people", "assistants")      # anywhere in the cluster
-    gateway.enqueue("ada", [Trajectory(...)])                   # durable when it returns
+    gateway = Gateway.start("s3://people", "assistants")    # once; `stream.gateway: true` does it
+    gateway = Gateway.connect("s3://people", "assistants")  # anywhere in the cluster
+    gateway.enqueue("ada", [Trajectory(...)])               # durable when it returns
 
 The actor is detached and starts again when it dies. A call that it died in is sent again: events
 have ids, so a repetition trains nothing twice.
@@ -12,7 +12,7 @@ have ids, so a repetition trains nothing twice.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,44 +22,37 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from populace.configs.schema import StreamSettings
-from populace.population.experience.checks import CheckedEvent, check_events
-from populace.population.experience.events import LogEvent
-from populace.population.experience.producer import Producer
+from populace.population.experience.producer import Checked, Enqueues, Producer
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError
 from populace.storage.keys.keyring import Keyring
 from populace.storage.objects.open import open_store
 
 NAMESPACE = "populace"
-
 MAX_CALLS = 1000
 """Calls that the actor holds at a time; more wait at their callers."""
-
 MAX_TRIES = 20
-
-Checked = Mapping[str, Sequence[CheckedEvent]]
 
 
 class GatewayActor:
     """One `Producer` for everybody."""
 
     def __init__(self, store_url: str, name: str, stream: StreamSettings, keys_folder: str) -> None:
-        self._producer = Producer.open(
-            store_url, name, settings=stream, keyring=Keyring(Path(keys_folder))
-        )
+        keyring = Keyring(Path(keys_folder))
+        self._producer = Producer.open(store_url, name, settings=stream, keyring=keyring)
 
     async def enqueue(self, events: Checked) -> int:
         """Make checked events durable; returns their number."""
-        return await self._producer.send_checked_async(events)
+        return await self._producer.send_async(events)
 
     async def pid(self) -> int:
         return os.getpid()
 
 
-class Gateway:
-    """What producers hold. All methods raise what `Producer.enqueue` does."""
+class Gateway(Enqueues):
+    """What producers hold."""
 
     def __init__(self, actor: ActorHandle, rewards: Mapping[str, str] | None) -> None:
-        self._actor, self._rewards = actor, rewards
+        self._actor, self.rewards = actor, rewards
 
     @staticmethod
     def start(
@@ -72,11 +65,17 @@ class Gateway:
         """The gateway of a population, started if there is none."""
         store_url = open_store(store_url).url
         options = ray.remote(GatewayActor).options(
-            name=_actor_name(store_url, name), namespace=NAMESPACE, lifetime="detached",
+            name=_actor_name(store_url, name),
+            namespace=NAMESPACE,
+            lifetime="detached",
             get_if_exists=True,
-            num_cpus=0, max_restarts=-1, max_task_retries=MAX_TRIES, max_concurrency=MAX_CALLS,
-        )  # fmt: skip
-        actor = options.remote(store_url, name, stream or StreamSettings(), str(Keyring().folder))
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=MAX_TRIES,
+            max_concurrency=MAX_CALLS,
+        )
+        settings = stream or StreamSettings()
+        actor = options.remote(store_url, name, settings, str(Keyring().folder))
         _get(actor.pid.remote())
         return Gateway(actor, rewards)
 
@@ -85,33 +84,21 @@ class Gateway:
         """The gateway that runs already; `InvalidInput` if there is none."""
         store_url = open_store(store_url).url
         try:
-            return Gateway(
-                ray.get_actor(_actor_name(store_url, name), namespace=NAMESPACE), rewards
-            )
+            actor = ray.get_actor(_actor_name(store_url, name), namespace=NAMESPACE)
         except ValueError:
             raise InvalidInput(
                 f"no gateway of population {name!r} in {store_url} runs in this Ray cluster; start "
-                "it with "
-                "Gateway.start, or run the population with stream.gateway=true"
+                "it with Gateway.start, or run the population with stream.gateway=true"
             ) from None
+        return Gateway(actor, rewards)
 
-    def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
-        """Make a user's events durable, in order; returns their number."""
-        return self.enqueue_many([(user, events)])
-
-    def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
-        """`enqueue` for many users at once."""
-        num_events: int = _get(self._actor.enqueue.remote(check_events(pairs, self._rewards)))
+    def send(self, events: Checked) -> int:
+        num_events: int = _get(self._actor.enqueue.remote(events))
         return num_events
 
-    async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
-        """`enqueue` for asyncio."""
-        return await self.enqueue_many_async([(user, events)])
-
-    async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
-        """`enqueue_many` for asyncio."""
+    async def send_async(self, events: Checked) -> int:
         try:
-            num_events: int = await self._actor.enqueue.remote(check_events(pairs, self._rewards))
+            num_events: int = await self._actor.enqueue.remote(events)
             return num_events
         except (RayTaskError, RayActorError) as error:
             raise _plain(error) from None

@@ -1,4 +1,4 @@
-"""Durable enqueue and ordered consumption: one experience log per partition.
+"""The experience log of a partition: durable appends by many writers, ordered reading, a floor.
 
 Producers race for the next number: a loser goes on to the next free one and never reads a body, a
 winner rests in proportion to its collisions, so that nobody starves. A segment is one Arrow IPC
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from populace.population.experience.segments import Row, decode_rows, encode_rows
+from populace.storage import paths
 from populace.storage.errors import AlreadyExists, ObjectNotFound, OutcomeUnknown, StoreUnavailable
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.log import Log
@@ -32,8 +33,8 @@ class ExperienceLog:
     it, so that it can only rise."""
 
     def __init__(self, store: ObjectStore, population: str, partition: int) -> None:
-        self.log = Log(store, f"{population}/experience/{partition}", ".arrow")
-        self._floors = f"{population}/floors/{partition}"
+        self.log = Log(store, paths.experience_folder(population, partition), ".arrow")
+        self._floors = paths.floor_folder(population, partition)
         self._next: int | None = None
         self._floor = 0
         self._rest_until = 0.0

@@ -1,10 +1,12 @@
 """Who has what to learn from: columns in memory, no I/O and no object per user or event.
 
     users    one row per user who ever had an event here, chained to its events
-    events   one row per event that is not accounted for yet, or held out; rows of finished ones are used again
+    events   one row per event that is not accounted for yet, or held out; rows are used again
 
 Derived state: `consumer.py` fills it from the experience log, `follow` empties it as the revision
 log says.
+
+Suffixes: U users with something waiting.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +23,27 @@ from numpy.typing import NDArray
 from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.log.records import Position, Record, Settled, WaveManifest
 
-PENDING, CLASH, OUT_OF_ORDER, HELD = 1, 2, 3, 4
-"""States of an event: to be trained on; to be settled because its id was used before with other
-content, or is an integer that doesn't increase; kept for evaluation."""
+Floats = NDArray[np.float64]
+
+
+class EventState(IntEnum):
+    """What is to become of an event that was read; the numbers stand in snapshots."""
+
+    PENDING = 1
+    """To be trained on."""
+    CLASH = 2
+    """To be settled: its id was used before with other content."""
+    OUT_OF_ORDER = 3
+    """To be settled: its id is an integer that doesn't increase."""
+    HELD = 4
+    """Kept for evaluation."""
+    COMMAND = 5
+    """To be obeyed; only in snapshots, never in the index."""
+
 
 REASONS = {
-    CLASH: "event id reused with other content",
-    OUT_OF_ORDER: "event id does not increase: integer ids of a user must",
+    EventState.CLASH: "event id reused with other content",
+    EventState.OUT_OF_ORDER: "event id does not increase: integer ids of a user must",
 }
 
 NONE = -1
@@ -36,24 +53,39 @@ class EventAt(NamedTuple):
     """An event that waits, or is held out."""
 
     position: Position
-    state: int
+    state: EventState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survivors:
-    """What a partition's snapshot has to keep, in the order of the log."""
+class Candidates:
+    """Everybody who may be in the next wave: rows of columns that hold others too.
 
-    segment: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-    state: NDArray[np.uint8]
+    Example: `row_U = [4, 9]` with `tokens[4] = 820`: the user in row 4 waits with an update of
+    about 820 tokens."""
+
+    row_U: NDArray[np.int64]
+    since: Floats
+    """Seconds; when the user got in line."""
+    num_events: NDArray[np.uint32]
+    """To be trained on."""
     tokens: NDArray[np.uint32]
+    """Of the next update, estimated."""
+    tenant: NDArray[np.uint16]
+    rank: NDArray[np.uint32]
+    """Of the adapter, or of the one that the user will get."""
+    is_hot: NDArray[np.bool_]
+    updated: Floats
+    """Seconds; the last update, minus infinity for none."""
+    load_bytes_per_rank: float = 0.0
+    """What an adapter that isn't hot costs to page in."""
 
 
 class PendingIndex:
-    """`events_per_update`: as many events as one update takes at most; their tokens are what a
-    user's turn costs."""
+    """Everybody's events that wait or are held out, in the order of their arrival."""
 
     def __init__(self, events_per_update: int = 1) -> None:
+        """`events_per_update`: as many events as one update takes at most; their tokens are what a
+        user's turn costs."""
         self.events_per_update = events_per_update
         self.users = Table(
             high="u8", low="u8", partition="u2", tenant="u2", rank="u4", head="i4", tail="i4",
@@ -71,7 +103,7 @@ class PendingIndex:
         self._epoch = time.time()
         self._turns = 0
 
-    # Filling.
+    # Adding.
 
     def add_user(self, pseudonym: str, partition: int, tenant: int = 0, rank: int = 0) -> int:
         """A row for a new user; `rank`: of the adapter, if there is one."""
@@ -87,7 +119,7 @@ class PendingIndex:
         return row
 
     def add(
-        self, user: int, position: Position, state: int, tokens: int, arrived_at: float
+        self, user: int, position: Position, state: EventState, tokens: int, arrived_at: float
     ) -> None:
         """Append an event to a user's chain; `arrived_at`: seconds since 1970, 0 when nobody
         knows."""
@@ -100,13 +132,13 @@ class PendingIndex:
         events["user"][event], events["next"][event], events["state"][event] = user, NONE, state
         events["segment"][event], events["row"][event] = position
         events["tokens"][event] = tokens
-        first, last = ("held", "held_tail") if state == HELD else ("head", "tail")
+        first, last = ("held", "held_tail") if state == EventState.HELD else ("head", "tail")
         if users[first][user] == NONE:
             users[first][user] = event
         else:
             events["next"][users[last][user]] = event
         users[last][user] = event
-        if state == HELD:
+        if state == EventState.HELD:
             users["num_held"][user] += 1
             return
         if not users["num_waiting"][user]:
@@ -117,12 +149,12 @@ class PendingIndex:
         if not users["is_busy"][user] and not users["is_candidate"][user]:
             users["is_candidate"][user] = True
             self._joined.append(user)
-        if state == PENDING:
+        if state == EventState.PENDING:
             if users["num_pending"][user] < self.events_per_update:
                 users["tokens"][user] += tokens
             users["num_pending"][user] += 1
 
-    # Emptying.
+    # Removing.
 
     def follow(self, record: Record) -> None:
         """Drop what a record accounts for."""
@@ -143,7 +175,7 @@ class PendingIndex:
         while (
             event != NONE and (int(events["segment"][event]), int(events["row"][event])) <= consumed
         ):
-            users["num_pending"][user] -= events["state"][event] == PENDING
+            users["num_pending"][user] -= events["state"][event] == EventState.PENDING
             num_gone += 1
             following = int(events["next"][event])
             self._drop(event)
@@ -186,7 +218,7 @@ class PendingIndex:
         found, num_pending = [], 0
         for event in self._chain(int(self.users["head"][user])):
             item = self._at(event)
-            if item.state == PENDING:
+            if item.state == EventState.PENDING:
                 if num_pending == limit:
                     break
                 num_pending += 1
@@ -218,18 +250,19 @@ class PendingIndex:
         waiting = self.users["num_waiting"] > 0
         return float(self.now() - self.users["since"][waiting].min()) if waiting.any() else 0.0
 
-    def survivors(self, partition: int, floor: int) -> Survivors:
-        """Events of a partition below segment `floor` that wait or are held out."""
+    def survivors(self, partition: int, floor: int) -> list[tuple[Position, int, int]]:
+        """(position, state, tokens) of a partition's events below segment `floor` that wait or are
+        held out, in the order of the log: what a snapshot has to keep."""
         events, users = self.events, self.users
         alive = np.flatnonzero(events["state"] > 0)
-        alive = alive[
-            (users["partition"][events["user"][alive]] == partition)
-            & (events["segment"][alive] < floor)
-        ]
+        is_own = users["partition"][events["user"][alive]] == partition
+        alive = alive[is_own & (events["segment"][alive] < floor)]
         order = alive[np.lexsort((events["row"][alive], events["segment"][alive]))]
-        return Survivors(
-            **{name: events[name][order].copy() for name in ("segment", "row", "state", "tokens")}
-        )
+        columns = (events[name][order].tolist() for name in ("segment", "row", "state", "tokens"))
+        return [
+            ((segment, row), state, tokens)
+            for segment, row, state, tokens in zip(*columns, strict=True)
+        ]
 
     def candidates(self, load_bytes_per_rank: float = 0.0) -> Candidates:
         """Who may be in a wave, and what the scheduler has to know of them."""
@@ -278,6 +311,10 @@ class PendingIndex:
         self.users["is_candidate"][rows] = (self.users["num_waiting"][rows] > 0) & (not is_busy)
         self._joined += rows.tolist()
 
+    def busy(self) -> list[str]:
+        """Everybody in an uncommitted wave."""
+        return [self.pseudonym(row) for row in np.flatnonzero(self.users["is_busy"]).tolist()]
+
     def mark_hot(self, pseudonyms: Sequence[str]) -> None:
         """Whose adapters the workers hold now; nobody else's."""
         self.users["is_hot"][:] = False
@@ -309,15 +346,14 @@ class PendingIndex:
         for item in self._chain(event):
             if num_events == self.events_per_update:
                 break
-            if self.events["state"][item] == PENDING:
+            if self.events["state"][item] == EventState.PENDING:
                 tokens, num_events = tokens + int(self.events["tokens"][item]), num_events + 1
         return tokens
 
     def _at(self, event: int) -> EventAt:
         events = self.events
-        return EventAt(
-            (int(events["segment"][event]), int(events["row"][event])), int(events["state"][event])
-        )
+        position = (int(events["segment"][event]), int(events["row"][event]))
+        return EventAt(position, EventState(int(events["state"][event])))
 
     def _drop(self, event: int) -> None:
         self.events["state"][event] = 0
@@ -331,27 +367,3 @@ class PendingIndex:
             users[first][user] = users[last][user] = NONE
         for name in ("num_waiting", "num_pending", "num_held", "tokens", "is_candidate"):
             users[name][user] = 0
-
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """Everybody who may be in the next wave: rows of columns that hold others too."""
-
-    row_U: NDArray[np.int64]
-    since: Floats
-    """Seconds; when the user got in line."""
-    num_events: NDArray[np.uint32]
-    """To be trained on."""
-    tokens: NDArray[np.uint32]
-    """Of the next update, estimated."""
-    tenant: NDArray[np.uint16]
-    rank: NDArray[np.uint32]
-    """Of the adapter, or of the one that the user will get."""
-    is_hot: NDArray[np.bool_]
-    updated: Floats
-    """Seconds; the last update, minus infinity for none."""
-    load_bytes_per_rank: float = 0.0
-    """What an adapter that isn't hot costs to page in."""

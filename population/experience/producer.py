@@ -1,8 +1,7 @@
 """The writing end of a population: users' events in, durable when the call returns. Loads no model
 and no catalog.
 
-    check -> user's key -> seal -> group commit -> one segment per partition -> was the user
-    forgotten meanwhile?
+    check -> user's key -> seal -> group commit -> a segment per partition -> was the user erased?
 
 Calls from several threads share segments: while one segment is being written, what comes in waits
 for the next.
@@ -11,14 +10,14 @@ for the next.
 from __future__ import annotations
 
 import asyncio
-import hmac
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from populace.configs.schema import StreamSettings
 from populace.population.experience.checks import CheckedEvent, check_events
-from populace.population.experience.events import LogEvent, event_bytes
+from populace.population.experience.events import LogEvent
 from populace.population.experience.group_commit import GroupCommit
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.sealing import Seals
@@ -27,12 +26,50 @@ from populace.storage.errors import InvalidInput
 from populace.storage.identity import PopulationMeta, check_name
 from populace.storage.keys.keyring import Keyring
 from populace.storage.keys.secrets import Secrets
-from populace.storage.keys.user_keys import UserKeys
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
 
+Checked = Mapping[str, Sequence[CheckedEvent]]
+"""User -> events that `check_events` let through."""
 
-class Producer:
+
+class Enqueues(ABC):
+    """Whoever takes experience: a `Producer`, a `Gateway`, a `Population`. All events of a call are
+    checked before any is written; sending an event again (same id, same content) is harmless,
+    through whatever way.
+
+    `InvalidInput`: nothing was written. `Overloaded`: nothing was written, try again when it says.
+    `Forgotten`: the user was erased. `OutcomeUnknown`: the store does not answer; send again."""
+
+    rewards: Mapping[str, str] | None
+    """Registered rewards, against which tasks are checked; None: tasks may name any."""
+
+    def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
+        """Make a user's events durable, in order; returns their number."""
+        return self.enqueue_many([(user, events)])
+
+    def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
+        """`enqueue` for many users at once; their events share segments."""
+        return self.send(check_events(pairs, self.rewards))
+
+    async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
+        """`enqueue` for asyncio. Calls under way together are written in the order they were made."""
+        return await self.enqueue_many_async([(user, events)])
+
+    async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
+        """`enqueue_many` for asyncio."""
+        return await self.send_async(check_events(pairs, self.rewards))
+
+    @abstractmethod
+    def send(self, events: Checked) -> int:
+        """Make what `check_events` returned durable; returns the number of events."""
+
+    @abstractmethod
+    async def send_async(self, events: Checked) -> int:
+        """`send` for asyncio."""
+
+
+class Producer(Enqueues):
     """Makes events durable. Any number of producers work at once, in any processes, without knowing
     of each other."""
 
@@ -45,17 +82,14 @@ class Producer:
         rewards: Mapping[str, str] | None = None,
         settings: StreamSettings | None = None,
     ) -> None:
-        """`rewards`: the registered ones, against which tasks are checked; None: tasks may name
-        any."""
+        """`rewards`: see `Enqueues.rewards`."""
         self.store, self.meta, self.rewards = store, meta, rewards
-        self.keyring = keyring or Keyring()
-        self.secrets = Secrets.read(store, meta.name, self.keyring)
-        self.keys = UserKeys(store, meta.name, self.keyring)
-        self.seals = Seals(self.keys, bytes.fromhex(self.secrets.pseudonym_key))
-        self.logs = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
+        self.seals = Seals.of(store, meta.name, keyring)
+        self.keys = self.seals.keys
+        logs = {p: ExperienceLog(store, meta.name, p) for p in range(meta.partitions)}
         settings = settings or StreamSettings()
         self._commit = GroupCommit(
-            self.logs, settings.linger_ms / 1000, int(settings.max_waiting_mb * 1e6)
+            logs, settings.linger_ms / 1000, int(settings.max_waiting_mb * 1e6)
         )
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="populace-keys")
         # One thread, so that calls that were made one after another are written in that order.
@@ -79,52 +113,13 @@ class Producer:
             )
         return Producer(opened, meta, keyring, rewards=rewards, settings=settings)
 
-    def enqueue(self, user: str, events: Iterable[LogEvent]) -> int:
-        """Make a user's events durable, in order; returns their number. All are checked before any
-        is written. Sending an event again (same id, same content) is harmless, through whatever
-        producer.
+    def send(self, events: Checked) -> int:
+        return self._finish(self._start(events))
 
-        `InvalidInput`: nothing was written. `Overloaded`: nothing was written, try again when
-        it says. `Forgotten`: this user was. `OutcomeUnknown`: the store does not answer; send
-        again."""
-        return self.enqueue_many([(user, events)])
-
-    def enqueue_many(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
-        """`enqueue` for many users at once; their events share segments."""
-        return self.send_checked(check_events(pairs, self.rewards))
-
-    async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
-        """`enqueue` for asyncio. Of calls that are under way together, those made first are written
-        first."""
-        return await self.enqueue_many_async([(user, events)])
-
-    async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:
-        """`enqueue_many` for asyncio."""
-        return await self.send_checked_async(check_events(pairs, self.rewards))
-
-    async def send_checked_async(self, events: Mapping[str, Sequence[CheckedEvent]]) -> int:
-        """`send_checked` for asyncio."""
+    async def send_async(self, events: Checked) -> int:
         started = await asyncio.wrap_future(self._turns.submit(self._start, events))
         await asyncio.gather(*(asyncio.wrap_future(future) for future in started.written))
         return await asyncio.get_running_loop().run_in_executor(None, self._finish, started)
-
-    def send(self, events: Mapping[str, Sequence[LogEvent]]) -> None:
-        """`enqueue_many` without its checks: how commands get into a stream too."""
-        plain = {
-            user: [CheckedEvent(str(item.event_id), event_bytes(item)) for item in own]
-            for user, own in events.items()
-        }
-        self._finish(self._start(plain))
-
-    def send_checked(self, events: Mapping[str, Sequence[CheckedEvent]]) -> int:
-        """Make what `check_events` returned durable; returns the number of events."""
-        return self._finish(self._start(events))
-
-    def pseudonym(self, user: str) -> str:
-        """The name under which `user` stands in the logs: 128 bits of a keyed hash, hex."""
-        return hmac.digest(
-            bytes.fromhex(self.secrets.pseudonym_key), user.encode(), "sha256"
-        ).hex()[:32]
 
     def close(self) -> None:
         """End this producer's threads; what was acknowledged is durable anyway."""
@@ -132,33 +127,36 @@ class Producer:
         self._turns.shutdown()
         self._pool.shutdown()
 
-    def _master(self) -> str:
-        """The master key that wraps new keys, as the store has it now: another process may have
-        rotated it."""
-        self.secrets = Secrets.read(self.store, self.meta.name, self.keyring)
-        return self.secrets.master
-
-    def _start(self, events: Mapping[str, Sequence[CheckedEvent]]) -> _Started:
-        """Everything up to handing rows to the group commit. `Forgotten` if one of the users
-        was."""
-        users = {user: self.pseudonym(user) for user in events}
-        self._for_all(lambda user: self.keys.ensure(users[user], user, self._master), list(users))
+    def _start(self, events: Checked) -> _Started:
+        """Everything up to handing rows to the group commit. `Forgotten` if one of the users was
+        erased."""
+        pseudonyms = {user: self.seals.pseudonym(user) for user in events}
+        self._for_all(
+            lambda user: self.keys.ensure(pseudonyms[user], user, self._master), list(pseudonyms)
+        )
         rows: dict[int, list[Row]] = {}
         for user, own in events.items():
-            pseudonym = users[user]
             rows.setdefault(partition_of(user, self.meta.partitions), []).extend(
-                self.seals.seal(pseudonym, event.event_id, event.plain) for event in own
+                self.seals.seal(pseudonyms[user], event.event_id, event.plain) for event in own
             )
-        return _Started(written=self._commit.submit(rows), pseudonyms=list(users.values()),
-                        num_events=sum(map(len, events.values())))  # fmt: skip
+        return _Started(
+            written=tuple(self._commit.submit(rows)),
+            pseudonyms=tuple(pseudonyms.values()),
+            num_events=sum(map(len, events.values())),
+        )
 
     def _finish(self, started: _Started) -> int:
-        """Wait until all is durable. `Forgotten` to who raced with a forgetting: what was written
+        """Wait until all is durable. `Forgotten` to who raced with an erasure: what was written
         can't be read by anybody then."""
         for future in started.written:
             future.result()
         self._for_all(self.keys.fetch, self.keys.outdated(started.pseudonyms))
         return started.num_events
+
+    def _master(self) -> str:
+        """The master key that wraps new keys, as the store has it now: another process may have
+        rotated it."""
+        return Secrets.read(self.store, self.meta.name, self.keys.keyring).master
 
     def _for_all(self, call: Callable[[str], object], names: Sequence[str]) -> None:
         """Ask about many users' keys: side by side where an answer takes its time, and in few
@@ -171,17 +169,16 @@ class Producer:
         size = 64 if self.store.url.startswith(("file:", "memory:")) else 4
         if len(names) <= size:
             some(names)
-        else:
-            for _ in self._pool.map(
-                some, [names[start : start + size] for start in range(0, len(names), size)]
-            ):
-                pass
+            return
+        parts = [names[start : start + size] for start in range(0, len(names), size)]
+        for _ in self._pool.map(some, parts):
+            pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Started:
     """A call on its way."""
 
-    written: list[Future[None]]
-    pseudonyms: list[str]
+    written: tuple[Future[None], ...]
+    pseudonyms: tuple[str, ...]
     num_events: int

@@ -1,4 +1,4 @@
-"""What compaction keeps of the experience log, and the newest segments read."""
+"""What compaction keeps of the experience log, and what a process keeps of it in memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from populace.population.experience.sealing import LoggedEvent
 from populace.population.experience.segments import Row
 from populace.storage.log.records import Compaction, Position
-from populace.storage.lru import Tier
+from populace.storage.lru import Lru
 
 _OVERHEAD_BYTES = 300
 """Of a cached segment besides its bytes."""
-
-Payload = tuple[str, str, bytes]
-"""Pseudonym, tag, sealed."""
+_EVENT_BYTES = 1500
+"""Of an opened event besides its text, about."""
 
 
 class SegmentCache:
@@ -22,46 +22,69 @@ class SegmentCache:
     As they are stored, because an Arrow table of a few rows takes several times the memory."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._segments = Tier[tuple[int, int]](max_bytes)
+        self._segments = Lru[tuple[int, int]](max_bytes)
         self._bodies: dict[tuple[int, int], bytes] = {}
 
     def put(self, partition: int, segment: int, body: bytes) -> None:
+        """Keep a segment's bytes; the oldest go."""
         self._bodies[partition, segment] = body
         for gone in self._segments.put((partition, segment), len(body) + _OVERHEAD_BYTES):
             del self._bodies[gone]
 
     def get(self, partition: int, segment: int) -> bytes | None:
+        """A segment's bytes, if they are still here."""
         return self._bodies.get((partition, segment))
+
+
+class EventCache:
+    """Events as they were opened when they came in, until a wave takes them: so that each is
+    decrypted and parsed once. Up to a number of bytes, estimated."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._places = Lru[tuple[int, Position]](max_bytes)
+        self._events: dict[tuple[int, Position], LoggedEvent] = {}
+
+    def put(self, partition: int, logged: LoggedEvent, num_bytes: int) -> None:
+        """Keep an event whose sealed row has `num_bytes`; the oldest go."""
+        place = (partition, logged.ref.position)
+        self._events[place] = logged
+        for gone in self._places.put(place, num_bytes + _EVENT_BYTES):
+            del self._events[gone]
+
+    def take(self, partition: int, position: Position) -> LoggedEvent | None:
+        """An event, which is not kept any longer; None if it isn't here."""
+        self._places.drop((partition, position))
+        return self._events.pop((partition, position), None)
+
+    def forget(self, partition: int, pseudonym: str | None = None) -> None:
+        """Drop the events of a user, or of a whole partition."""
+        for place, logged in list(self._events.items()):
+            if place[0] == partition and pseudonym in (None, logged.pseudonym):
+                self.take(*place)
 
 
 class Snapshot:
     """What a compaction kept, by position."""
 
     def __init__(self, compaction: Compaction, tables: list[pa.Table]) -> None:
+        """`tables`: the events kept, and the memory of event ids (`EventMemory.dump`)."""
         self.compaction, self.tables = compaction, tables
-        self._places = _packed(
-            tables[0].column("segment").to_numpy(), tables[0].column("row").to_numpy()
-        )
+        segment, row = (tables[0].column(name).to_numpy() for name in ("segment", "row"))
+        self._places = _packed(segment, row)
 
-    def payload(self, position: Position) -> Payload:
+    def row(self, position: Position) -> Row:
+        """The event at a position that the snapshot has."""
         place = _packed(np.array([position[0]]), np.array([position[1]]))[0]
         number = int(np.searchsorted(self._places, place))
-        assert number < len(self._places) and self._places[number] == place, (
-            f"{position} is not in the snapshot"
-        )
-        return payload_at(self.tables[0], number)
+        is_there = number < len(self._places) and self._places[number] == place
+        assert is_there, f"{position} is not in the snapshot"
+        return row_at(self.tables[0], number)
+
+
+def row_at(table: pa.Table, number: int) -> Row:
+    """One row of a segment or of a snapshot's events, as `Seals.open` takes it."""
+    return {name: table.column(name)[number].as_py() for name in ("pseudonym", "tag", "sealed")}
 
 
 def _packed(segment: NDArray[np.integer], row: NDArray[np.integer]) -> NDArray[np.uint64]:
     return (segment.astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64)
-
-
-def payload_at(table: pa.Table, number: int) -> Payload:
-    pseudonym, tag, sealed = (
-        table.column(name)[number].as_py() for name in ("pseudonym", "tag", "sealed")
-    )
-    return pseudonym, tag, sealed
-
-
-def row_from(pseudonym: str, tag: str, sealed: bytes) -> Row:
-    return {"pseudonym": pseudonym, "tag": tag, "sealed": sealed}

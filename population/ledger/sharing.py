@@ -9,7 +9,7 @@ def share_out(
     me: str, holders: Mapping[int, str | None], living: Collection[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The partitions that `me` should claim, and those that it should release. `holders`: partition
-    -> who holds it, None for nobody alive; `living`: controllers that show life.
+    -> who holds it, None for nobody alive; `living`: controllers whose heartbeat is seen.
 
     Everybody gets as many as everybody else, give or take one. Only what nobody holds is claimed,
     and what is above the fair share is released only while somebody has less than its own."""

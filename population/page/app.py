@@ -7,17 +7,12 @@ itself has sent. Pages are rendered here and load nothing from anywhere else.
 
 from __future__ import annotations
 
-import hmac
 import json
-import logging
 import os
-import secrets
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote
 
 import jinja2
 from starlette.responses import (
@@ -33,11 +28,9 @@ from populace.population.client import Population
 from populace.population.page.access import (
     COOKIE,
     SESSION_S,
-    TOKEN_VARIABLE,
+    Access,
     Denied,
     PageSetup,
-    _cookie,
-    digest_token,
     route_of,
 )
 from populace.population.page.reader import PopulationReader, UserView, live_rows
@@ -45,15 +38,12 @@ from populace.population.page.tree import tree_of
 from populace.population.tools.diff import largest
 from populace.storage.errors import InvalidInput, PopulaceError
 
-logger = logging.getLogger(__name__)
-
 TEMPLATES = Path(__file__).parent / "templates"
-
 FILES = {"page.css": "text/css", "page.js": "text/javascript", "page.svg": "image/svg+xml"}
-
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; "
+    "base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -70,8 +60,7 @@ class Page:
         self._templates = jinja2.Environment(
             loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
         )
-        self._sessions: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._access = Access(setup)
         self._figures: tuple[float, dict[str, Any] | None] = (0.0, None)
         """Of the run's report: when the file was written, and what it says."""
 
@@ -80,19 +69,12 @@ class Page:
     ) -> Response:
         """One request. `headers` have lower-case names."""
         try:
-            self._check_host(headers)
-            fields = {
-                name: values[0] for name, values in parse_qs(query, keep_blank_values=True).items()
-            }
+            self._access.check_host(headers)
             if method == "GET":
-                response = self._get(path.strip("/"), fields, headers)
+                response = self._get(path.strip("/"), _first_values(query), headers)
             elif method == "POST":
-                self._check_origin(headers)
-                text = body.decode(errors="replace")
-                form = {
-                    name: values[0]
-                    for name, values in parse_qs(text, keep_blank_values=True).items()
-                }
+                self._access.check_origin(headers)
+                form = _first_values(body.decode(errors="replace"))
                 response = self._post(path.strip("/"), form, headers)
             else:
                 response = PlainTextResponse("use GET or POST", 405)
@@ -124,21 +106,7 @@ class Page:
                 found = reader.manifest(_field(fields, "id"), _number(fields, "revision"))
                 return PlainTextResponse(json.dumps(found, indent=1), media_type="application/json")
             case "diff":
-                user, before, after = (
-                    _field(fields, "id"),
-                    _number(fields, "before"),
-                    _number(fields, "after"),
-                )
-                norms = reader.diff(user, before, after)
-                return self._render(
-                    "diff.html",
-                    headers,
-                    user=user,
-                    before=before,
-                    after=after,
-                    norms=norms,
-                    scale=largest(norms),
-                )
+                return self._diff(fields, headers)
             case "matrix" if (figures := self._report()) is not None:
                 return self._render(
                     "matrix.html", headers, names=list(figures["users"]), matrix=figures["matrix"]
@@ -163,17 +131,23 @@ class Page:
             query=user,
         )
 
+    def _diff(self, fields: Mapping[str, str], headers: Mapping[str, str]) -> Response:
+        user = _field(fields, "id")
+        before, after = _number(fields, "before"), _number(fields, "after")
+        norms = self.reader.diff(user, before, after)
+        shown: dict[str, Any] = {"user": user, "before": before, "after": after, "norms": norms}
+        return self._render("diff.html", headers, scale=largest(norms), **shown)
+
     # Acting.
 
     def _post(self, path: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Response:
         if path == "sign-in":
             return self._sign_in(form.get("token", ""))
-        if not self._is_signed_in(headers):
+        if not self._access.is_signed_in(headers):
             raise Denied("sign in first: this needs the page's token")
         match path:
             case "sign-out":
-                with self._lock:
-                    self._sessions.pop(_cookie(headers), None)
+                self._access.sign_out(headers)
                 return RedirectResponse(".", 303)
             case "confirm":
                 view, to = self.reader.user(_field(form, "id")), _number(form, "to")
@@ -194,17 +168,7 @@ class Page:
         return self._message(f"there is no action {path!r}", headers, status=404)
 
     def _sign_in(self, token: str) -> Response:
-        if not self.setup.token_digest:
-            raise Denied(f"this page allows no actions; start it with {TOKEN_VARIABLE} set")
-        if not hmac.compare_digest(
-            digest_token(token, self.setup.token_salt), self.setup.token_digest
-        ):
-            raise Denied("that is not the page's token")
-        session, now = secrets.token_urlsafe(32), time.monotonic()
-        with self._lock:
-            for known in [known for known, ends in self._sessions.items() if ends < now]:
-                del self._sessions[known]
-            self._sessions[session] = now + SESSION_S
+        session = self._access.sign_in(token)
         response = RedirectResponse(".", 303)
         path = f"{route_of(self.setup.population)}/"
         response.set_cookie(
@@ -213,30 +177,14 @@ class Page:
         return response
 
     def _roll_back(self, user: str, to: int) -> bool:
-        """With a population of its own: this waits for a controller's sign of life, and readers
-        must not wait too."""
+        """With a population of its own: this waits for a controller's heartbeat, and readers must
+        not wait too."""
         population = self._open()
         try:
             return population.rollback(user, to)
         finally:
             population.producer.close()
             self.reader.look_again()
-
-    def _is_signed_in(self, headers: Mapping[str, str]) -> bool:
-        return self._sessions.get(_cookie(headers), 0.0) > time.monotonic()
-
-    def _check_host(self, headers: Mapping[str, str]) -> None:
-        """A name that isn't this page's may be another site's that was pointed here."""
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if host not in [
-            name.lower() for name in self.setup.hosts
-        ]:  # urlsplit's is in small letters
-            raise Denied(f"this page doesn't answer to the host {host!r}; add it to page.hosts")
-
-    def _check_origin(self, headers: Mapping[str, str]) -> None:
-        origin = headers.get("origin", "")
-        if urlsplit(origin).netloc != headers.get("host", "") or not origin:
-            raise Denied("actions must come from this page itself")
 
     # Rendering.
 
@@ -248,8 +196,8 @@ class Page:
             "query": "",
             "message": "",
             "has_matrix": self._report() is not None,
-            "is_signed_in": self._is_signed_in(headers),
-            "can_sign_in": bool(self.setup.token_digest),
+            "is_signed_in": self._access.is_signed_in(headers),
+            "can_sign_in": self._access.has_token,
         }
         return HTMLResponse(self._templates.get_template(name).render(common | values), status)
 
@@ -275,6 +223,12 @@ class Page:
         )
 
 
+def _first_values(encoded: str) -> dict[str, str]:
+    """A query or a form; of a field that comes twice, the first."""
+    parsed = parse_qs(encoded, keep_blank_values=True)
+    return {name: values[0] for name, values in parsed.items()}
+
+
 def _field(fields: Mapping[str, str], name: str) -> str:
     value = fields.get(name, "")
     if not value.strip():
@@ -294,5 +248,6 @@ def _what_was_done(fields: Mapping[str, str], view: UserView) -> str:
     if "done" in fields and _number(fields, "done") == view.tip:
         return f"Rolled back: tip and serving are revision {_number(fields, 'done')}."
     if "asked" in fields:
-        return f"Asked for revision {_number(fields, 'asked')}. The run obeys between two of this user's waves."
+        asked = _number(fields, "asked")
+        return f"Asked for revision {asked}. The run obeys between two of this user's waves."
     return ""

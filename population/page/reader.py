@@ -14,13 +14,22 @@ import numpy as np
 
 from populace.population.client import Population
 from populace.population.ledger.ledger import Ledger
-from populace.population.ledger.queries import ParkedEvent, parked_in, settling_records
+from populace.population.ledger.queries import (
+    ParkedEvent,
+    RevisionInfo,
+    initial_info,
+    parked_events,
+    parked_in,
+    revision_info,
+    settling_records,
+)
 from populace.population.tools.diff import ModuleNorms, diff_revisions
 from populace.population.watching.beacon import NAME_DIGITS, SeenController, controllers_of
 from populace.population.watching.rates import ControllerRates, Watch, last_wave, tiers
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.records import (
+    Decision,
     Record,
     RecordHeader,
     SettledEvent,
@@ -44,26 +53,41 @@ MIN_DIGITS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevisionView:
-    """One row of a user's chain."""
+    """One row of a user's chain: a revision, and what the page shows beside it."""
 
-    revision: int
-    parent: int | None
-    committed: str
-    """Day and time, UTC; empty where it isn't known."""
-    num_events: int
-    reward: float | None
-    kl: float | None
-    size_bytes: int
+    info: RevisionInfo
+    verdicts: tuple[Verdict, ...] = ()
+    is_pinned: bool = False
+    size_bytes: int = 0
     """Of its weights, moments and evidence in the store."""
-    marks: tuple[str, ...]
-    """serving, tip, pinned, dropped."""
-    verdicts: tuple[Verdict, ...]
-    can_return: bool
-    """Whether a rollback to it would change something."""
+
+    @property
+    def committed(self) -> str:
+        """Day and time, UTC; empty where it isn't known."""
+        seconds = self.info.committed_at
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}" if seconds else ""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        info = self.info
+        states = {
+            "serving": info.is_serving,
+            "tip": info.is_tip,
+            "pinned": self.is_pinned,
+            "dropped": not info.is_kept,
+        }
+        return tuple(name for name, holds in states.items() if holds)
+
+    @property
+    def can_return(self) -> bool:
+        """Whether a rollback to it would change something."""
+        return self.info.is_kept and not (self.info.is_tip and self.info.is_serving)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserView:
+    """One user's page."""
+
     user: str
     pseudonym: str
     partition: int
@@ -78,12 +102,14 @@ class UserView:
     @property
     def before(self) -> int:
         """What the tip is most usefully compared with."""
-        parents = [item.parent for item in self.revisions if item.revision == self.tip]
+        parents = [item.info.parent for item in self.revisions if item.info.is_tip]
         return self.serving if self.serving != self.tip else (parents[0] or 0 if parents else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecentAdapter:
+    """An adapter that changed lately."""
+
     user: str
     tip: int
     serving: int
@@ -155,7 +181,8 @@ class PopulationReader:
                 for state in reversed(shown)
             ]
             if not oldest:
-                views.append(_initial(adapter, verdicts.get(0, ())))
+                first = verdicts.get(0, ())
+                views.append(RevisionView(info=initial_info(adapter, first), verdicts=first))
             return UserView(
                 user=user,
                 pseudonym=adapter.pseudonym,
@@ -174,18 +201,15 @@ class PopulationReader:
         """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest
         first."""
         with self._reading():
-            adapter = self.population.ledger.adapter(user)
-            parked = (
-                self._about(adapter, seq).parked
-                for seq in settling_records(self.population.ledger.catalog, adapter)[
-                    -MAX_REVISIONS:
-                ]
-            )
-            return [
-                self.population.parked_event(adapter.pseudonym, item)
-                for items in parked
-                for item in items
+            ledger = self.population.ledger
+            adapter = ledger.adapter(user)
+            records = settling_records(ledger.catalog, adapter)[-MAX_REVISIONS:]
+            parked = [
+                (adapter.pseudonym, item)
+                for seq in records
+                for item in self._about(adapter, seq).parked
             ]
+            return parked_events(ledger, parked)
 
     def look_again(self) -> None:
         """Something was changed: what is shown next must know."""
@@ -207,11 +231,9 @@ class PopulationReader:
             figures = {
                 "adapters": len(catalog),
                 "revisions": catalog.revisions.size,
-                **{
-                    name: decisions[key]
-                    for name, key in (("promoted", "promote"), ("rejected", "reject"))
-                },
-                "rolled back": decisions["rollback"],
+                "promoted": decisions[Decision.PROMOTE],
+                "rejected": decisions[Decision.REJECT],
+                "rolled back": decisions[Decision.ROLLBACK],
                 "settled events": catalog.num_settled.total(),
                 "forgotten": len(catalog.forgotten()),
             }
@@ -280,20 +302,13 @@ class PopulationReader:
     def _revision(
         self, adapter: AdapterState, state: RevisionState, verdicts: tuple[Verdict, ...]
     ) -> RevisionView:
-        found, is_kept = self._about(adapter, state.seq), "weights" in state.blobs
+        found = self._about(adapter, state.seq)
         metrics = found.metrics.get(state.revision, {})
         return RevisionView(
-            revision=state.revision,
-            parent=state.parent,
-            committed=_day_and_time(found.written_at),
-            num_events=state.num_trained,
-            reward=metrics.get("reward"),
-            kl=metrics.get("kl_to_base"),
-            size_bytes=sum(place.size_bytes for place in state.blobs.values()),
-            marks=_marks(adapter, state.revision, is_kept, state.is_pinned),
+            info=revision_info(adapter, state, found.written_at, metrics, verdicts),
             verdicts=verdicts,
-            can_return=is_kept
-            and (adapter.tip, adapter.serving) != (state.revision, state.revision),
+            is_pinned=state.is_pinned,
+            size_bytes=sum(place.size_bytes for place in state.blobs.values()),
         )
 
 
@@ -339,32 +354,6 @@ def live_rows(controllers: Sequence[ControllerRates]) -> list[dict[str, object]]
     return rows
 
 
-def _initial(adapter: AdapterState, verdicts: tuple[Verdict, ...]) -> RevisionView:
-    """Revision 0, which has no record and no bytes."""
-    return RevisionView(
-        revision=0,
-        parent=None,
-        committed="",
-        num_events=0,
-        reward=None,
-        kl=None,
-        size_bytes=0,
-        marks=_marks(adapter, 0, True, False),
-        verdicts=verdicts,
-        can_return=(adapter.tip, adapter.serving) != (0, 0),
-    )
-
-
-def _marks(adapter: AdapterState, revision: int, is_kept: bool, is_pinned: bool) -> tuple[str, ...]:
-    states = {
-        "serving": revision == adapter.serving,
-        "tip": revision == adapter.tip,
-        "pinned": is_pinned,
-        "dropped": not is_kept,
-    }
-    return tuple(name for name, holds in states.items() if holds)
-
-
 def _residency(ledger: Ledger, adapter: AdapterState, controllers: Sequence[SeenController]) -> str:
     """Where the tip's bytes are, as far as it shows: shards tell who is hot, not who is warm."""
     for seen in controllers:
@@ -377,7 +366,3 @@ def _residency(ledger: Ledger, adapter: AdapterState, controllers: Sequence[Seen
         for place in ledger.catalog.revision_of(adapter.pseudonym, adapter.tip).blobs.values()
     )
     return f"not among the hot ones; {size / 1e3:,.0f} kB of the tip in the store"
-
-
-def _day_and_time(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}" if seconds else ""

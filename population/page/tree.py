@@ -10,6 +10,8 @@ from populace.population.page.reader import RevisionView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeNode:
+    """A revision's circle."""
+
     revision: int
     marks: str
     x: int
@@ -33,30 +35,32 @@ def tree_of(revisions: Sequence[RevisionView], row_height: int = 26, lane_width:
     sibling has it."""
     lanes: dict[int, int] = {}
     ends: list[int] = []  # the last revision of every lane
-    for item in reversed(revisions):
-        lane = lanes.get(item.parent, 0) if item.parent is not None else 0
-        if ends and (lane >= len(ends) or ends[lane] != item.parent):
+    infos = [item.info for item in revisions]
+    for info in reversed(infos):
+        lane = lanes.get(info.parent, 0) if info.parent is not None else 0
+        if ends and (lane >= len(ends) or ends[lane] != info.parent):
             lane = len(ends)
-            ends.append(item.revision)
+            ends.append(info.revision)
         elif ends:
-            ends[lane] = item.revision
+            ends[lane] = info.revision
         else:
-            ends.append(item.revision)
-        lanes[item.revision] = lane
+            ends.append(info.revision)
+        lanes[info.revision] = lane
     places = {
-        item.revision: (12 + lane_width * lanes[item.revision], 14 + row_height * row)
-        for row, item in enumerate(revisions)
+        info.revision: (12 + lane_width * lanes[info.revision], 14 + row_height * row)
+        for row, info in enumerate(infos)
     }
     edges = []
-    for item in revisions:
-        if item.parent is not None and item.parent in places:
-            (x, y), (parent_x, parent_y) = places[item.revision], places[item.parent]
+    for info in infos:
+        if info.parent is not None and info.parent in places:
+            (x, y), (parent_x, parent_y) = places[info.revision], places[info.parent]
             bend = f"L{x} {parent_y - row_height // 2} " if x != parent_x else ""
             edges.append(f"M{x} {y} {bend}L{parent_x} {parent_y}")
     nodes = []
     for item in revisions:
-        x, y = places[item.revision]
-        nodes.append(TreeNode(revision=item.revision, marks=" ".join(item.marks), x=x, y=y))
+        x, y = places[item.info.revision]
+        marks = " ".join(item.marks)
+        nodes.append(TreeNode(revision=item.info.revision, marks=marks, x=x, y=y))
     text_x = 12 + lane_width * len(ends)
     return Tree(
         nodes=tuple(nodes),

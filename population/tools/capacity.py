@@ -102,6 +102,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
+    """One figure of a plan.
+
+    Example: `Line(section="device", name="memory", value=8e10, unit="B", source="sheet")`."""
+
     section: str
     name: str
     value: float
@@ -111,6 +115,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
+    """Every figure, whether it fits, and what would limit it."""
+
     lines: tuple[Line, ...]
     fits: bool
     bottleneck: str
@@ -133,160 +139,264 @@ def check(request: Request) -> None:
         raise InvalidInput(f"efficiency is {request.efficiency}; use a share of at most 1")
 
 
-def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
-    """`tensors`: name on disk -> elements, of the whole base in bf16."""
-    check(request)
-    device = DEVICES[request.device]
-    placement = place_shards(dims.num_experts, request.devices)
-    lines: list[Line] = []
+class _Sheet:
+    """The lines of a plan as they are written."""
 
-    def add(section: str, name: str, value: float, unit: str, source: str = "derived") -> float:
-        lines.append(Line(section=section, name=name, value=value, unit=unit, source=source))
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self._section = ""
+
+    def begin(self, section: str) -> None:
+        """Lines from here on are of this section."""
+        self._section = section
+
+    def add(self, name: str, value: float, unit: str, source: str = "derived") -> float:
+        self.lines.append(
+            Line(section=self._section, name=name, value=value, unit=unit, source=source)
+        )
         return value
 
-    # The base.
-    expert_elements = sum(size for name, size in tensors.items() if is_expert(name))
-    dense_elements = sum(tensors.values()) - expert_elements
-    most_experts = max(len(shard.experts) for shard in placement.shards)
-    add("base", "parameters", sum(tensors.values()), "")
-    active = dense_elements + expert_elements * dims.experts_per_token / dims.num_experts
-    add("base", "active parameters per token", active, "")
 
-    # One adapter.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    dense_bytes: float
+    expert_bytes: float
+    """Of the device that holds most experts."""
+    most_experts: int
+    active: float
+    """Parameters that a token meets."""
+
+    @property
+    def device_bytes(self) -> float:
+        return self.dense_bytes + self.expert_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Adapter:
+    tokens: float
+    """Of an update, prompts once per event."""
+    sequences: int
+    """Samples of an update."""
+    weights: float
+    """Bytes, as moments, evidence and revision."""
+    moments: float
+    evidence: float
+
+    @property
+    def revision(self) -> float:
+        return self.weights + self.moments + self.evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Room:
+    """What fits on a device."""
+
+    slab: float
+    """Bytes of weights, gradients and moments."""
+    cache: float
+    """Bytes of keys and values of one user's rollouts."""
+    stored_size: int
+    """Elements of an adapter as a slab keeps it."""
+    adapters: float
+    """Of a wave."""
+    rows: float
+    """Of a pass."""
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Times:
+    wave_s: float
+    stages: Mapping[str, float]
+    """What may be the bottleneck -> seconds."""
+
+
+def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
+    """What `request` needs. `tensors`: name on disk -> elements, of the whole base in bf16."""
+    check(request)
+    device, sheet = DEVICES[request.device], _Sheet()
+    base = _base(sheet, dims, tensors, request)
+    adapter = _adapter(sheet, dims, request)
+    room = _room(sheet, dims, request, device, base, adapter)
+    times = _times(sheet, dims, request, device, base, adapter, room)
+    _population(sheet, request, adapter, room, times)
+    bottleneck, knob = _bottleneck(room.fits, base.device_bytes, room.slab, device, times.stages)
+    return Plan(lines=tuple(sheet.lines), fits=room.fits, bottleneck=bottleneck, knob=knob)
+
+
+def _base(sheet: _Sheet, dims: BaseDims, tensors: Mapping[str, int], request: Request) -> _Base:
+    sheet.begin("base")
+    placement = place_shards(dims.num_experts, request.devices)
+    experts = sum(size for name, size in tensors.items() if is_expert(name))
+    dense = sum(tensors.values()) - experts
+    sheet.add("parameters", sum(tensors.values()), "")
+    active = dense + experts * dims.experts_per_token / dims.num_experts
+    sheet.add("active parameters per token", active, "")
+    most_experts = max(len(shard.experts) for shard in placement.shards)
+    return _Base(
+        dense_bytes=BF16 * dense,
+        expert_bytes=BF16 * experts / dims.num_experts * most_experts,
+        most_experts=most_experts,
+        active=active,
+    )
+
+
+def _adapter(sheet: _Sheet, dims: BaseDims, request: Request) -> _Adapter:
+    sheet.begin("adapter")
     layout = layout_of(dims, request.rank, request.expert_rank)
+    samples = request.samples_per_event
     tokens = request.events_per_update * (
-        request.prompt_tokens + request.samples_per_event * request.completion_tokens
+        request.prompt_tokens + samples * request.completion_tokens
     )
     # Uniform routing: an expert is left out only if no token of any layer meets it.
     choices = tokens * dims.num_moe_layers * dims.experts_per_token / dims.num_experts
     reached = 1 - math.exp(-choices)
     elements = layout.dense_size + reached * dims.num_experts * layout.expert_size
-    add("adapter", "parameters of an adapter", layout.size, "")
-    add("adapter", "tokens per update", tokens, "tokens")
-    add("adapter", "experts that an update reaches", reached * dims.num_experts, "experts")
-    weights = add("adapter", "weights of a revision (fp32)", FP32 * elements, "B")
-    moments = add("adapter", "moments of a tip (fp32)", 2 * FP32 * elements, "B")
+    sheet.add("parameters of an adapter", layout.size, "")
+    sheet.add("tokens per update", tokens, "tokens")
+    sheet.add("experts that an update reaches", reached * dims.num_experts, "experts")
+    weights = sheet.add("weights of a revision (fp32)", FP32 * elements, "B")
+    moments = sheet.add("moments of a tip (fp32)", 2 * FP32 * elements, "B")
     # Token, log-probability under rollout and base, and int16 expert ids.
     token_bytes = 12 + 2 * dims.num_moe_layers * dims.experts_per_token
-    sequences = request.events_per_update * request.samples_per_event
-    recorded = sequences * (
-        request.prompt_tokens + request.completion_tokens
-    )  # a prompt stands beside every sample
-    evidence = add("adapter", "evidence of a revision", recorded * token_bytes, "B")
-    revision = add("adapter", "bytes per revision", weights + moments + evidence, "B")
-
-    # One device.
-    expert_bytes = BF16 * expert_elements / dims.num_experts
-    base_bytes = add("device", "experts of the base (bf16)", expert_bytes * most_experts, "B")
-    dense_bytes = add(
-        "device", "dense part of the base, replicated (bf16)", BF16 * dense_elements, "B"
+    sequences = request.events_per_update * samples
+    # A prompt stands beside every sample.
+    recorded = sequences * (request.prompt_tokens + request.completion_tokens)
+    evidence = sheet.add("evidence of a revision", recorded * token_bytes, "B")
+    adapter = _Adapter(
+        tokens=tokens, sequences=sequences, weights=weights, moments=moments, evidence=evidence
     )
+    sheet.add("bytes per revision", adapter.revision, "B")
+    return adapter
+
+
+def _room(
+    sheet: _Sheet,
+    dims: BaseDims,
+    request: Request,
+    device: Device,
+    base: _Base,
+    adapter: _Adapter,
+) -> _Room:
+    sheet.begin("device")
+    sheet.add("experts of the base (bf16)", base.expert_bytes, "B")
+    sheet.add("dense part of the base, replicated (bf16)", base.dense_bytes, "B")
     # A slab pads ranks, keeps room for the dense part on every device, and for its own experts.
-    stored = layout_of(
-        dims, *(stored_rank(rank, torch.bfloat16) for rank in (request.rank, request.expert_rank))
-    )
-    slot = FP32 * (stored.dense_size + most_experts * stored.expert_size)
-    slab = add("device", "slab: weights and gradients", 2 * slot * request.slots, "B")
-    slab_moments = add("device", "slab: moments", 2 * slot * request.slots, "B")
-    left = device.memory_bytes * 0.95 - base_bytes - dense_bytes - slab - slab_moments
-    row_bytes = _activations_per_row(dims)
-    add("device", "activations per row", row_bytes, "B")
+    ranks = (stored_rank(rank, torch.bfloat16) for rank in (request.rank, request.expert_rank))
+    stored = layout_of(dims, *ranks)
+    slot = FP32 * (stored.dense_size + base.most_experts * stored.expert_size)
+    slab = sheet.add("slab: weights and gradients", 2 * slot * request.slots, "B")
+    slab_moments = sheet.add("slab: moments", 2 * slot * request.slots, "B")
+    left = device.memory_bytes * 0.95 - base.device_bytes - slab - slab_moments
+    row_bytes = sheet.add("activations per row", _activations_per_row(dims), "B")
     cache_row = BF16 * dims.num_layers * _cache_width(dims)
-    cache = sequences * (request.prompt_tokens + request.completion_tokens) * cache_row
-    add("device", "KV cache of one user's rollouts", cache, "B")
-    room_rows = max(left, 0.0) * request.devices / row_bytes
-    adapters = min(request.slots / 2, max(left, 0.0) * request.devices / max(cache, 1.0))
-    adapters = float(math.floor(adapters))
-    add("device", "free for activations or KV cache", left, "B")
-    add("device", "memory", device.memory_bytes, "B", "sheet")
-    fits = left > 0 and adapters >= 1 and room_rows >= 1
-    add("wave", "adapters per wave", adapters, "adapters")
-    rows = add("wave", "rows per wave", adapters * tokens, "rows")
-    passes = add(
-        "wave", "passes per wave", math.ceil(rows / max(room_rows, 1.0)) if rows else 0, "passes"
+    length = request.prompt_tokens + request.completion_tokens
+    cache = adapter.sequences * length * cache_row
+    sheet.add("KV cache of one user's rollouts", cache, "B")
+    group_left = max(left, 0.0) * request.devices
+    adapters = float(math.floor(min(request.slots / 2, group_left / max(cache, 1.0))))
+    sheet.add("free for activations or KV cache", left, "B")
+    sheet.add("memory", device.memory_bytes, "B", "sheet")
+    rows = group_left / row_bytes
+    return _Room(
+        slab=slab + slab_moments,
+        cache=cache,
+        stored_size=stored.size,
+        adapters=adapters,
+        rows=rows,
+        fits=left > 0 and adapters >= 1 and rows >= 1,
     )
 
-    # Time of one wave.
-    rate, bandwidth = (
-        device.flops * request.efficiency * request.devices,
-        device.memory_bandwidth * request.efficiency,
-    )
-    nodes = math.ceil(request.devices / device.per_node)
+
+def _times(
+    sheet: _Sheet,
+    dims: BaseDims,
+    request: Request,
+    device: Device,
+    base: _Base,
+    adapter: _Adapter,
+    room: _Room,
+) -> _Times:
+    """Of one wave, each stage at its roofline."""
+    sheet.begin("wave")
+    adapters, devices = room.adapters, request.devices
+    sheet.add("adapters per wave", adapters, "adapters")
+    rows = sheet.add("rows per wave", adapters * adapter.tokens, "rows")
+    num_passes = math.ceil(rows / max(room.rows, 1.0)) if rows else 0
+    passes = sheet.add("passes per wave", num_passes, "passes")
+    rate = device.flops * request.efficiency * devices
+    bandwidth = device.memory_bandwidth * request.efficiency
+    nodes = math.ceil(devices / device.per_node)
     wire = (device.links if nodes == 1 else device.network) * request.efficiency
-    add("wave", "efficiency of rates", request.efficiency, "", "assumed")
-    away = (request.devices - 1) / request.devices
+    sheet.add("efficiency of rates", request.efficiency, "", "assumed")
+    away = (devices - 1) / devices
     layer_row = dims.experts_per_token * _hidden(dims) * BF16 * away
-    add("wave", "bytes on the wire per layer and row, there and back", 2 * layer_row, "B")
+    sheet.add("bytes on the wire per layer and row, there and back", 2 * layer_row, "B")
+
     # A pass of the base alone for its log-probabilities, then forward and backward (a frozen base:
     # dX only).
-    products = add("wave", "training: products", 6 * active * rows / rate, "s")
-    streams = add(
-        "wave",
-        "training: reading weights",
-        passes * 3 * (base_bytes + dense_bytes) / bandwidth,
-        "s",
-    )
+    products = sheet.add("training: products", 6 * base.active * rows / rate, "s")
+    read_s = passes * 3 * base.device_bytes / bandwidth
+    streams = sheet.add("training: reading weights", read_s, "s")
     # There and back, three times.
-    wires = add(
-        "wave",
-        "training: exchange",
-        6 * layer_row * dims.num_moe_layers * rows / request.devices / wire,
-        "s",
-    )
-    optimizer = add(
-        "wave",
-        "optimizer on the slab",
-        7 * FP32 * stored.size * adapters / request.devices / bandwidth,
-        "s",
-    )
-    decode_rows = adapters * sequences / request.devices
-    # Read in a step: the base, the adapters, and on average half of the cache at its fullest.
-    adapter_bytes = FP32 * stored.size * adapters / request.devices
-    read = base_bytes + dense_bytes + adapter_bytes + cache * adapters / request.devices / 2
+    exchange_s = 6 * layer_row * dims.num_moe_layers * rows / devices / wire
+    wires = sheet.add("training: exchange", exchange_s, "s")
+    step_bytes = 7 * FP32 * room.stored_size * adapters / devices
+    optimizer = sheet.add("optimizer on the slab", step_bytes / bandwidth, "s")
+
+    # Read in a decoding step: the base, the adapters, and on average half of the cache at its
+    # fullest.
+    num_sequences = adapters * adapter.sequences
+    adapter_bytes = FP32 * room.stored_size * adapters / devices
+    read = base.device_bytes + adapter_bytes + room.cache * adapters / devices / 2
     step = max(
-        2 * active * adapters * sequences / rate,
+        2 * base.active * num_sequences / rate,
         read / bandwidth,
-        2 * layer_row * dims.num_moe_layers * decode_rows / wire,
+        2 * layer_row * dims.num_moe_layers * num_sequences / devices / wire,
     )
-    rollout = add("wave", "rollout", step * request.completion_tokens, "s")
-    moved = adapters * (weights + moments + revision)
-    loads = add("wave", "paging in and committing", moved / request.store_bandwidth, "s")
-    training = max(products, streams, wires) + optimizer
-    wave_s = add(
-        "wave", "time of a wave (one stage after the other)", training + rollout + loads, "s"
+    rollout = sheet.add("rollout", step * request.completion_tokens, "s")
+    moved = adapters * (adapter.weights + adapter.moments + adapter.revision)
+    loads = sheet.add("paging in and committing", moved / request.store_bandwidth, "s")
+    whole = max(products, streams, wires) + optimizer + rollout + loads
+    return _Times(
+        wave_s=sheet.add("time of a wave (one stage after the other)", whole, "s"),
+        stages={
+            "training: products": products,
+            "training: reading weights": streams,
+            "training: exchange": wires,
+            "optimizer on the slab": optimizer,
+            "rollout": rollout,
+            "paging in and committing": loads,
+        },
     )
 
-    # The population.
+
+def _population(
+    sheet: _Sheet, request: Request, adapter: _Adapter, room: _Room, times: _Times
+) -> None:
+    """What the whole population asks for, and what it writes."""
+    sheet.begin("population")
     per_day = request.users * request.updates_per_user_and_day
-    add("population", "updates asked for per day", per_day, "", "given")
-    waves = request.users / adapters if adapters else math.inf
-    add("population", "waves to refresh every user", waves, "waves")
-    hours = add("population", "hours to refresh every user", waves * wave_s / 3600, "h")
+    sheet.add("updates asked for per day", per_day, "", "given")
+    waves = request.users / room.adapters if room.adapters else math.inf
+    sheet.add("waves to refresh every user", waves, "waves")
+    hours = sheet.add("hours to refresh every user", waves * times.wave_s / 3600, "h")
     able = 24 / hours * request.users if hours and math.isfinite(hours) else 0.0
-    add("population", "updates possible per day", able, "")
-    add("store", "stored: tips with moments, kept revisions, evidence",
-        request.users * (moments + request.kept_revisions * (weights + evidence)), "B")  # fmt: skip
+    sheet.add("updates possible per day", able, "")
+
+    sheet.begin("store")
+    kept = request.kept_revisions * (adapter.weights + adapter.evidence)
+    stored = request.users * (adapter.moments + kept)
+    sheet.add("stored: tips with moments, kept revisions, evidence", stored, "B")
     yearly = per_day * DAYS_PER_YEAR
-    add("store", "written per year", yearly * revision, "B")
-    waves_per_year = yearly / adapters if adapters else math.inf
+    sheet.add("written per year", yearly * adapter.revision, "B")
+    waves_per_year = yearly / room.adapters if room.adapters else math.inf
     # Attempt, pack and wave record of each partition that a wave touches.
-    touched = min(request.partitions, adapters)
-    add("store", "PUT requests per year, waves", waves_per_year * 3 * touched, "requests")
-    signs = request.partitions * DAYS_PER_YEAR * 86_400 / HEARTBEAT_S
-    add("store", "PUT requests per year, signs of life", signs, "requests")
-    add("store", "GET requests per year (all adapters cold)", yearly * 2, "requests")
-    costs = {
-        "training: products": products,
-        "training: reading weights": streams,
-        "training: exchange": wires,
-        "optimizer on the slab": optimizer,
-        "rollout": rollout,
-        "paging in and committing": loads,
-    }
-    bottleneck, knob = _bottleneck(
-        fits, base_bytes + dense_bytes, slab + slab_moments, device, costs
-    )
-    return Plan(lines=tuple(lines), fits=fits, bottleneck=bottleneck, knob=knob)
+    touched = min(request.partitions, room.adapters)
+    sheet.add("PUT requests per year, waves", waves_per_year * 3 * touched, "requests")
+    beats = request.partitions * DAYS_PER_YEAR * 86_400 / HEARTBEAT_S
+    sheet.add("PUT requests per year, heartbeats", beats, "requests")
+    sheet.add("GET requests per year (all adapters cold)", yearly * 2, "requests")
 
 
 def _hidden(dims: BaseDims) -> int:

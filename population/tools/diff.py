@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from populace.population.client import Population
+from populace.population.sampler import base_of
 from populace.population.tools.peft import load_weights
 from populace.workers.base.families import dims_of
 from populace.workers.layout import AdapterLayout, layout_of
@@ -36,7 +37,8 @@ def diff_revisions(population: Population, user: str, before: int, after: int) -
     isn't kept."""
     population.ledger.follow()
     spec = AdapterSpec.from_dict(population.ledger.adapter(user).spec)
-    layout = layout_of(dims_of(Path(population.base().folder)), spec.rank, spec.expert_rank)
+    base = base_of(population.meta, population.settings)
+    layout = layout_of(dims_of(Path(base.folder)), spec.rank, spec.expert_rank)
     return norms_of(
         layout,
         spec,

@@ -1,4 +1,8 @@
-"""The specialisation matrix: every adapter answers every user's held-out tasks."""
+"""The specialisation matrix: every adapter answers every user's held-out tasks.
+
+On its diagonal a user's own adapter, beside it the others'. A task that several users share is
+answered once per adapter and judged by each user's own reward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 
 from populace.population.controller import Controller
 from populace.population.experience.events import encode_event, messages_of
-from populace.population.experience.sealing import LoggedEvent
+from populace.population.experience.sealing import LoggedEvent, Reason
 from populace.population.waves.rewards import Reply
 from populace.storage.canonical import canonical_json
 from populace.storage.catalog.states import AdapterState
@@ -21,7 +25,8 @@ MAX_USERS = 32
 MATRIX_TASKS = 4
 
 
-def _figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[str, Any]:
+def report_figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[str, Any]:
+    """What report.json holds, but for the time it took."""
     matrix, samples = _matrix(controller, adapters)
     users = {}
     for row, adapter in enumerate(adapters):
@@ -35,7 +40,7 @@ def _figures(controller: Controller, adapters: Sequence[AdapterState]) -> dict[s
             for number, found in metrics
             if "reward" in found
         ]
-        users[_user(controller, adapter)] = {
+        users[user_of(controller, adapter)] = {
             "rank": adapter.spec["rank"],
             "heldout_reward_base": _mean(controller.examiner.heldout_rewards(adapter, 0)),
             "heldout_reward_after": _mean(
@@ -101,7 +106,7 @@ def _matrix(
     total = np.zeros((len(adapters), len(adapters)))
     count = np.zeros_like(total)
     for (row, column, _), outcome in zip(cells, outcomes, strict=True):
-        if not isinstance(outcome, str):
+        if not isinstance(outcome, Reason):
             total[row, column] += fmean(outcome)
             count[row, column] += 1
     before = {
@@ -131,14 +136,15 @@ def _pairs(
 
 
 def _prompt_digest(logged: LoggedEvent) -> str:
-    """Same id and prompt, same answer: sampling is keyed by them."""
+    """Tasks with one id and one prompt get one answer: sampling is keyed by them."""
     encoded = encode_event(logged.event)
     return hashlib.sha256(
         canonical_json([encoded["event_id"], encoded["body"]["prompt"]])
     ).hexdigest()
 
 
-def _user(controller: Controller, adapter: AdapterState) -> str:
+def user_of(controller: Controller, adapter: AdapterState) -> str:
+    """Whose adapter it is."""
     return controller.ledger.keys.get(adapter.pseudonym).user
 
 

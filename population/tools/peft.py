@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from populace.population.client import Population
-from populace.population.ledger.commands import exports_folder
 from populace.population.ledger.queries import revision_number
+from populace.population.sampler import base_of
+from populace.storage import paths
 from populace.storage.errors import Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.loading import load_wave
 from populace.workers.adapters.slab import unpack_weights
@@ -42,7 +43,8 @@ def export_peft(
     number = revision_number(population.ledger.catalog, adapter, revision)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
-    spec, base = AdapterSpec.from_dict(adapter.spec), population.base()
+    spec = AdapterSpec.from_dict(adapter.spec)
+    base = base_of(population.meta, population.settings)
     layout = layout_of(dims_of(Path(base.folder)), spec.rank, spec.expert_rank)
     flat = load_weights(population, layout, user, number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,11 @@ def share_export(
     body = io.BytesIO()
     with tarfile.open(fileobj=body, mode="w") as archive:
         archive.add(folder, arcname=f"revision-{number}")
-    key = f"{exports_folder(population.meta.name, population.ledger.pseudonym(user))}/{number}.tar"
+    pseudonym = population.ledger.pseudonym(user)
+    key = f"{paths.export_folder(population.meta.name, pseudonym)}/{number}.tar"
     population.store.put(key, body.getvalue())
     try:
-        population.ledger.keys.fetch(population.ledger.pseudonym(user))
+        population.ledger.keys.fetch(pseudonym)
     except Forgotten:  # meanwhile
         population.store.delete(key)
         raise

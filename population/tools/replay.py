@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.population.client import Population
+from populace.population.sampler import replaying_engine
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, InvalidInput, ObjectNotFound
@@ -23,20 +25,25 @@ from populace.workers.batch import (
     AdapterKey,
     AdapterRef,
     AdapterUpdate,
+    UpdateStatus,
     WaveBatch,
     revision_ref,
 )
 from populace.workers.evidence import decode_evidence
 from populace.workers.step.optimizer import optimizer_name
-from populace.workers.step.train import TrainerSettings
 
-SAME, DIFFERENT, NOT_KEPT, REFUSED, DAMAGED = (
-    "same bytes",
-    "DIFFERENT",
-    "not kept",
-    "refused",
-    "damaged",
-)
+
+class ReplayOutcome(StrEnum):
+    """What came of a replay."""
+
+    SAME = "same bytes"
+    DIFFERENT = "DIFFERENT"
+    NOT_KEPT = "not kept"
+    """Bytes that it needs were dropped by the retention rule."""
+    REFUSED = "refused"
+    """This machine, or these numerics, can't promise the bits."""
+    DAMAGED = "damaged"
+
 
 _MACHINE = ("device", "cpu", "dtype", "torch", "transformers", "kernels", "backend", "numerics")
 """What of a numerics fingerprint must agree, beside the optimizer, which is set as the manifest
@@ -48,18 +55,19 @@ class Replayed:
     """What came of one revision's replay."""
 
     revision: int
-    outcome: str
+    outcome: ReplayOutcome
     detail: str
 
     @property
     def is_same(self) -> bool:
-        return self.outcome == SAME
+        return self.outcome is ReplayOutcome.SAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """How a revision is re-derived: the revision whose bytes are kept, then every update after it,
-    in order."""
+    """How a revision is re-derived: from a revision whose bytes are kept, by every update after it.
+
+    Example: to revision 5, of which only 3 and 5 are kept: `Route(start=<3>, updates=(4, 5))`."""
 
     start: AdapterRef
     updates: tuple[RevisionEntry, ...]
@@ -85,7 +93,9 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
             continue
         if number not in kept:
             found[number] = Replayed(
-                revision=number, outcome=NOT_KEPT, detail="the retention rule let its weights go"
+                revision=number,
+                outcome=ReplayOutcome.NOT_KEPT,
+                detail="the retention rule let its weights go",
             )
             continue
         compare = kept if revision is None else [number]
@@ -96,7 +106,9 @@ def replay(population: Population, user: str, revision: int | None = None) -> li
                 population.ledger.follow()
                 found |= player.play(number, compare)
         except (Damaged, ObjectNotFound) as error:
-            found[number] = Replayed(revision=number, outcome=DAMAGED, detail=str(error))
+            found[number] = Replayed(
+                revision=number, outcome=ReplayOutcome.DAMAGED, detail=str(error)
+            )
     assert set(wanted) <= set(found)
     return [found[number] for number in sorted(found)]
 
@@ -140,10 +152,14 @@ class _Player:
         """Outcomes of `revision` and of those of `compare` on the way to it."""
         route = route_to(self.population.ledger.catalog, self.adapter, revision, self._entry)
         if isinstance(route, str):
-            return {revision: Replayed(revision=revision, outcome=NOT_KEPT, detail=route)}
+            return {
+                revision: Replayed(revision=revision, outcome=ReplayOutcome.NOT_KEPT, detail=route)
+            }
         engine = self._engine_for(route)
         if isinstance(engine, str):
-            return {revision: Replayed(revision=revision, outcome=REFUSED, detail=engine)}
+            return {
+                revision: Replayed(revision=revision, outcome=ReplayOutcome.REFUSED, detail=engine)
+            }
         engine.page_in([route.start], True)
         try:
             return self._repeat(engine, route, compare)
@@ -165,20 +181,16 @@ class _Player:
                 detail = self._difference(entry, update)
                 found[entry.revision] = Replayed(
                     revision=entry.revision,
-                    outcome=DIFFERENT if detail else SAME,
-                    detail=detail
-                    or f"{steps} update{'s' if steps > 1 else ''} after revision {route.start.key.revision}",
+                    outcome=ReplayOutcome.DIFFERENT if detail else ReplayOutcome.SAME,
+                    detail=detail or _how_far(steps, route.start.key.revision),
                 )
-            if update.status != "updated":
-                lost = f"revision {entry.revision} on the way ends as {update.status!r}"
-                later = [
-                    e.revision
-                    for e in route.updates
-                    if e.revision in compare and e.revision not in found
-                ]
-                return found | {
-                    n: Replayed(revision=n, outcome=DIFFERENT, detail=lost) for n in later
-                }
+            if update.status is not UpdateStatus.UPDATED:
+                lost = f"revision {entry.revision} on the way ends as {str(update.status)!r}"
+                for later in {step.revision for step in route.updates} & set(compare) - set(found):
+                    found[later] = Replayed(
+                        revision=later, outcome=ReplayOutcome.DIFFERENT, detail=lost
+                    )
+                return found
             engine.committed([(key, key := AdapterKey(key.pseudonym, entry.revision))])
         return found
 
@@ -188,13 +200,13 @@ class _Player:
             engine.slab.forget_moments(key)
         groups = decode_evidence(bytes(self._blob(entry.revision, "evidence")))
         batch = WaveBatch(adapters=(AdapterBatch(adapter=key, groups=groups),))
-        (update,) = engine.train_wave(batch, _trainer(self._wave(entry.revision))).updates
+        (update,) = engine.train_wave(batch, *_hyperparameters(self._wave(entry.revision))).updates
         return update
 
     def _difference(self, entry: RevisionEntry, update: AdapterUpdate) -> str:
         """What is not as it was committed; empty if all that is kept is."""
-        if update.status != "updated":
-            return f"the update ends as {update.status!r}"
+        if update.status is not UpdateStatus.UPDATED:
+            return f"the update ends as {str(update.status)!r}"
         if list(update.experts) != list(entry.experts):
             return f"other experts were reached: {list(update.experts)}, not {list(entry.experts)}"
         kept = self._state(entry.revision).blobs
@@ -232,10 +244,8 @@ class _Player:
             return "made partly in one dtype, partly in another"
         for entry, numerics in zip(route.updates, made_by, strict=True):
             _, here = self._engine(numerics["dtype"], numerics["backend"]).describe()
-            here = {
-                **here,
-                "optimizer": optimizer_name(_trainer(self._wave(entry.revision)).optimizer),
-            }
+            _, optimizer = _hyperparameters(self._wave(entry.revision))
+            here = {**here, "optimizer": optimizer_name(optimizer)}
             for field in (*_MACHINE, "optimizer"):
                 if numerics.get(field) != here[field]:
                     return (
@@ -245,11 +255,18 @@ class _Player:
 
     def _engine(self, dtype: str, backend: str) -> ShardEngine:
         if (dtype, backend) not in self._engines:
-            self._engines[dtype, backend] = self.population.new_engine(dtype=dtype, backend=backend)
+            settings, meta = self.population.settings, self.population.meta
+            self._engines[dtype, backend] = replaying_engine(
+                settings, meta, self.population.store, dtype=dtype, backend=backend
+            )
         return self._engines[dtype, backend]
 
 
-def _trainer(wave: WaveManifest) -> TrainerSettings:
+def _hyperparameters(wave: WaveManifest) -> tuple[TrainSettings, OptimizerSettings]:
     """The settings that the manifest names."""
     train, optimizer = wave.parameters["train"], wave.parameters["optimizer"]
-    return TrainerSettings.of(TrainSettings(**train), OptimizerSettings(**optimizer))
+    return TrainSettings(**train), OptimizerSettings(**optimizer)
+
+
+def _how_far(steps: int, start: int) -> str:
+    return f"{steps} update{'s' if steps > 1 else ''} after revision {start}"

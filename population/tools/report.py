@@ -1,8 +1,6 @@
 """What a population learned, for people and for machines: report.html and report.json.
 
-The specialisation matrix lets every adapter answer every user's held-out tasks: on the diagonal a
-user's own adapter, beside it the others'. A task that several users share is answered once per
-adapter and judged by each user's own reward.
+What is measured: `matrix.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from populace.population.controller import Controller
-from populace.population.tools.matrix import MAX_USERS, _figures, _user
-
-matplotlib.use("Agg")
+from populace.population.tools.matrix import MAX_USERS, report_figures, user_of
 
 
 def write_report(controller: Controller, folder: Path, started: float) -> dict[str, Any]:
@@ -32,18 +26,17 @@ def write_report(controller: Controller, folder: Path, started: float) -> dict[s
     on the monotonic clock."""
     adapters = [
         adapter
-        for adapter in sorted(controller.ledger.catalog, key=lambda item: _user(controller, item))
+        for adapter in sorted(controller.ledger.catalog, key=lambda item: user_of(controller, item))
         if controller.examiner.heldout_tasks(adapter.pseudonym)
     ][:MAX_USERS]
     for adapter in adapters:
         controller.examiner.measure([(adapter, 0), (adapter, adapter.serving)])
-    figures = {**_figures(controller, adapters), "wall_s": time.monotonic() - started}
+    figures = report_figures(controller, adapters) | {"wall_s": time.monotonic() - started}
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / ".report.json"
     whole.write_text(json.dumps(figures, indent=1, ensure_ascii=False))
-    whole.replace(
-        folder / "report.json"
-    )  # whoever reads it meanwhile sees all of it or the one before
+    # Whoever reads it meanwhile sees all of it, or the one before.
+    whole.replace(folder / "report.json")
     (folder / "report.html").write_text(_html(figures))
     return figures
 
@@ -111,7 +104,7 @@ adapters; own adapters beat the others' by <b>{figures["own_minus_others"]:+.2f}
 
 def _draw_matrix(figures: dict[str, Any]) -> Any:
     names = list(figures["users"])
-    figure, axes = plt.subplots(figsize=(8.5, 7), layout="constrained")
+    figure, axes = _subplots(7)
     image = axes.imshow(figures["matrix"], vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
     axes.set_yticks(range(len(names)), names)
@@ -122,7 +115,7 @@ def _draw_matrix(figures: dict[str, Any]) -> Any:
 
 
 def _draw_curves(figures: dict[str, Any]) -> Any:
-    figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
+    figure, axes = _subplots(4.5)
     for name, user in figures["users"].items():
         curve = user["curve"]
         axes.plot(
@@ -155,8 +148,15 @@ def _draw_curves(figures: dict[str, Any]) -> Any:
     return figure
 
 
+def _subplots(height_inches: float) -> tuple[Any, Any]:
+    """A figure with one pair of axes, drawn without a display."""
+    from matplotlib.figure import Figure  # takes a second to import, and only reports need it
+
+    figure = Figure(figsize=(8.5, height_inches), layout="constrained")
+    return figure, figure.subplots()
+
+
 def _image(figure: Any) -> str:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=110)
-    plt.close(figure)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}">'

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from populace.configs.schema import Settings
 from populace.population.experience.pending import Candidates
-from populace.population.waves.scheduler import Budget, Policy, Served, form_wave
+from populace.population.waves.scheduler import Served, form_wave, weights_of
 from populace.storage.errors import InvalidInput
-from populace.storage.lru import Tier
+from populace.storage.lru import Lru
 
 Floats = NDArray[np.float64]
 
@@ -111,37 +111,41 @@ def check(load: Load) -> None:
         )
 
 
-def simulate(load: Load, settings: Settings, policy: Policy) -> SimulationReport:
+def simulate(load: Load, settings: Settings) -> SimulationReport:
     """Run `load` against the scheduler of `settings`."""
     check(load)
     scheduler = settings.scheduler
     line = _Line(load, scheduler.events_per_update)
-    budget = Budget(
-        max_adapters=scheduler.max_adapters_per_wave,
-        max_tokens=scheduler.max_tokens_per_wave,
-        max_rank=scheduler.max_rank_per_wave,
-    )
-    served, slots = Served.nothing(len(load.shares)), Tier[int](scheduler.slots)
-    waits: list[list[float]] = [[] for _ in load.shares]
-    got = np.zeros(len(load.shares))
-    always = np.ones(len(load.shares), bool)
-    waves: list[NDArray[np.int64]] = []
-    num_hot = 0
+    served, slots = Served.nothing(len(load.shares)), Lru[int](scheduler.slots)
+    tally = _Tally(len(load.shares))
     for now, arrivals in _arrivals(load):
         line.arrive(arrivals, now)
-        choice = form_wave(line.candidates(slots), budget, policy, served, now)
+        choice = form_wave(line.candidates(slots), scheduler, served, now)
         served, chosen = choice.served, choice.chosen
-        always &= line.waiting_by_tenant() > 0
-        num_hot += sum(user in slots for user in chosen.tolist())
+        tally.always &= line.waiting_by_tenant() > 0
+        tally.num_hot += sum(user in slots for user in chosen.tolist())
         for user in chosen.tolist():
-            times = line.serve(user, now)
             tenant = int(line.tenant[user])
-            waits[tenant] += [now - time for time in times]
-            got[tenant] += 1
+            tally.waits[tenant] += [now - time for time in line.serve(user, now)]
+            tally.got[tenant] += 1
             slots.put(user, 1, ())
         if len(chosen):
-            waves.append(chosen)
-    return _report(load, policy, settings, line, waits, got, always, waves, num_hot)
+            tally.waves.append(chosen)
+    return _report(load, settings, line, tally)
+
+
+class _Tally:
+    """What the tenants got so far."""
+
+    def __init__(self, num_tenants: int) -> None:
+        self.waits: list[list[float]] = [[] for _ in range(num_tenants)]
+        """Seconds that each event served had waited, by tenant."""
+        self.got = np.zeros(num_tenants)
+        """Updates."""
+        self.always = np.ones(num_tenants, bool)
+        """Whether the tenant had somebody waiting before every wave."""
+        self.waves: list[NDArray[np.int64]] = []
+        self.num_hot = 0
 
 
 class _Line:
@@ -163,7 +167,7 @@ class _Line:
         np.add.at(self.num_events, users, 1)
         np.add.at(self.arrived, self.tenant[users], 1)
 
-    def candidates(self, slots: Tier[int]) -> Candidates:
+    def candidates(self, slots: Lru[int]) -> Candidates:
         is_hot = np.zeros(self._load.users, bool)
         is_hot[list(slots)] = True
         events = np.minimum(self.num_events, self._events_per_update)
@@ -221,18 +225,10 @@ def _arrivals(load: Load) -> list[tuple[float, NDArray[np.int64]]]:
     return arrivals
 
 
-def _report(
-    load: Load,
-    policy: Policy,
-    settings: Settings,
-    line: _Line,
-    waits: Sequence[list[float]],
-    got: Floats,
-    always: NDArray[np.bool_],
-    waves: Sequence[NDArray[np.int64]],
-    num_hot: int,
-) -> SimulationReport:
+def _report(load: Load, settings: Settings, line: _Line, tally: _Tally) -> SimulationReport:
     end, waiting = load.hours * 3600, line.waiting_by_tenant()
+    weight_G = weights_of(settings.scheduler)
+    waits, got, waves = tally.waits, tally.got, tally.waves
     names = ("default", *settings.scheduler.tenants)
     tenants = []
     for tenant, name in enumerate(names[: len(load.shares)]):
@@ -241,7 +237,7 @@ def _report(
         longest = max(float(served.max()), end - min(heads, default=end))
         tenants.append(
             TenantFigures(
-                name=name, weight=float(policy.weight_G[tenant]), arrived=int(line.arrived[tenant]),
+                name=name, weight=float(weight_G[tenant]), arrived=int(line.arrived[tenant]),
                 served=len(waits[tenant]), waiting=int(waiting[tenant]),
                 wait_median_s=float(np.median(served)),
                 wait_99_s=float(np.quantile(served, 0.99)), wait_longest_s=longest,
@@ -254,7 +250,7 @@ def _report(
         num_waves=len(waves),
         adapters_per_wave=num_updates / max(1, len(waves)),
         events_per_s=num_served / end,
-        fairness=jain((got / policy.weight_G[: len(got)])[always]) if always.any() else 1.0,
-        hot_share=num_hot / num_updates,
+        fairness=jain((got / weight_G[: len(got)])[tally.always]) if tally.always.any() else 1.0,
+        hot_share=tally.num_hot / num_updates,
         waves=tuple(waves),
     )

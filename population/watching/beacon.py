@@ -1,4 +1,4 @@
-"""What a controller shows of its work with every sign of life: whoever sees the store sees the run.
+"""What a controller shows of its work with every heartbeat: whoever sees the store sees the run.
 
 `populace top` and the population page read it; nothing rests on it.
 """
@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from populace.population.controller import Controller
-from populace.population.ledger.heartbeat import controllers_folder
 from populace.population.watching.views import View
-from populace.population.waves.report import WaveReport, change_of
+from populace.population.waves.report import RunState, WaveReport, change_of
+from populace.storage import paths
 from populace.storage.errors import ObjectNotFound, PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.contract import ObjectStore
@@ -60,7 +59,7 @@ class Beacon(View):
         self._residency: Mapping[str, int] = {}
         self._hot: tuple[str, ...] = ()
 
-    def wave(self, report: WaveReport, controller: Controller) -> None:
+    def wave(self, report: WaveReport, state: RunState) -> None:
         self._counts.update(
             waves=1, tokens=report.num_tokens, trained=report.num_trained,
             settled=sum(report.settled.values()),
@@ -77,37 +76,31 @@ class Beacon(View):
             "tokens": report.num_tokens,
             "seconds": {phase: round(seconds, 3) for phase, seconds in report.seconds.items()},
         }
-        self._publish("training", controller)
+        self._publish("training", state)
 
-    def idle(self, controller: Controller) -> None:
-        self._publish("idle", controller)
+    def idle(self, state: RunState) -> None:
+        self._publish("idle", state)
 
     def decided(self, records: Sequence[Verdict | Tombstone]) -> None:
         self._count(records)
 
     def paused(self, error: PopulaceError | None) -> None:
         """Nobody sees this while the store is away, but a store that is full can still be read."""
-        self._show(
-            asdict(
-                ControllerFigures(
-                    state="starting" if error is None else "paused", counts=dict(self._counts)
-                )
-            )
-        )
+        word = "starting" if error is None else "paused"
+        self._show(asdict(ControllerFigures(state=word, counts=dict(self._counts))))
 
     def _count(self, records: Sequence[Verdict | Tombstone]) -> None:
         self._counts.update(change_of(record) for record in records)
 
-    def _publish(self, state: str, controller: Controller) -> None:
-        ledger = controller.ledger
+    def _publish(self, word: str, state: RunState) -> None:
         figures = ControllerFigures(
-            state=state,
+            state=word,
             uptime_s=round(time.monotonic() - self._started, 1),
-            num_partitions=len(ledger.owned()),
+            num_partitions=state.num_partitions,
             counts=dict(self._counts),
-            num_pending=ledger.pending.num_pending(),
-            oldest_wait_s=round(ledger.pending.oldest_wait_s(), 1),
-            residency={**self._residency, "store": len(ledger.catalog)},
+            num_pending=state.num_pending,
+            oldest_wait_s=round(state.oldest_wait_s, 1),
+            residency={**self._residency, "store": state.num_adapters},
             hot=self._hot,
             last_wave=self._last,
         )
@@ -122,16 +115,16 @@ class SeenController:
     owner: str
     """Host, process and a word of its own."""
     beat: str
-    """Changes with every sign of life."""
+    """Changes with every heartbeat."""
     at_s: float
     """When that was, by the controller's own clock: seconds since 1970."""
     figures: ControllerFigures
 
 
 def controllers_of(store: ObjectStore, population: str) -> list[SeenController]:
-    """Every controller that shows life, or died without a word."""
+    """Every controller whose heartbeat is in the store: it runs, or died without a word."""
     seen = []
-    for key in store.list(controllers_folder(population)):
+    for key in store.list(paths.controller_folder(population)):
         if not key.endswith(".json"):
             continue
         try:
@@ -144,7 +137,7 @@ def controllers_of(store: ObjectStore, population: str) -> list[SeenController]:
             KeyError,
             TypeError,
         ) as error:  # of one controller; the others are shown
-            logger.warning("%s is no sign of life: %r", key, error)
+            logger.warning("%s is no heartbeat: %r", key, error)
     return seen
 
 

@@ -1,5 +1,4 @@
-"""What a person sees while a population trains: a live panel on a terminal, one line per wave
-elsewhere."""
+"""What a person sees of a run: a live panel on a terminal, one line per wave elsewhere."""
 
 from __future__ import annotations
 
@@ -13,14 +12,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from populace.population.controller import Controller
 from populace.population.watching.views import View
-from populace.population.waves.report import WaveReport
+from populace.population.waves.report import RunState, WaveReport
 from populace.storage.errors import PopulaceError
 
 
 class ConsoleView(View):
-    """For people."""
+    """An observer that prints for people."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -46,7 +44,7 @@ class ConsoleView(View):
         else:
             self._print(f"[yellow]paused[/] until the store is back: {escape(str(error))}")
 
-    def wave(self, report: WaveReport, controller: Controller) -> None:
+    def wave(self, report: WaveReport, state: RunState) -> None:
         seconds = sum(report.seconds.values())
         self._totals.update(
             waves=1,
@@ -58,33 +56,31 @@ class ConsoleView(View):
         route = "" if report.out_of_route is None else f"  out of route {report.out_of_route:.2%}"
         decisions = Counter(record.decision for record in report.verdicts)
         verdicts = "".join(f"  {count} {decision}" for decision, count in decisions.items())
-        num_waiting = controller.ledger.pending.num_pending()
-        waiting = f"  {num_waiting} events wait" if num_waiting else ""
+        waiting = f"  {state.num_pending} events wait" if state.num_pending else ""
         self._print(
-            f"wave {controller.num_waves:3d}  {report.num_adapters} adapters  "
+            f"wave {state.num_waves:3d}  {report.num_adapters} adapters  "
             f"{report.num_revisions} revisions"
             f"{reward}{route}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}{waiting}"
             f"  [dim]({_stages(report)})[/]"
         )
         if self._live is not None:
-            self._live.update(self._panel(report, controller), refresh=True)
+            self._live.update(self._panel(report, state), refresh=True)
 
-    def _panel(self, report: WaveReport, controller: Controller) -> Panel:
+    def _panel(self, report: WaveReport, state: RunState) -> Panel:
         totals, minutes = self._totals, max(self._totals["milliseconds"] / 60_000, 1e-9)
-        catalog = controller.ledger.catalog
         table = Table.grid(padding=(0, 3))
         for label, value in (
             ("waves", f"{totals['waves']}"),
-            ("users updated", f"{catalog.num_updated()}"),
+            ("users updated", f"{state.num_updated}"),
             ("revisions / min", f"{totals['updates'] / minutes:.1f}"),
             ("tokens / s", f"{totals['tokens'] / minutes / 60:.0f}"),
             ("mean reward", "-" if report.mean_reward is None else f"{report.mean_reward:.3f}"),
-            ("pending events", f"{controller.ledger.pending.num_pending()}"),
-            ("adapters", f"{len(report.paging.hot)} hot, {len(catalog)} in the store"),
+            ("pending events", f"{state.num_pending}"),
+            ("adapters", f"{len(report.paging.hot)} hot, {state.num_adapters} in the store"),
             ("last wave", _stages(report)),
         ):
             table.add_row(f"[bold]{label}[/]", value)
-        return Panel(table, title=f"populace · {controller.ledger.meta.name}", expand=False)
+        return Panel(table, title=f"populace · {state.population}", expand=False)
 
     def _print(self, markup: str) -> None:
         self._console.print(

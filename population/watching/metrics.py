@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, Self
 
 import ray.util.metrics as ray_metrics
 
-from populace.population.controller import Controller
 from populace.population.watching.views import View
-from populace.population.waves.report import WaveReport, change_of
+from populace.population.waves.report import RunState, WaveReport, change_of
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.counted import Calls, add_calls
@@ -278,13 +277,12 @@ def decision_figures(records: Sequence[Verdict | Tombstone]) -> Iterator[Figure]
     )
 
 
-def state_figures(controller: Controller) -> Iterator[Figure]:
+def state_figures(state: RunState) -> Iterator[Figure]:
     """What is true now, wave or not."""
-    ledger = controller.ledger
-    yield Figure("populace_pending_events", ledger.pending.num_pending())
-    yield Figure("populace_oldest_wait_seconds", ledger.pending.oldest_wait_s())
-    yield Figure("populace_partitions", len(ledger.owned()))
-    yield Figure("populace_adapters", len(ledger.catalog), "store")
+    yield Figure("populace_pending_events", state.num_pending)
+    yield Figure("populace_oldest_wait_seconds", state.oldest_wait_s)
+    yield Figure("populace_partitions", state.num_partitions)
+    yield Figure("populace_adapters", state.num_adapters, "store")
     yield Figure("populace_paused", 0)
 
 
@@ -326,13 +324,13 @@ class RayMetrics(View):
         self._ended.set()
         self._keeper.join()
 
-    def wave(self, report: WaveReport, controller: Controller) -> None:
+    def wave(self, report: WaveReport, state: RunState) -> None:
         for figure in wave_figures(report):
             self._record(figure)
-        self._show(controller, report.paging.store_calls)
+        self._show(state, report.paging.store_calls)
 
-    def idle(self, controller: Controller) -> None:
-        self._show(controller, {})
+    def idle(self, state: RunState) -> None:
+        self._show(state, {})
 
     def decided(self, records: Sequence[Verdict | Tombstone]) -> None:
         for figure in decision_figures(records):
@@ -346,8 +344,8 @@ class RayMetrics(View):
     def restarted(self) -> None:
         self._record(Figure("populace_group_restarts", 1))
 
-    def _show(self, controller: Controller, calls: Calls) -> None:
-        for figure in state_figures(controller):
+    def _show(self, state: RunState, calls: Calls) -> None:
+        for figure in state_figures(state):
             self._record(figure)
         self._record_calls(calls)
 

@@ -28,7 +28,7 @@ class ControllerRates:
 
     seen: SeenController
     is_silent: bool
-    """It has shown no life for a while."""
+    """It has had no heartbeat for a while."""
     per_s: Mapping[str, float]
     """Of its counts."""
 

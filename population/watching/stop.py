@@ -8,8 +8,8 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-from populace.population.ledger.heartbeat import stop_key
 from populace.population.watching.beacon import controllers_of
+from populace.storage import paths
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.contract import ObjectStore
 
@@ -31,8 +31,8 @@ def stop_run(
     """Ask the run of a population, or only that `controller` of it, to end after its wave, and wait
     until it has.
 
-    Returns controller -> `stopped`, `dead` (it had shown no life for `DEAD_S`; the next run of its
-    name takes over) or `busy` (not yet, after `timeout_s`; it still knows that it shall).
+    Returns controller -> `stopped`, `dead` (no heartbeat for `DEAD_S`; the next run of its name takes
+    over) or `busy` (not yet, after `timeout_s`; it still knows that it shall).
     `InvalidInput` if nothing runs."""
     by, deadline = f"{getpass.getuser()}@{socket.gethostname()}", time.monotonic() + timeout_s
     there = {
@@ -54,7 +54,8 @@ def stop_run(
             ):  # a run that lost its store comes back as another
                 asked[name] = seen.owner
                 store.put(
-                    stop_key(population, name), json.dumps({"owner": seen.owner, "by": by}).encode()
+                    paths.stop_request(population, name),
+                    json.dumps({"owner": seen.owner, "by": by}).encode(),
                 )
         now = time.monotonic()
         for name in asked:

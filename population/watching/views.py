@@ -1,5 +1,7 @@
-"""What a person sees while a population trains: a live panel on a terminal, one line per wave
-elsewhere."""
+"""Observers of a run: the protocol, several at once, and one for machines.
+
+They are told values, a `WaveReport` or a `RunState`, and never see the controller itself.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from populace.population.controller import Controller
-from populace.population.waves.report import WaveReport
+from populace.population.waves.report import RunState, WaveReport
 from populace.storage.errors import PopulaceError
 from populace.storage.log.records import Tombstone, Verdict
 
@@ -19,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 class View:
-    """Whoever follows a run, as a context manager around it; what a subclass doesn't care about
-    does nothing."""
+    """An observer of one run, used as a context manager. All hooks do nothing here; override those
+    you need."""
 
     def __enter__(self) -> Self:
         return self
@@ -31,10 +32,10 @@ class View:
     def stage(self, text: str) -> None:
         """Something is being done, or has happened, beside waves."""
 
-    def wave(self, report: WaveReport, controller: Controller) -> None:
+    def wave(self, report: WaveReport, state: RunState) -> None:
         """A wave was trained."""
 
-    def idle(self, controller: Controller) -> None:
+    def idle(self, state: RunState) -> None:
         """Nobody has anything to learn from; told twice a second."""
 
     def paused(self, error: PopulaceError | None) -> None:
@@ -48,8 +49,8 @@ class View:
 
 
 class Views(View):
-    """Several at once. Watching must not end what is watched: what a view raises is logged,
-    once."""
+    """Several observers as one. Watching must not end what is watched: what a view raises is
+    logged, once."""
 
     def __init__(self, *views: View) -> None:
         self._views = views
@@ -58,11 +59,11 @@ class Views(View):
     def stage(self, text: str) -> None:
         self._tell(lambda view: view.stage(text))
 
-    def wave(self, report: WaveReport, controller: Controller) -> None:
-        self._tell(lambda view: view.wave(report, controller))
+    def wave(self, report: WaveReport, state: RunState) -> None:
+        self._tell(lambda view: view.wave(report, state))
 
-    def idle(self, controller: Controller) -> None:
-        self._tell(lambda view: view.idle(controller))
+    def idle(self, state: RunState) -> None:
+        self._tell(lambda view: view.idle(state))
 
     def paused(self, error: PopulaceError | None) -> None:
         self._tell(lambda view: view.paused(error))
@@ -91,10 +92,10 @@ class LogView(View):
     def stage(self, text: str) -> None:
         self._write("stage", text=text)
 
-    def wave(self, report: WaveReport, controller: Controller) -> None:
+    def wave(self, report: WaveReport, state: RunState) -> None:
         self._write(
             "wave",
-            number=controller.num_waves,
+            number=state.num_waves,
             wave=report.wave,
             adapters=report.num_adapters,
             revisions=report.num_revisions,
@@ -104,7 +105,7 @@ class LogView(View):
             reward=report.mean_reward,
             rollout_kl=report.rollout_kl,
             verdicts=Counter(record.decision for record in report.verdicts),
-            pending=controller.ledger.pending.num_pending(),
+            pending=state.num_pending,
             seconds={phase: round(value, 3) for phase, value in report.seconds.items()},
         )
 

@@ -32,9 +32,11 @@ class Chat:
         return np.asarray([*ids, self._tokenizer.eos_token_id], dtype=np.int32)
 
     def text(self, completion_ids: Ints) -> str:
+        """An answer's text, without special tokens and space around it."""
         decoded: str = self._tokenizer.decode(completion_ids.tolist(), skip_special_tokens=True)
         return decoded.strip()
 
     def template_digest(self) -> str:
+        """sha256 of the chat template: manifests name it among their materials."""
         template = str(self._tokenizer.chat_template)
         return hashlib.sha256(template.encode()).hexdigest()

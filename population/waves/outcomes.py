@@ -2,71 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from populace.population.experience.sealing import LoggedEvent
-from populace.population.waves.wave import MemberOutcome, Prepared, WaveMember
+from populace.population.experience.sealing import Reason, Settlement
+from populace.population.waves.rewards import RewardOutcome
+from populace.population.waves.wave import MemberOutcome, PlannedMember, Rollout
 from populace.storage.catalog.attempts import Tries
-from populace.storage.log.records import EventRef, Failed, SettledEvent
-from populace.workers.batch import TrainGroup
+from populace.storage.log.records import EventRef, Failed, ReasonKind
+from populace.workers.batch import ExperienceKind, ScoredSample, TrainGroup
 
 MAX_TRIES = 3
 """An event that failed this often, or that this many attempts with it alone didn't survive, is
 parked."""
 
+Scored = TrainGroup | Reason
+"""A task after its reward ran: ready to train on, or why its reward failed."""
 
-def kind_of(reason: str) -> str:
-    """Of the reason of a settled event: parked, no signal, not finite, stale or rejected."""
-    if reason.startswith(("parked", "stale")):
-        return reason.partition(":")[0]
-    return {"no signal": "no signal", "gradient not finite": "not finite"}.get(reason, "rejected")
+
+def scored_group(rollout: Rollout, outcome: RewardOutcome) -> Scored:
+    """A rollout with its rewards, or why there are none."""
+    if isinstance(outcome, Reason):
+        return outcome
+    group = rollout.group
+    return TrainGroup(
+        event_id=group.event_id,
+        kind=ExperienceKind.TASK,
+        prompt_ids=group.prompt_ids,
+        prompt_expert_ids=group.prompt_expert_ids,
+        samples=tuple(
+            ScoredSample(sample=sample, reward=reward, base_logprobs=logprobs)
+            for sample, reward, logprobs in zip(
+                group.samples, outcome, rollout.base_logprobs, strict=True
+            )
+        ),
+        temperature=group.temperature,
+    )
 
 
 def account_for(
-    member: WaveMember,
-    prepared: Prepared,
-    scored: Mapping[tuple[str, str], TrainGroup | str],
-    failures: Tries | None,
-    settle: Callable[[LoggedEvent, str], SettledEvent],
+    planned: PlannedMember, scored: Mapping[str, Scored], failures: Tries | None
 ) -> MemberOutcome:
-    """`scored`: groups of tasks by (user, event), or why the reward failed; `failures`: the event
-    that failed before, and how often."""
-    settled_before = {item.event.position: item for item in prepared.settled}
+    """Train, settle or fail each event of a member, in order. A user's experience is consumed in
+    order: what comes after an event that may be tried again waits with it.
+
+    `scored`: the member's tasks by event id. `failures`: the event of this user that failed before,
+    and how often."""
     groups: list[TrainGroup] = []
     trained: list[EventRef] = []
-    settled: list[SettledEvent] = []
+    settled: list[Settlement] = []
     failed: Failed | None = None
-    for logged in member.events:
-        found = scored.get((member.pseudonym, logged.event_id)) or prepared.groups.get(
-            logged.event_id
-        )
-        if (gone := settled_before.get(logged.ref.position)) is not None:
-            settled.append(gone)
-        elif isinstance(found, TrainGroup):
+    for prepared in planned.events:
+        logged = prepared.logged
+        if isinstance(prepared.next, Reason):
+            settled.append(Settlement(logged=logged, reason=prepared.next))
+            continue
+        found = prepared.next if isinstance(prepared.next, TrainGroup) else scored[logged.event_id]
+        if isinstance(found, TrainGroup):
             groups.append(found)
             trained.append(logged.ref)
-        else:
-            assert found is not None
-            num_failures = 1 + (
-                failures.count if failures is not None and failures.event == logged.ref else 0
-            )
-            if num_failures < MAX_TRIES:
-                # Its later events wait with it: a user's experience is consumed in order.
-                failed = Failed(
-                    pseudonym=member.pseudonym, event=logged.ref, reason=found.partition("\n")[0]
-                )
-                break
-            settled.append(settle(logged, f"parked: failed {num_failures} times: {found}"))
+            continue
+        before = failures.count if failures is not None and failures.event == logged.ref else 0
+        if before + 1 < MAX_TRIES:
+            failed = Failed(pseudonym=logged.pseudonym, event=logged.ref, reason=found.text)
+            break
+        settled.append(Settlement(logged=logged, reason=_parked(found, before + 1)))
     end = None if failed is None else failed.event.position
-    rejected = [item for item in member.rejected if end is None or item.event.position < end]
-    positions = [ref.position for ref in trained] + [
-        item.event.position for item in [*settled, *rejected]
+    rejected = [
+        item for item in planned.member.rejected if end is None or item.logged.ref.position < end
     ]
+    settled = [*rejected, *settled]
+    positions = [ref.position for ref in trained]
+    positions += [item.logged.ref.position for item in settled]
     return MemberOutcome(
-        member=member,
+        planned=planned,
         groups=tuple(groups),
         trained=tuple(trained),
-        settled=(*rejected, *settled),
+        settled=tuple(settled),
         consumed=max(positions, default=None),
         failed=failed,
     )
+
+
+def _parked(reason: Reason, num_failures: int) -> Reason:
+    text = f"parked: failed {num_failures} times: {reason.text}"
+    return Reason(kind=ReasonKind.PARKED, text=text, said=reason.said)

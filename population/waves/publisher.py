@@ -4,39 +4,77 @@ wave's back."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from populace.population.ledger.ledger import Ledger
-from populace.population.waves.wave import MemberOutcome, Publication, Wave
-from populace.storage.catalog.states import AdapterState, RevisionState
+from populace.population.waves.wave import TrainedMember, TrainedWave
+from populace.storage.catalog.states import RevisionState
 from populace.storage.log.loading import blob_context
-from populace.storage.log.owner import Owner, RevisionDraft
-from populace.storage.log.records import Batch, Record, RecordHeader
-from populace.workers.batch import AdapterKey, AdapterUpdate, StepResult
+from populace.storage.log.owner import NewRevision, Owner
+from populace.storage.log.records import (
+    NO_SIGNAL,
+    NOT_FINITE,
+    Record,
+    RecordBatch,
+    RecordHeader,
+    RevisionEntry,
+    Settled,
+    SettledEvent,
+)
+from populace.workers.batch import AdapterKey, UpdateStatus
 from populace.workers.evidence import encode_evidence
+
+REASONS_WITHOUT_UPDATE = {
+    UpdateStatus.NO_SIGNAL: NO_SIGNAL,
+    UpdateStatus.NON_FINITE: NOT_FINITE,
+}
+"""Status of an update -> what settles its events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Update:
-    """One member's new revision, and what it starts from."""
+class Landed:
+    """What of a wave is in the log now, whatever became of the rest."""
 
-    outcome: MemberOutcome
-    update: AdapterUpdate
-    adapter: AdapterState
-    parent: RevisionState | None
+    records: tuple[tuple[RecordHeader, Record], ...]
+    error: BaseException | None
+    """Why there isn't more."""
+
+
+class Publication:
+    """A wave that is being written."""
+
+    def __init__(self, trained: TrainedWave, written: Future[Landed]) -> None:
+        self.trained, self._written = trained, written
+        self._is_collected = False
+
+    @property
+    def renamed(self) -> list[tuple[AdapterKey, AdapterKey]]:
+        """Slots whose content is another revision once everything is written."""
+        return [member.renamed for member in self.trained.members if member.is_updated]
+
+    @property
+    def pseudonyms(self) -> list[str]:
+        return [member.planned.member.pseudonym for member in self.trained.members]
+
+    def collect(self) -> Landed | None:
+        """Wait for the writer. What landed is handed out once, to be applied once; None
+        afterwards."""
+        if self._is_collected:
+            return None
+        landed = self._written.result()
+        self._is_collected = True
+        return landed
 
 
 class Publisher:
     """Writes waves one after another, in a thread of its own. Nothing here touches the catalog."""
 
     def __init__(self, ledger: Ledger, settings: Mapping[str, Any], template_digest: str) -> None:
-        self._ledger, self._thread = (
-            ledger,
-            ThreadPoolExecutor(1, thread_name_prefix="populace-publish"),
-        )
+        self._ledger = ledger
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="populace-publish")
         self._parameters = {
             "algorithm": "grpo+reinforce+sft",
             **{part: settings[part] for part in ("train", "optimizer", "rollout")},
@@ -44,111 +82,118 @@ class Publisher:
         }
         self._materials = {"base": ledger.meta.base_digest, "chat_template": template_digest}
 
-    def start(
-        self,
-        wave: Wave,
-        adapters: Mapping[str, AdapterState],
-        outcomes: Sequence[MemberOutcome],
-        result: StepResult,
-        numerics: Mapping[str, str],
-    ) -> Publication:
+    def start(self, trained: TrainedWave, numerics: Mapping[str, str]) -> Publication:
         """Partition by partition: one atomic record for the new revisions, one for users without
         any."""
-        updates: dict[int, list[_Update]] = {}
-        others: dict[int, list[Record]] = {}
-        renamed = []
-        for outcome, update in zip(outcomes, result.updates, strict=True):
-            member, adapter = outcome.member, adapters[outcome.member.pseudonym]
-            others.setdefault(member.partition, [])
-            if update.status == "updated":
-                parent = (
-                    self._ledger.catalog.revision_of(adapter.pseudonym, adapter.tip)
-                    if adapter.tip
-                    else None
-                )
-                item = _Update(outcome=outcome, update=update, adapter=adapter, parent=parent)
-                updates.setdefault(member.partition, []).append(item)
-                renamed.append(
-                    (
-                        AdapterKey(adapter.pseudonym, adapter.tip),
-                        AdapterKey(adapter.pseudonym, adapter.next_revision),
-                    )
-                )
-            elif (record := outcome.without_update(update.status)) is not None:
-                others[member.partition].append(record)
-            if outcome.failed is not None:
-                others[member.partition].append(outcome.failed)
-        owners = {partition: self._ledger.owner(partition) for partition in others}
-        records: list[tuple[RecordHeader, Record]] = []
-        written = self._thread.submit(
-            self._write,
-            wave,
-            owners,
-            updates,
-            others,
-            {**numerics, "populace": version("populace")},
-            records,
-        )
-        return Publication(
-            written=written, records=records, renamed=renamed, pseudonyms=tuple(adapters)
-        )
+        by_partition: dict[int, list[_Row]] = {}
+        for member in trained.members:
+            row = _Row(member=member, parent=self._parent(member))
+            by_partition.setdefault(member.planned.member.partition, []).append(row)
+        owners = {partition: self._ledger.owners[partition] for partition in by_partition}
+        told = {**numerics, "populace": version("populace")}
+        written = self._thread.submit(self._write, trained.wave_id, by_partition, owners, told)
+        return Publication(trained, written)
 
     def close(self) -> None:
+        """Wait for what is being written, and end the thread."""
         self._thread.shutdown()
+
+    def _parent(self, member: TrainedMember) -> RevisionState | None:
+        """The committed revision that an update started from; None: revision 0, or no update."""
+        adapter = member.planned.adapter
+        if not member.is_updated or not adapter.tip:
+            return None
+        return self._ledger.catalog.revision_of(adapter.pseudonym, adapter.tip)
+
+    # In the publisher's thread.
 
     def _write(
         self,
-        wave: Wave,
+        wave_id: str,
+        by_partition: Mapping[int, list[_Row]],
         owners: Mapping[int, Owner],
-        updates: Mapping[int, list[_Update]],
-        others: Mapping[int, list[Record]],
         numerics: Mapping[str, str],
-        records: list[tuple[RecordHeader, Record]],
-    ) -> None:
-        for partition, owner in owners.items():
-            drafts = [self._draft(item) for item in updates.get(partition, [])]
-            if drafts:
-                records.append(
-                    owner.commit_wave(
-                        wave.wave_id,
-                        drafts,
+    ) -> Landed:
+        landed: list[tuple[RecordHeader, Record]] = []
+        try:
+            for partition, rows in by_partition.items():
+                updated = [row for row in rows if row.member.is_updated]
+                if updated:
+                    commit = owners[partition].commit_wave(
+                        wave_id,
+                        [self._new_revision(row) for row in updated],
                         parameters=self._parameters,
                         materials=self._materials,
                         numerics=numerics,
                     )
-                )
-            # Failures last: a user's new revision clears those of its earlier events.
-            if own := others[partition]:
-                record = own[0] if len(own) == 1 else Batch(records=own)
-                records.append((owner.append(record), record))
+                    landed.append(commit)
+                # Failures last: a user's new revision clears those of its earlier events.
+                if others := self._others([row.member for row in rows]):
+                    record = others[0] if len(others) == 1 else RecordBatch(records=others)
+                    landed.append((owners[partition].append(record), record))
+        except BaseException as error:
+            return Landed(records=tuple(landed), error=error)
+        return Landed(records=tuple(landed), error=None)
 
-    def _draft(self, item: _Update) -> RevisionDraft:
-        pseudonym, revision, keys = (
-            item.adapter.pseudonym,
-            item.adapter.next_revision,
-            self._ledger.keys,
+    def _others(self, members: Sequence[TrainedMember]) -> list[Record]:
+        """The records of events that end without a revision, or failed."""
+        records: list[Record] = []
+        for member in members:
+            if not member.is_updated and (record := self._settled(member)) is not None:
+                records.append(record)
+            if member.outcome.failed is not None:
+                records.append(member.outcome.failed)
+        return records
+
+    def _settled(self, member: TrainedMember) -> Settled | None:
+        """The record of a user whose events end without a revision; None if none does."""
+        outcome = member.outcome
+        if outcome.consumed is None:
+            return None
+        reason = REASONS_WITHOUT_UPDATE[member.update.status]
+        without = [SettledEvent(event=ref, reason=reason) for ref in outcome.trained]
+        return Settled(
+            pseudonym=outcome.planned.member.pseudonym,
+            events=[*map(self._ledger.seals.settled, outcome.settled), *without],
+            consumed=outcome.consumed,
         )
-        parent = {} if item.parent is None else item.parent.blobs
+
+    def _new_revision(self, row: _Row) -> NewRevision:
+        outcome, update, adapter = row.member.outcome, row.member.update, row.member.planned.adapter
+        pseudonym, revision = adapter.pseudonym, adapter.next_revision
+        parent = {} if row.parent is None else row.parent.blobs
         parts = {
-            "weights": item.update.weights,
-            "moments": item.update.moments,
-            "evidence": encode_evidence(item.outcome.groups),
+            "weights": update.weights,
+            "moments": update.moments,
+            "evidence": encode_evidence(outcome.groups),
         }
-        consumed = item.outcome.consumed
-        assert consumed is not None
-        return RevisionDraft(
+        assert outcome.consumed is not None
+        entry = RevisionEntry(
             pseudonym=pseudonym,
             revision=revision,
-            parent=item.adapter.tip,
+            parent=adapter.tip,
             parent_sha256=parent["weights"].sha256 if parent else None,
             parent_moments_sha256=parent["moments"].sha256 if "moments" in parent else None,
+            blobs={},
+            experts=list(update.experts),
+            trained=list(outcome.trained),
+            settled=list(map(self._ledger.seals.settled, outcome.settled)),
+            consumed=outcome.consumed,
+            metrics=update.metrics,
+        )
+        seal = self._ledger.keys.seal
+        return NewRevision(
+            entry=entry,
             blobs={
-                part: keys.seal(pseudonym, blob, blob_context(part, revision))
+                part: seal(pseudonym, blob, blob_context(part, revision))
                 for part, blob in parts.items()
             },
-            experts=list(item.update.experts),
-            trained=list(item.outcome.trained),
-            settled=list(item.outcome.settled),
-            consumed=consumed,
-            metrics=item.update.metrics,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A trained member, and the committed revision that it started from."""
+
+    member: TrainedMember
+    parent: RevisionState | None

@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from populace.population.waves.outcomes import kind_of
-from populace.population.waves.wave import REASONS_WITHOUT_UPDATE, MemberOutcome, Wave
-from populace.storage.log.records import Settled, Tombstone, Verdict
-from populace.workers.batch import Paging, StepResult
+from populace.population.waves.wave import TrainedWave
+from populace.storage.log.records import ReasonKind, Settled, Tombstone, Verdict
+from populace.workers.batch import Paging, UpdateStatus
+
+KINDS_WITHOUT_UPDATE = {
+    UpdateStatus.NO_SIGNAL: ReasonKind.NO_SIGNAL,
+    UpdateStatus.NON_FINITE: ReasonKind.NOT_FINITE,
+}
+"""Status of an update -> how its events end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +28,9 @@ class WaveReport:
     num_revisions: int
     num_trained: int
     """Events that revisions learned from."""
-    settled: Mapping[str, int]
-    """Kind of reason -> events that ended without being trained on, also those between the last
-    wave and this one."""
+    settled: Mapping[ReasonKind, int]
+    """Events that ended without being trained on, also those between the last wave and this
+    one."""
     num_tokens: int
     """Of completions."""
     num_targets: int
@@ -48,6 +53,24 @@ class WaveReport:
     in here."""
     paging: Paging
     """Where the wave's adapters were found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What is true of a run between two waves, for those who watch it."""
+
+    population: str
+    num_waves: int
+    """Trained since the run started."""
+    num_pending: int
+    """Events that wait to be trained on."""
+    oldest_wait_s: float
+    num_partitions: int
+    """That this controller owns."""
+    num_adapters: int
+    """In the store."""
+    num_updated: int
+    """Adapters with a revision above 0."""
 
 
 def change_of(record: Verdict | Tombstone) -> str:
@@ -83,41 +106,40 @@ class Clock:
 
 
 def report_of(
-    wave: Wave,
+    trained: TrainedWave,
     paging: Paging,
-    outcomes: Sequence[MemberOutcome],
-    result: StepResult,
     verdicts: Sequence[Verdict],
     between: Sequence[Verdict | Tombstone | Settled],
     seconds: Mapping[str, float],
 ) -> WaveReport:
     """What a wave did. `between`: what was written since the last report, beside waves."""
-    rewards = [update.metrics["reward"] for update in result.updates if "reward" in update.metrics]
-    reasons = [
-        item.reason for record in between if isinstance(record, Settled) for item in record.events
-    ]
+    settled = Counter(
+        item.kind for record in between if isinstance(record, Settled) for item in record.events
+    )
     num_trained = 0
-    for outcome, update in zip(outcomes, result.updates, strict=True):
-        reasons += [item.reason for item in outcome.settled]
-        if update.status == "updated":
-            num_trained += len(outcome.trained)
+    for member in trained.members:
+        settled.update(item.reason.kind for item in member.outcome.settled)
+        if member.is_updated:
+            num_trained += len(member.outcome.trained)
         else:
-            reasons += [REASONS_WITHOUT_UPDATE[update.status]] * len(outcome.trained)
+            kind = KINDS_WITHOUT_UPDATE[member.update.status]
+            settled.update([kind] * len(member.outcome.trained))
+    metrics = [member.update.metrics for member in trained.members]
+    rewards = [own["reward"] for own in metrics if "reward" in own]
+    num_out, num_replayed = trained.out_of_route
     return WaveReport(
-        wave=wave.wave_id,
-        num_adapters=len(wave.members),
-        num_revisions=sum(update.status == "updated" for update in result.updates),
+        wave=trained.wave_id,
+        num_adapters=len(trained.members),
+        num_revisions=sum(member.is_updated for member in trained.members),
         num_trained=num_trained,
-        settled=Counter(map(kind_of, reasons)),
-        num_tokens=int(sum(update.metrics.get("tokens", 0) for update in result.updates)),
-        num_targets=int(sum(update.metrics.get("targets", 0) for update in result.updates)),
-        num_rows=result.num_rows,
+        settled=settled,
+        num_tokens=int(sum(own.get("tokens", 0) for own in metrics)),
+        num_targets=int(sum(own.get("targets", 0) for own in metrics)),
+        num_rows=trained.num_rows,
         mean_reward=fmean(rewards) if rewards else None,
-        rollout_kl=_mean_over_tokens(result, "rollout_kl"),
-        masked_share=_mean_over_tokens(result, "masked_share"),
-        out_of_route=result.out_of_route[0] / result.out_of_route[1]
-        if result.out_of_route[1]
-        else None,
+        rollout_kl=_mean_over_tokens(metrics, "rollout_kl"),
+        masked_share=_mean_over_tokens(metrics, "masked_share"),
+        out_of_route=num_out / num_replayed if num_replayed else None,
         verdicts=tuple(verdicts),
         answered=tuple(record for record in between if not isinstance(record, Settled)),
         seconds=dict(seconds),
@@ -125,12 +147,8 @@ def report_of(
     )
 
 
-def _mean_over_tokens(result: StepResult, name: str) -> float | None:
+def _mean_over_tokens(metrics: Sequence[Mapping[str, float]], name: str) -> float | None:
     """A metric of the adapters that have it, weighted by their tokens."""
-    known = [update.metrics for update in result.updates if name in update.metrics]
-    num_tokens = sum(metrics["tokens"] for metrics in known)
-    return (
-        sum(metrics[name] * metrics["tokens"] for metrics in known) / num_tokens
-        if num_tokens
-        else None
-    )
+    known = [own for own in metrics if name in own]
+    num_tokens = sum(own["tokens"] for own in known)
+    return sum(own[name] * own["tokens"] for own in known) / num_tokens if num_tokens else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from populace.population.experience.sealing import Reason
 from populace.population.waves.rewards import RewardOutcome, RewardRequest, score_replies
 
 START_GRACE_S = 30.0
@@ -29,13 +30,13 @@ CREDENTIALS = (
 
 
 def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[RewardOutcome]:
-    """`score_replies` for every request in Ray tasks, as many at a time as there are processors.
+    """`score_replies` for every request in Ray tasks, as many at a time as there are CPUs.
 
     The time limit counts from where the user's code starts. A task that an alarm can't interrupt is
-    killed `START_GRACE_S` later; tasks never wait behind it, because they ask Ray for no processor.
+    killed `START_GRACE_S` later; tasks never wait behind it, because they ask Ray for no CPU.
     """
     remote = _scoring_task()
-    outcomes: list[RewardOutcome] = [""] * len(requests)
+    outcomes: list[RewardOutcome] = [()] * len(requests)
     queue = list(range(len(requests)))[::-1]
     running: dict[Any, tuple[int, float]] = {}
     while queue or running:
@@ -49,12 +50,16 @@ def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[Re
             try:
                 outcomes[index] = ray.get(reference)
             except Exception as error:  # the worker died under user code
-                outcomes[index] = f"reward task failed: {type(error).__name__}: {error}"
+                outcomes[index] = Reason(
+                    text=f"reward task failed: {type(error).__name__}", said=str(error)
+                )
         for reference, (index, deadline) in list(running.items()):
             if time.monotonic() > deadline:
                 ray.cancel(reference, force=True)
                 del running[reference]
-                outcomes[index] = f"reward took longer than {timeout_s} s and was killed"
+                outcomes[index] = Reason(
+                    text=f"reward took longer than {timeout_s} s and was killed"
+                )
     return outcomes
 
 

@@ -1,4 +1,4 @@
-"""Rewards: user code, named `module:function`, run as Ray tasks with a time limit.
+"""Rewards: user code, named `module:function`. Free of Ray; `reward_tasks.py` runs them there.
 
 A reward is called as `function(reply, **reward_args)` and returns a finite number, by convention in
 0..1. One that raises, hangs or returns something else costs its own event and nothing more.
@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from populace.population.experience.checks import MAX_REWARD
+from populace.population.experience.sealing import Reason
 from populace.storage.errors import InvalidInput
 
 
@@ -41,7 +42,7 @@ class RewardRequest:
     replies: tuple[Reply, ...]
 
 
-RewardOutcome = tuple[float, ...] | str
+RewardOutcome = tuple[float, ...] | Reason
 """A reward per answer, or why there is none."""
 
 
@@ -69,9 +70,13 @@ def score_replies(request: RewardRequest, timeout_s: float | None = None) -> Rew
         with _alarm(timeout_s):
             rewards = tuple(float(reward(reply, **request.arguments)) for reply in request.replies)
     except Exception as error:  # user code: anything can come out of it
-        return f"reward {request.target} raised {type(error).__name__}\n{error}"
+        text = f"reward {request.target} raised {type(error).__name__}"
+        return Reason(text=text, said=str(error))
     if not all(abs(value) <= MAX_REWARD for value in rewards):
-        return f"reward {request.target} returned {rewards}; rewards must be finite, by convention 0 to 1"
+        return Reason(
+            text=f"reward {request.target} returned {rewards}; rewards must be finite, by "
+            "convention 0 to 1"
+        )
     return rewards
 
 

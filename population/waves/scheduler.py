@@ -25,43 +25,10 @@ from populace.configs.schema import SchedulerSettings
 from populace.population.experience.pending import Candidates, Floats
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What one wave may take; None: as much as it likes. A user who alone needs more is served with
-    nobody beside."""
-
-    max_adapters: int
-    max_tokens: float | None = None
-    max_rank: float | None = None
-    """Sum over the wave's adapters."""
-    max_load_bytes: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """See configs/schema.py, SchedulerSettings."""
-
-    weight_G: Floats
-    events_per_update: int
-    residency_bonus_s: float = 0.0
-    evidence_bonus_s: float = 0.0
-    min_events: int = 1
-    patience_s: float = 60.0
-    cool_down_s: float = 0.0
-
-
-def policy_of(settings: SchedulerSettings) -> Policy:
-    """How the scheduler decides, from the settings."""
-    weights = [settings.weight, *(tenant.weight for tenant in settings.tenants.values())]
-    return Policy(
-        weight_G=np.array(weights, np.float64),
-        events_per_update=settings.events_per_update,
-        residency_bonus_s=settings.residency_bonus_s,
-        evidence_bonus_s=settings.evidence_bonus_s,
-        min_events=settings.min_events,
-        patience_s=settings.patience_s,
-        cool_down_s=settings.cool_down_s,
-    )
+def weights_of(settings: SchedulerSettings) -> Floats:
+    """[G] weights of the tenants: first of the users that belong to none."""
+    tenants = settings.tenants.values()
+    return np.array([settings.weight, *(tenant.weight for tenant in tenants)], np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,26 +54,25 @@ class Choice:
 
 
 def form_wave(
-    candidates: Candidates, budget: Budget, policy: Policy, served: Served, now_s: float
+    candidates: Candidates, settings: SchedulerSettings, served: Served, now_s: float
 ) -> Choice:
-    """The next wave. Same inputs, same wave; no budget is exceeded, except by a user who alone is
-    above it.
+    """The next wave. Same inputs, same wave; no budget of `settings` is exceeded, except by a user
+    who alone is above it.
 
     A user who doesn't fit beside the others keeps its tenant's later users out of this wave, so
     that the tenant's virtual time stands still until the user is first of all and fits alone."""
-    row_U = _ready(candidates, policy, now_s)
-    front = row_U[
-        _fronts(_places(candidates, policy, row_U), candidates.tenant[row_U], budget.max_adapters)
-    ]
-    tenant, needs = candidates.tenant[front], _needs(candidates, budget, front)
+    most, weight_G = settings.max_adapters_per_wave, weights_of(settings)
+    row_U = _ready(candidates, settings, now_s)
+    place_U = _places(candidates, settings, row_U)
+    front = row_U[_fronts(place_U, candidates.tenant[row_U], most)]
+    tenant, demands = candidates.tenant[front], _demands(candidates, settings, front)
     # A tenant pays for the resource of which a user takes the largest share of a wave.
-    cost = np.maximum.reduce(
-        [np.full(len(front), 1 / budget.max_adapters), *(column / most for column, most in needs)]
-    )
-    finish = _finish_times(tenant, cost, policy.weight_G, served.time_G)
-    taken = _fill(np.argsort(finish, kind="stable"), tenant, needs, budget.max_adapters)
+    shares = [np.full(len(front), 1 / most), *(column / budget for column, budget in demands)]
+    cost = np.maximum.reduce(shares)
+    finish = _finish_times(tenant, cost, weight_G, served.time_G)
+    taken = _fill(np.argsort(finish, kind="stable"), tenant, demands, most)
     time_G = served.time_G.copy()
-    np.add.at(time_G, tenant[taken], cost[taken] / policy.weight_G[tenant[taken]])
+    np.add.at(time_G, tenant[taken], cost[taken] / weight_G[tenant[taken]])
     return Choice(
         chosen=front[taken],
         served=Served(time_G=_without_credit(time_G, tenant)),
@@ -114,31 +80,32 @@ def form_wave(
     )
 
 
-def _ready(candidates: Candidates, policy: Policy, now_s: float) -> NDArray[np.int64]:
+def _ready(candidates: Candidates, settings: SchedulerSettings, now_s: float) -> NDArray[np.int64]:
     """Who has enough evidence, or has waited long enough for it, and wasn't updated a moment
     ago."""
     row_U = candidates.row_U
-    if policy.cool_down_s:
-        row_U = row_U[now_s - candidates.updated[row_U] >= policy.cool_down_s]
-    if policy.min_events > 1:
-        num_events, has_waited = (
-            candidates.num_events[row_U],
-            now_s - candidates.since[row_U] >= policy.patience_s,
-        )
+    if settings.cool_down_s:
+        row_U = row_U[now_s - candidates.updated[row_U] >= settings.cool_down_s]
+    if settings.min_events > 1:
+        num_events = candidates.num_events[row_U]
+        has_waited = now_s - candidates.since[row_U] >= settings.patience_s
         # Without anything to train on there is only something to settle, which needs no evidence.
-        row_U = row_U[(num_events >= policy.min_events) | has_waited | (num_events == 0)]
+        row_U = row_U[(num_events >= settings.min_events) | has_waited | (num_events == 0)]
     return row_U
 
 
-def _places(candidates: Candidates, policy: Policy, row_U: NDArray[np.int64]) -> Floats:
+def _places(
+    candidates: Candidates, settings: SchedulerSettings, row_U: NDArray[np.int64]
+) -> Floats:
     """When everybody got in line, bonuses counted."""
     place_U = candidates.since[row_U]
-    if policy.residency_bonus_s:
-        place_U -= policy.residency_bonus_s * candidates.is_hot[row_U]
-    if policy.evidence_bonus_s:
+    if settings.residency_bonus_s:
+        place_U -= settings.residency_bonus_s * candidates.is_hot[row_U]
+    if settings.evidence_bonus_s:
         # Twice the evidence of an update is as much as counts.
-        most = 2 * policy.events_per_update
-        place_U -= np.minimum(candidates.num_events[row_U], most) * (policy.evidence_bonus_s / most)
+        most = 2 * settings.events_per_update
+        evidence_U = np.minimum(candidates.num_events[row_U], most)
+        place_U -= evidence_U * (settings.evidence_bonus_s / most)
     return place_U
 
 
@@ -157,20 +124,21 @@ def _fronts(place_U: Floats, tenant_U: NDArray[np.uint16], length: int) -> NDArr
     return order
 
 
-def _needs(
-    candidates: Candidates, budget: Budget, front: NDArray[np.int64]
+def _demands(
+    candidates: Candidates, settings: SchedulerSettings, front: NDArray[np.int64]
 ) -> list[tuple[NDArray[Any], float]]:
-    """What each takes of every limited resource, and how much there is of it. Who needs more than
-    there is takes all of it, and is served with nobody beside: it must not block its tenant for
-    ever."""
-    rank = candidates.rank[front]
+    """Each user's demand on each limited resource, with that resource's budget. A demand above the
+    budget is clamped to it: such a user gets a wave alone instead of blocking its tenant."""
+    rank, megabytes = candidates.rank[front], settings.max_load_mb_per_wave
     load_bytes = np.where(candidates.is_hot[front], 0.0, rank * candidates.load_bytes_per_rank)
-    columns = (
-        (candidates.tokens[front], budget.max_tokens),
-        (rank, budget.max_rank),
-        (load_bytes, budget.max_load_bytes),
+    budgets = (
+        (candidates.tokens[front], settings.max_tokens_per_wave),
+        (rank, settings.max_rank_per_wave),
+        (load_bytes, None if megabytes is None else megabytes * 1e6),
     )
-    return [(np.minimum(column, most), most) for column, most in columns if most is not None]
+    return [
+        (np.minimum(demand, budget), budget) for demand, budget in budgets if budget is not None
+    ]
 
 
 def _finish_times(
@@ -192,28 +160,25 @@ def _finish_times(
 def _fill(
     line: NDArray[np.int64],
     tenant: NDArray[np.uint16],
-    needs: list[tuple[NDArray[Any], float]],
+    demands: list[tuple[NDArray[Any], float]],
     max_adapters: int,
 ) -> NDArray[np.int64]:
     """Who of `line` fits together, first come, first served."""
-    left = [most for _, most in needs]
+    left = [budget for _, budget in demands]
     taken: list[int] = []
     blocked: set[int] = set()
     for start in range(0, len(line), 2 * max_adapters):  # in parts: mostly the first one is enough
         places = line[start : start + 2 * max_adapters]
-        wanted = (
-            zip(*(column[places].tolist() for column, _ in needs), strict=True)
-            if needs
-            else [()] * len(places)
-        )
-        for place, group, need in zip(
+        columns = [column[places].tolist() for column, _ in demands]
+        wanted = zip(*columns, strict=True) if columns else [()] * len(places)
+        for place, group, demand in zip(
             places.tolist(), tenant[places].tolist(), wanted, strict=True
         ):
             if len(taken) == max_adapters:
                 return np.array(taken, np.int64)
             if group in blocked:
                 continue
-            room = [have - amount for have, amount in zip(left, need, strict=True)]
+            room = [have - amount for have, amount in zip(left, demand, strict=True)]
             if min(room, default=0.0) < 0:
                 blocked.add(group)
                 continue
@@ -223,12 +188,12 @@ def _fill(
 
 
 def _without_credit(time_G: Floats, tenant: NDArray[np.uint16]) -> Floats:
-    """Who had nothing waiting saves up nothing: it starts again level with those who wait."""
+    """Tenants with nothing waiting save up nothing: they start again level with those who wait."""
     is_waiting = np.zeros(len(time_G), bool)
     is_waiting[np.unique(tenant)] = True
-    if is_waiting.any():
-        level = time_G[is_waiting].min()
-        time_G = (
-            np.where(is_waiting, time_G, np.maximum(time_G, level)) - level
-        )  # only differences count
-    return time_G
+    if not is_waiting.any():
+        return time_G
+    level = time_G[is_waiting].min()
+    # Only differences count.
+    leveled: Floats = np.where(is_waiting, time_G, np.maximum(time_G, level)) - level
+    return leveled

@@ -1,83 +1,126 @@
-"""Every noun of a wave, one row per member."""
+"""The nouns of a wave, one row per member at every stage.
+
+    WaveMember -> PlannedMember -> MemberOutcome -> TrainedMember      what is known of one user
+                  PlannedWave -> RollingWave ---- > TrainedWave        all of them together
+
+Every row holds the one before it, so that nothing has to be matched by its place in a list.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from populace.population.experience.events import UserId
-from populace.population.experience.sealing import LoggedEvent
-from populace.population.waves.rollouts import Rollout
+from populace.population.experience.sealing import LoggedEvent, Reason, Settlement
 from populace.storage.catalog.states import AdapterState
-from populace.storage.log.records import (
-    EventRef,
-    Failed,
-    Position,
-    Record,
-    RecordHeader,
-    Settled,
-    SettledEvent,
+from populace.storage.log.records import EventRef, Failed, Position
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    AdapterRef,
+    AdapterUpdate,
+    Floats,
+    Paging,
+    RolloutGroup,
+    RolloutRequest,
+    StepResult,
+    TrainGroup,
+    UpdateStatus,
+    WaveBatch,
 )
-from populace.workers.batch import AdapterKey, AdapterRef, Paging, RolloutRequest, TrainGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveMember:
-    """One adapter's share of a wave."""
+    """A user who was chosen, with the next events of the user's stream.
+
+    Example: `WaveMember(user="ada", pseudonym="3f…", partition=2, events=(logged,), rejected=())`.
+    """
 
     user: UserId
     pseudonym: str
     partition: int
     events: tuple[LoggedEvent, ...]
-    rejected: tuple[SettledEvent, ...]
-    """Events in the same prefix that are settled without a try."""
+    rejected: tuple[Settlement, ...]
+    """Events between these that are settled without a try."""
 
     @property
     def consumed(self) -> Position:
         """Everything of this user up to here is accounted for once the wave commits."""
         positions = [event.ref.position for event in self.events]
-        return max(positions + [item.event.position for item in self.rejected])
+        return max(positions + [item.logged.ref.position for item in self.rejected])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wave:
-    """The adapters that one fused step updates. No adapter is in it twice."""
-
-    wave_id: str
-    members: tuple[WaveMember, ...]
-
-
-def wave_of(members: Iterable[WaveMember]) -> Wave:
-    """A wave under a name that only this set of adapters and events can have."""
-    members = tuple(members)
+def wave_id_of(members: Iterable[WaveMember]) -> str:
+    """A name that only this set of adapters and events can have: 96 bits, hex."""
     digest = hashlib.blake2b(digest_size=12)
     for member in members:
         digest.update(f"{member.pseudonym}:{member.consumed};".encode())
-    return Wave(wave_id=digest.hexdigest(), members=members)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedEvent:
+    """An event and what there is to do with it: to roll out, to train on as it is, or nothing."""
+
+    logged: LoggedEvent
+    next: RolloutRequest | TrainGroup | Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedMember:
+    """A member whose attempt is logged: its adapter exists, and its events are prepared."""
+
+    member: WaveMember
+    adapter: AdapterState
+    """As it was when the wave was planned; nobody else changes it until the wave ends."""
+    ref: AdapterRef
+    """Of the tip, which is what the wave starts from."""
+    events: tuple[PreparedEvent, ...]
+
+    @property
+    def key(self) -> AdapterKey:
+        return self.ref.key
+
+    @property
+    def requests(self) -> list[RolloutRequest]:
+        """What is to be rolled out for this member."""
+        return [item.next for item in self.events if isinstance(item.next, RolloutRequest)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedWave:
-    """A wave whose attempt is logged."""
+    """The adapters that one fused step is going to update. No adapter is in it twice."""
 
-    wave: Wave
-    adapters: dict[str, AdapterState]
-    prepared: tuple[Prepared, ...]
-    refs: tuple[AdapterRef, ...]
+    wave_id: str
+    members: tuple[PlannedMember, ...]
+
+    @property
+    def pseudonyms(self) -> list[str]:
+        return [planned.member.pseudonym for planned in self.members]
+
+    @property
+    def refs(self) -> list[AdapterRef]:
+        return [planned.ref for planned in self.members]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """`records` grows while it is being written: what is in it has landed, whatever becomes of the
-    rest."""
+class Rollout:
+    """A group of samples, and their log-probabilities under the base alone, [C] each."""
 
-    written: Future[None]
-    records: list[tuple[RecordHeader, Record]]
-    renamed: list[tuple[AdapterKey, AdapterKey]]
-    """Slots whose content is another revision once everything is written."""
-    pseudonyms: tuple[str, ...]
+    group: RolloutGroup
+    base_logprobs: tuple[Floats, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledOut:
+    """What the workers say after a wave's adapters were paged in and its tasks rolled out."""
+
+    paging: Paging
+    rollouts: tuple[Rollout, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,46 +128,78 @@ class RollingWave:
     """A wave whose rollouts are under way, or done."""
 
     planned: PlannedWave
-    rollouts: Future[list[Rollout]]
-    paging: list[Paging]
-    """One, once the adapters are hot."""
-
-
-REASONS_WITHOUT_UPDATE = {"no_signal": "no signal", "non_finite": "gradient not finite"}
+    rolled: Future[RolledOut]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberOutcome:
-    """A prefix of the member's events is accounted for; it ends before the first one that failed
-    and may be tried again."""
+    """What becomes of a member's events: a prefix of them is accounted for. It ends before the
+    first one that failed and may be tried again."""
 
-    member: WaveMember
+    planned: PlannedMember
     groups: tuple[TrainGroup, ...]
     trained: tuple[EventRef, ...]
     """What `groups` were made from."""
-    settled: tuple[SettledEvent, ...]
+    settled: tuple[Settlement, ...]
     consumed: Position | None
     """None: nothing is accounted for."""
     failed: Failed | None
 
-    def without_update(self, status: str) -> Settled | None:
-        """The record of a user whose events end without a revision; None if none does."""
-        if self.consumed is None:
-            return None
-        rest = [
-            SettledEvent(event=ref, reason=REASONS_WITHOUT_UPDATE[status]) for ref in self.trained
-        ]
-        return Settled(
-            pseudonym=self.member.pseudonym, events=[*self.settled, *rest], consumed=self.consumed
+
+def batch_of(outcomes: Sequence[MemberOutcome]) -> WaveBatch:
+    """What the workers train on."""
+    return WaveBatch(
+        adapters=tuple(
+            AdapterBatch(adapter=outcome.planned.key, groups=outcome.groups) for outcome in outcomes
         )
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """One adapter's events, sorted by what has to happen to them."""
+class TrainedMember:
+    """A member after the fused step: what is to be published."""
 
-    adapter: AdapterKey
-    requests: tuple[RolloutRequest, ...]
-    groups: dict[str, TrainGroup]
-    """Event id -> group, for logged events."""
-    settled: tuple[SettledEvent, ...]
+    outcome: MemberOutcome
+    update: AdapterUpdate
+
+    @property
+    def planned(self) -> PlannedMember:
+        return self.outcome.planned
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether there is a new revision; without one the events are settled."""
+        return self.update.status is UpdateStatus.UPDATED
+
+    @property
+    def renamed(self) -> tuple[AdapterKey, AdapterKey]:
+        """What its slot held, and what it holds once the new revision is committed."""
+        adapter = self.planned.adapter
+        return self.planned.key, AdapterKey(adapter.pseudonym, adapter.next_revision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedWave:
+    """A wave after its fused step."""
+
+    wave_id: str
+    members: tuple[TrainedMember, ...]
+    num_rows: int
+    """Rows that went through the base in the step, prompts and padding included."""
+    out_of_route: tuple[int, int]
+    """See `StepResult.out_of_route`."""
+
+    @staticmethod
+    def of(wave_id: str, outcomes: Sequence[MemberOutcome], result: StepResult) -> TrainedWave:
+        """Each member with its own update, found by the adapter's key."""
+        updates = {update.adapter: update for update in result.updates}
+        members = tuple(
+            TrainedMember(outcome=outcome, update=updates[outcome.planned.key])
+            for outcome in outcomes
+        )
+        return TrainedWave(
+            wave_id=wave_id,
+            members=members,
+            num_rows=result.num_rows,
+            out_of_route=result.out_of_route,
+        )
