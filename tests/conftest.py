@@ -7,9 +7,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["TRITON_INTERPRET"] = (
-    "1"  # before Triton is imported: its kernels run in NumPy, on this machine
-)
+# Before Triton is imported: its kernels run in NumPy, on this machine.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,13 +29,10 @@ from populace.configs.schema import (
     TrainSettings,
 )
 from populace.population.client import Population
-from populace.population.controller import Controller
-from populace.population.waves.chat import Chat
-from populace.population.waves.rewards import RewardOutcome, RewardRequest, score_replies
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings
-from populace.workers.step.train import TrainerSettings
-from tests import tiny
+from tests.support import tiny
+from tests.support.loops import Loop, chat_of, engine_of
 
 torch.set_num_threads(1)
 
@@ -73,7 +69,6 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
         train = TrainSettings(
             backend=backend, max_rows_per_pass=max_rows, numerics=numerics, kl_coefficient=0.05
         )
-        trainer = TrainerSettings.of(train, OptimizerSettings(offload=offload))
         settings = ShardSettings(
             base_folder=str(bases[family]),
             dtype=dtype,
@@ -82,7 +77,8 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
             slots=slots,
             threads=threads,
             eos_ids=frozenset({1}),
-            trainer=trainer,
+            train=train,
+            optimizer=OptimizerSettings(offload=offload),
         )
         return ShardEngine(settings, MemoryStore())
 
@@ -108,7 +104,7 @@ def settings(bases: dict[str, Path]) -> Settings:
         evaluation=EvaluationSettings(every_waves=2, heldout_share=0.25, samples_per_task=2),
         rewards=RewardSettings(
             functions={
-                name: f"tests.rewards:{name}"
+                name: f"tests.support.rewards:{name}"
                 for name in (
                     "letters",
                     "length",
@@ -124,23 +120,13 @@ def settings(bases: dict[str, Path]) -> Settings:
     )
 
 
-def score_here(requests: list[RewardRequest], timeout_s: float) -> list[RewardOutcome]:
-    """Rewards in this process; the Ray way has its own test."""
-    return [score_replies(request) for request in requests]
-
-
 @pytest.fixture
-def start(settings: Settings) -> Callable[..., Controller]:
+def start() -> Callable[..., Loop]:
     """A controller that owns a population, with one engine in this process for workers."""
 
-    def start_controller(population: Population, engine: ShardEngine | None = None) -> Controller:
-        chat = Chat(population.base().folder)
-        if engine is None:
-            engine = ShardEngine(
-                population.shard_settings(population.base(), chat), population.store
-            )
+    def start_controller(population: Population, engine: ShardEngine | None = None) -> Loop:
         population.ledger.refresh()
-        population.ledger.claim(population.settings.run.takeover_s)
-        return Controller(population.settings, population.ledger, engine, chat, score_here)
+        population.ownership.claim(population.settings.run.takeover_s)
+        return Loop(population, engine or engine_of(population), chat_of(population))
 
     return start_controller

@@ -22,7 +22,6 @@ from populace.population.watching.beacon import Beacon
 from populace.population.watching.metrics import KEEP_S, RayMetrics
 from populace.population.watching.metrics import Figure as MetricFigure
 from populace.population.watching.views import Views
-from populace.population.waves.chat import Chat
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.counted import CountedStore
@@ -30,6 +29,7 @@ from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.streams import build_base, local_ray, overlap_events, overlap_settings
+from tests.support.loops import chat_of, settings_of
 
 PAIRS = 40
 BLOCKS = 5
@@ -53,17 +53,17 @@ def overhead_figures(folder: Path) -> list[Figure]:
     store = CountedStore(open_store(settings.store))
     population = Population.create(store, settings)
     population.enqueue_many(overlap_events(num_users=32 * 24, per_user=8))
-    population.ledger.join("main", settings.run.takeover_s)
+    population.ownership.join("main", settings.run.takeover_s)
     controller, group = start(settings, population)
     metrics = RayMetrics(settings.name, "main", store.take_calls)
-    views = Views(Beacon(population.ledger.show), metrics)
+    views = Views(Beacon(population.ownership.show), metrics)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     told: list[float] = []
     num_calls: list[int] = []
     for turn in range(2 * PAIRS + 4):
         is_on = (turn + turn // 2) % 2 == 0  # on, off, off, on: a drift falls on both
         began = time.perf_counter()
-        report = controller.run_once()
+        report = controller.wave()
         assert report is not None and report.num_adapters == 32
         waved = time.perf_counter()
         if is_on:
@@ -78,7 +78,7 @@ def overhead_figures(folder: Path) -> list[Figure]:
     for (name, tag), value in list(metrics._gauges.items()):
         metrics._record(MetricFigure(name, value, tag))
     repeating = (time.perf_counter() - began) / KEEP_S
-    population.ledger.release()
+    population.ownership.release()
     group.stop()
     controller.close()
     blocks = [
@@ -96,11 +96,11 @@ def overhead_figures(folder: Path) -> list[Figure]:
 
 
 def start(settings: Settings, population: Population) -> tuple[Controller, ShardGroup]:
-    chat = Chat(population.base().folder)
-    group = ShardGroup(population.shard_settings(population.base(), chat), settings.shard)
+    chat = chat_of(population)
+    group = ShardGroup(settings_of(population), settings.shard)
     group.wait_until_ready()
     while len(population.ledger.owned()) < population.meta.partitions:
-        population.ledger.rebalance(settings.run.takeover_s, lambda: None)
+        population.ownership.rebalance(settings.run.takeover_s, lambda: None)
     return Controller(settings, population.ledger, group, chat, score_on_ray), group
 
 

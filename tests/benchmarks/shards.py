@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 import ray
 
-from populace.configs.schema import GroupSettings, OptimizerSettings, TrainSettings
+from populace.configs.schema import GroupSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.actors.group import NAMESPACE, ShardGroup
@@ -37,11 +37,10 @@ from populace.workers.batch import (
 )
 from populace.workers.shapes import AdapterSpec
 from populace.workers.shards.placement import place_shards
-from populace.workers.step.train import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.step import build_base, demonstration
-from tests.loading import measure
-from tests.routing import NoisyGate, learn_from
+from tests.support.loading import measure
+from tests.support.routing import NoisyGate, learn_from
 
 matplotlib.use("Agg")
 USERS, TOKENS = 32, 64
@@ -54,7 +53,7 @@ def settings_for(folder: Path, store: Path, threads: int) -> ShardSettings:
         base_folder=str(folder), dtype="float32", store_url=str(store), population="bench",
         slots=2 * USERS,
         threads=threads, eos_ids=frozenset(),
-        trainer=TrainerSettings.of(TrainSettings(kl_coefficient=0.0), OptimizerSettings()),
+        train=TrainSettings(kl_coefficient=0.0),
     )  # fmt: skip
 
 
@@ -214,7 +213,7 @@ def main(names: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_base(folder / "base")
-        from tests import tiny
+        from tests.support import tiny
 
         tiny.build("mixtral", folder / "tiny")
         parts: dict[str, Callable[[], Iterator[Figure]]] = {

@@ -43,7 +43,6 @@ from populace.workers.batch import (
 from populace.workers.shapes import AdapterSpec
 from populace.workers.step import train as train_step
 from populace.workers.step.optimizer import update_adapters
-from populace.workers.step.train import TrainerSettings
 from tests.benchmarks.figures import Figure, figure, publish
 
 VOCABULARY, HIDDEN, LAYERS, INNER, EXPERTS, TOP_K = 8192, 384, 6, 704, 8, 2
@@ -81,7 +80,8 @@ class Bench:
         settings = ShardSettings(
             base_folder=str(folder), dtype="auto", store_url="memory://", population="bench",
             slots=slots or len(ranks), threads=THREADS, eos_ids=frozenset(),
-            trainer=TrainerSettings.of(train, OptimizerSettings(offload=offload)),
+            train=train,
+            optimizer=OptimizerSettings(offload=offload),
         )  # fmt: skip
         self.engine = ShardEngine(settings, MemoryStore())
         self.keys = [AdapterKey(f"{number:032x}", 0) for number in range(len(ranks))]
@@ -193,8 +193,8 @@ class Peft:
 
 def check(folder: Path) -> None:
     """Before anything is timed: both sides see the same loss, and each user's bytes are those of a
-    step alone. That the adapters' values and gradients are right is for tests/test_kernels.py and
-    tests/test_export.py."""
+    step alone. That the adapters' values and gradients are right is for tests/kernels/test_lora.py and
+    tests/population/tools/test_peft.py."""
     peft, many, one = Peft(folder), Bench(folder, [8] * 8), Bench(folder, [8])
     losses = [peft.step(0, 64)]
     result = many.engine.train_wave(many.wave(64))
@@ -251,7 +251,7 @@ def against_one_adapter(folder: Path) -> Iterator[Figure]:
 def optimizer_bandwidth(folder: Path) -> Iterator[Figure]:
     bench = Bench(folder, [8] * 64)
     bench.step(bench.wave(64))
-    adam = bench.engine.settings.trainer.optimizer
+    adam = bench.engine.settings.optimizer
     source, target = torch.ones(100_000_000), torch.zeros(100_000_000)
 
     def copy() -> float:
@@ -413,7 +413,7 @@ def thousand(folder: Path) -> Iterator[Figure]:
         [(after_100 - resident) / 100e6],
         "MB",
     )
-    plain = bench.engine.settings.trainer.optimizer
+    plain = bench.engine.settings.optimizer
     offloaded = dataclasses.replace(plain, offload=True)
 
     def timed(adam: OptimizerSettings) -> float:

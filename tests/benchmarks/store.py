@@ -31,7 +31,7 @@ from populace.storage.keys.user_keys import UserKey, UserKeys
 from populace.storage.log.loading import BlobRequest, blob_context, load_wave
 from populace.storage.log.owner import Owner, RevisionDraft
 from populace.storage.log.reader import RevisionLogReader
-from populace.storage.log.records import AdapterCreated, Batch, EventRef
+from populace.storage.log.records import AdapterCreated, EventRef, RecordBatch
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
 from tests.benchmarks.figures import Figure, figure, publish
@@ -81,7 +81,7 @@ class Population:
             AdapterCreated(pseudonym=pseudonym(number), spec=SPEC, seed=number)
             for number in numbers
         ]
-        record = Batch(records=created)
+        record = RecordBatch(records=created)
         self.catalog.apply(self.owners[partition].append(record), record)
 
     def commit(
@@ -310,7 +310,7 @@ def bench_against_peft(folder: Path) -> list[Figure]:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from tests import tiny
+    from tests.support import tiny
 
     torch.set_num_threads(1)
     base = AutoModelForCausalLM.from_pretrained(tiny.build("mixtral", folder / "base"))
@@ -385,7 +385,7 @@ def bench_against_peft(folder: Path) -> list[Figure]:
 def bench_s3(folder: Path) -> list[Figure]:
     """On SeaweedFS: packs against one object per adapter, 16 KB each."""
     from populace.storage.objects.bucket import Bucket
-    from tests.servers import seaweedfs
+    from tests.support.servers import seaweedfs
 
     with seaweedfs() as endpoint:
         url = f"s3://bench?endpoint={endpoint}"

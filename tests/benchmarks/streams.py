@@ -54,16 +54,17 @@ from populace.population.waves.chat import Chat
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.population.waves.scheduler import Budget, Policy, Served, form_wave, policy_of
 from populace.storage.keys.keyring import Keyring
-from populace.storage.lru import Tier
+from populace.storage.lru import Lru
 from populace.storage.objects.bucket import Bucket
 from populace.storage.objects.dev import DevStore
 from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
-from tests.streams import make_population
-from tests.tiny import tokenizer
+from tests.support.loops import settings_of
+from tests.support.streams import make_population
+from tests.support.tiny import tokenizer
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 SECONDS = float(os.environ.get("POPULACE_BENCH_SECONDS", 4.0))
 """Of every race of producers."""
 TEXT = "x" * 850
@@ -395,7 +396,7 @@ def residency_figures() -> Iterator[Figure]:
 
 
 def lru_hits(wanted: Sequence[int], capacity: int) -> int:
-    tier, hits = Tier[int](capacity), 0
+    tier, hits = Lru[int](capacity), 0
     for user in wanted:
         hits += user in tier
         tier.put(user, 1)
@@ -515,8 +516,8 @@ def overlap_figures(folder: Path) -> Iterator[Figure]:
                 for is_on, (controller, _) in sides.items():
                     reports[is_on].append(run_waves(controller, WAVES // 3))
             for _, (controller, group) in sides.items():
-                controller.withdraw()
-                controller.ledger.release()
+                controller.take_back()
+                controller.ownership.release()
                 group.stop()
     rates = {
         is_on: [60 * len(waves) / seconds for seconds, waves in own]
@@ -551,8 +552,8 @@ def start_side(url: str, base: Path, pipelined: bool) -> tuple[Controller, Shard
     population = Population.create(url, settings)
     population.enqueue_many(overlap_events())
     chat = Chat(str(base))
-    population.ledger.claim(settings.run.takeover_s)
-    group = ShardGroup(population.shard_settings(population.base(), chat), settings.shard)
+    population.ownership.claim(settings.run.takeover_s)
+    group = ShardGroup(settings_of(population), settings.shard)
     group.wait_until_ready()
     controller = Controller(settings, population.ledger, group, chat, score_on_ray)
     run_waves(controller, 14)  # everybody has a revision in the store; reward workers have started
@@ -562,7 +563,7 @@ def start_side(url: str, base: Path, pipelined: bool) -> tuple[Controller, Shard
 def run_waves(controller: Controller, count: int) -> tuple[float, list[WaveReport]]:
     began, reports = time.perf_counter(), []
     for _ in range(count):
-        report = controller.run_once()
+        report = controller.wave()
         assert report is not None and report.num_adapters == 32
         reports.append(report)
     return time.perf_counter() - began, reports

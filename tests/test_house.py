@@ -1,0 +1,202 @@
+"""The house: which room may know which, what the light doors load, and how large anything grows."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "storage", "configs", "workers", "population")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+FLOORS = {
+    "kernels": [
+        ["segments"],
+        ["tiles", "batches"],
+        ["plan"],
+        ["lora", "grouped", "reference", "triton_lora"],
+    ],
+    "storage": [
+        ["errors", "canonical", "paths", "lru"],
+        ["objects"],
+        ["keys"],
+        ["log"],
+        ["identity"],
+        ["catalog"],
+    ],
+    "configs": [["schema"], ["checks"], ["load"]],
+    "workers": [
+        ["shapes"],
+        ["layout", "batch"],
+        ["joins", "evidence", "interface", "shards"],
+        ["adapters"],
+        ["base"],
+        ["step"],
+        ["actors"],
+    ],
+    "population": [
+        ["experience"],
+        ["ledger"],
+        ["waves"],
+        ["evaluation", "watching", "sampler"],
+        ["controller", "client"],
+        ["tools"],
+        ["page"],
+        ["run"],
+        ["cli"],
+    ],
+}
+"""Rooms of each package from the ground up: a room may know those on lower floors alone."""
+
+BELOW = {
+    "kernels": {"kernels"},
+    "storage": {"storage"},
+    "configs": {"configs", "storage.errors"},
+    "workers": {"workers", "kernels", "storage", "configs"},
+    "population": {"population", "workers", "kernels", "storage", "configs"},
+}
+"""What a package may import of Populace."""
+
+MAY_IMPORT_RAY = {
+    "workers/actors/shard.py",
+    "workers/actors/group.py",
+    "population/experience/gateway.py",
+    "population/watching/metrics.py",
+    "population/page/serve.py",
+    "population/waves/reward_tasks.py",
+    "population/run.py",
+}
+
+LIGHT = {
+    "enqueueing": "from populace.population import Population, Producer, Task",
+    "experience": "import populace.population.experience.producer, populace.population.experience.files",
+    "ledger": "import populace.population.ledger.queries, populace.population.ledger.ownership",
+    "client": "import populace.population.client",
+    "cli": "import populace.population.cli.app",
+    "watching": "import populace.population.watching.beacon, populace.population.watching.rates, "
+    "populace.population.watching.stop",
+    "rewards": "from populace.population import Reply",
+}
+"""Doors that must stay light, and what is imported to go through them."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports when it runs, and what it imports of a package."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = ROOT.joinpath(*node.module.removeprefix("populace.").split("."))
+            if node.module.startswith("populace.") and inside.is_dir():
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def floor_of(package: str, room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS[package]) if room in rooms)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_room_stands_on_a_floor(package: str) -> None:
+    rooms = {
+        path.stem
+        for path in (ROOT / package).iterdir()
+        if (path.is_dir() and any(path.rglob("*.py"))) or path.suffix == ".py"
+    }
+    listed = {room for rooms in FLOORS[package] for room in rooms}
+    assert rooms - {"__init__"} <= listed, "place a new room in FLOORS"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_arrow_runs_up(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[1] == "__init__":
+            continue
+        for name in imports(path):
+            if not name.startswith("populace."):
+                continue
+            inner = name.removeprefix("populace.")
+            assert any(inner == ok or inner.startswith(f"{ok}.") for ok in BELOW[package]), (
+                f"{path} imports {name}"
+            )
+            target = inner.split(".")
+            if target[0] == package and target[1] != parts[1]:
+                assert floor_of(package, target[1]) < floor_of(package, parts[1]), (
+                    f"{path} imports {name}, which is not below it"
+                )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_is_left_in_a_room(package: str) -> None:
+    """Imports that run when a module is imported form no circle, also inside one room."""
+    known = {
+        ".".join(("populace", *path.relative_to(ROOT).with_suffix("").parts)): path
+        for path in (ROOT / package).rglob("*.py")
+    }
+    below = {
+        name: {other for other in imports(path) if other in known} for name, path in known.items()
+    }
+    while below:
+        free = [name for name, others in below.items() if not others & below.keys()]
+        assert free, f"a circle among {sorted(below)}"
+        for name in free:
+            del below[name]
+
+
+def test_ray_stays_at_the_edges() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for name in imports(path)
+        if name == "ray" or name.startswith("ray.")
+    }
+    assert found == MAY_IMPORT_RAY
+
+
+@pytest.mark.parametrize("door", LIGHT)
+def test_a_light_door_loads_neither_torch_nor_transformers_nor_ray(door: str) -> None:
+    heavy = (
+        "[name for name in ('torch', 'transformers', 'ray', 'matplotlib') if name in sys.modules]"
+    )
+    code = f"import json, sys; {LIGHT[door]}; print(json.dumps({heavy}))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout) == []
+
+
+def test_nothing_grows_too_large_to_read() -> None:
+    """Files have at most 350 lines, or say at their top why they are one; functions at most 60."""
+    for path in FILES:
+        text = path.read_text()
+        if text.count("\n") > 350:
+            assert "One file because" in (ast.get_docstring(ast.parse(text)) or ""), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_the_package_list_names_every_folder() -> None:
+    """A wheel holds what is listed, and nothing warns of what isn't."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        "populace." + ".".join(path.parent.relative_to(ROOT).parts)
+        for path in FILES
+        if path.name == "__init__.py"
+    }
+    assert {name for name in listed["packages"] if name != "populace"} == folders
+    assert {path.parent for path in FILES} == {
+        ROOT.joinpath(*name.split(".")[1:]) for name in folders
+    }
