@@ -13,7 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from populace.configs.schema import Settings, problems
+from populace.configs.checks import problems
+from populace.configs.schema import Settings
 from populace.storage.errors import InvalidInput
 
 

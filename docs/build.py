@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 import typer.main
 
-from populace.configs import schema
-from populace.configs.schema import Settings
+from populace.configs.schema import BOUND, Settings
 from populace.population.cli.app import app
-from populace.population.watching.metrics import METRICS, Metric
+from populace.population.watching.figures import METRICS, Metric
 
 HERE = Path(__file__).parent
 REFERENCE = HERE / "reference"
@@ -29,19 +28,22 @@ REFERENCE = HERE / "reference"
 SETTINGS_INTRODUCTION = """\
 # Settings
 
-Made from [configs/schema.py](../../configs/schema.py) by `make docs`; don't edit it here. A configuration is a YAML
-file with these as nested keys. The command line takes them as dotted paths, `populace run CONFIG run.max_waves=3`, and
-wins. An unknown key or an impossible value ends the command before anything is written.
+Made from [configs/schema.py](../../configs/schema.py) by `make docs`; don't edit it here. A
+configuration is a YAML file with these as nested keys. The command line takes them as dotted paths,
+`populace run CONFIG run.max_waves=3`, and wins. An unknown key or an impossible value ends the
+command before anything is written.
 """
 METRICS_INTRODUCTION = """\
 # Metrics
 
-Made from [population/watching/metrics.py](../../population/metrics.py) by `make docs`; don't edit it here. A run exports these
-to Ray's metrics unless `run.metrics=false`. The names are those that Prometheus shows. All carry the labels
-`population` and `controller` besides the one named here and Ray's own; none names a user. Counters start at almost zero
-when a run starts, so that a rate has something to rise from.
+Made from [population/watching/figures.py](../../population/watching/figures.py) by `make docs`;
+don't edit it here. A run exports these to Ray's metrics unless `run.metrics=false`. The names are
+those that Prometheus shows. All carry the labels `population` and `controller` besides the one
+named here and Ray's own; none names a user. Counters start at almost zero when a run starts, so
+that a rate has something to rise from.
 
-[Operations](../operations.md#alerts) has the alerts, [Watch a population](../howto/watch.md) the dashboard.
+[Operations](../operations.md#alerts) has the alerts, [Watch a population](../howto/watch.md) the
+dashboard.
 
 | metric | kind | unit | label | |
 |---|---|---|---|---|
@@ -49,14 +51,15 @@ when a run starts, so that a rate has something to rise from.
 COMMANDS_INTRODUCTION = """\
 # The `populace` command
 
-Made from the command itself by `make docs`; don't edit it here. `populace COMMAND --help` says the same.
+Made from the command itself by `make docs`; don't edit it here. `populace COMMAND --help` says the
+same.
 
 | exit code | |
 |---|---|
 | 0 | it did what was asked; also a run that was stopped |
 | 2 | something has to change first; one line says what |
 | 75 | the same may work later: the store is away, too much at once, the shard group kept dying |
-| 1 | the answer is no (`verify`, `stop` in vain, `enqueue` with bad rows), or something unforeseen, with a traceback |
+| 1 | the answer is no (`verify`, `stop` in vain, `enqueue` with bad rows), or the unforeseen |
 """
 
 
@@ -111,15 +114,8 @@ def _row(section: type, field: dataclasses.Field[Any], prefix: str) -> Row:
     if not said and not _named_sections(section, field):
         raise ValueError(f"{path} has no meaning; write a docstring below it in configs/schema.py")
     meaning = said or about(_named_sections(section, field))
-    if (choices := schema._CHOICES.get(path)) is not None:
-        meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
-    for paths, words in (
-        (schema._POSITIVE, "Above 0."),
-        (schema._NOT_NEGATIVE, "0 or more."),
-        (schema._FRACTIONS, "From 0 to less than 1."),
-    ):
-        if path in paths:
-            meaning += f" {words}"
+    if (bound := field.metadata.get(BOUND)) is not None:
+        meaning += f" {bound.wanted[0].upper()}{bound.wanted[1:]}."
     return Row(path, _kind(_type(section, field.name)), _default(field), _cell(meaning))
 
 
@@ -247,7 +243,10 @@ def _argument_name(argument: Any) -> str:
 
 
 def _argument(argument: Any) -> str:
-    return f"| `{_argument_name(argument)}` | {'required' if argument.required else ''} | {_help(argument)} |"
+    return (
+        f"| `{_argument_name(argument)}` | {'required' if argument.required else ''} | "
+        f"{_help(argument)} |"
+    )
 
 
 def _option(option: Any, command: Any) -> str:
@@ -257,7 +256,10 @@ def _option(option: Any, command: Any) -> str:
         shown = "required"
     if option.envvar is not None:
         shown += f", or `${option.envvar}`"
-    return f"| {names}{'' if option.is_flag else ' ' + _value(option, command)} | {shown} | {_help(option)} |"
+    return (
+        f"| {names}{'' if option.is_flag else ' ' + _value(option, command)} | {shown} | "
+        f"{_help(option)} |"
+    )
 
 
 def _value(option: Any, command: Any) -> str:

@@ -6,6 +6,7 @@ Suffixes: T rows, G segments, U tile rows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,62 +75,72 @@ class Batches:
     @staticmethod
     def of(segments: Segments, num_rows: int, device: torch.device) -> Batches:
         """`num_rows`: of the whole pass, on `device`."""
-        count_G = segments.count_G
-        step = 1 if segments.expert_G is None else LARGE_STEP
-        large_G = -(-count_G // step) * step
-        small_G = HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(count_G, HEIGHTS[-1]))]
-        height_G = np.where(count_G > HEIGHTS[-1], large_G, small_G)
+        count_G, height_G = segments.count_G, _heights(segments)
+
+        # Rows that lie batch by batch already, and need no padding, are used where they are.
         is_whole = int(count_G.sum()) == num_rows and bool((height_G == count_G).all())
         in_place = is_whole and bool((np.diff(segments.arena_G) >= 0).all())
         order_G = np.arange(len(count_G)) if in_place else np.lexsort((height_G, segments.arena_G))
-        height_G, arena_G, count_G = height_G[order_G], segments.arena_G[order_G], count_G[order_G]
+        height_G, count_G = height_G[order_G], count_G[order_G]
         start_G = np.cumsum(height_G) - height_G
         num_tile_rows = int(height_G.sum())
-        bounds = [
-            0,
-            *(np.flatnonzero((np.diff(arena_G) != 0) | (np.diff(height_G) != 0)) + 1).tolist(),
-            len(order_G),
-        ]
-        arenas: list[ArenaBatches] = []
-        by_arena: dict[int, list[tuple[int, int]]] = {}
-        for first, last in itertools.pairwise(bounds):
-            by_arena.setdefault(int(arena_G[first]), []).append((first, last))
-        for arena, ranges in by_arena.items():
-            begin, end = ranges[0][0], ranges[-1][1]
-            batches = tuple(
-                SegmentBatch(
-                    start=int(start_G[first]),
-                    height=int(height_G[first]),
-                    first=first - begin,
-                    size=last - first,
-                )
-                for first, last in ranges
-            )
-            rows = slice(int(start_G[begin]), batches[-1].rows.stop)
-            own_G = order_G[begin:end]
-            arenas.append(
-                ArenaBatches(
-                    arena=arena,
-                    segment_G=own_G,
-                    index=segments.index(own_G, device),
-                    batches=batches,
-                    rows=rows,
-                )
-            )
+
+        # Each tile row copies a row of its segment: the one at its offset, or the last as padding.
         offset_U = np.arange(num_tile_rows) - np.repeat(start_G, height_G)
         is_padding_U = offset_U >= np.repeat(count_G, height_G)
-        source_U = np.repeat(segments.start_G[order_G], height_G) + np.minimum(
-            offset_U, np.repeat(count_G - 1, height_G)
-        )
+        within_U = np.minimum(offset_U, np.repeat(count_G - 1, height_G))
+        source_U = np.repeat(segments.start_G[order_G], height_G) + within_U
+
+        # The way back; rows without an adapter come behind all tiles.
         place_T = np.full(num_rows, -1)
         place_T[source_U[~is_padding_U]] = np.flatnonzero(~is_padding_U)
         without_N = np.flatnonzero(place_T < 0)
         place_T[without_N] = num_tile_rows + np.arange(len(without_N))
         source_U = np.append(source_U, without_N)
         return Batches(
-            arenas=tuple(arenas),
+            arenas=tuple(_arenas(segments, order_G, start_G, height_G, device)),
             source_U=None if in_place else torch.from_numpy(source_U).to(device),
             place_T=None if in_place else torch.from_numpy(place_T).to(device),
             slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)).to(device),
             is_padding_U=torch.from_numpy(is_padding_U).to(device),
+        )
+
+
+def _heights(segments: Segments) -> Ints:
+    """[G] the height that each segment is padded to."""
+    step = 1 if segments.expert_G is None else LARGE_STEP
+    large_G = -(-segments.count_G // step) * step
+    small_G = HEIGHTS[np.searchsorted(HEIGHTS, np.minimum(segments.count_G, HEIGHTS[-1]))]
+    height_G: Ints = np.where(segments.count_G > HEIGHTS[-1], large_G, small_G)
+    return height_G
+
+
+def _arenas(
+    segments: Segments, order_G: Ints, start_G: Ints, height_G: Ints, device: torch.device
+) -> Iterator[ArenaBatches]:
+    """Runs of segments of one arena and height; `start_G` and `height_G` are in `order_G`."""
+    arena_G = segments.arena_G[order_G]
+    is_new_G = (np.diff(arena_G) != 0) | (np.diff(height_G) != 0)
+    bounds = [0, *(np.flatnonzero(is_new_G) + 1).tolist(), len(order_G)]
+    by_arena: dict[int, list[tuple[int, int]]] = {}
+    for first, last in itertools.pairwise(bounds):
+        by_arena.setdefault(int(arena_G[first]), []).append((first, last))
+    for arena, ranges in by_arena.items():
+        begin, end = ranges[0][0], ranges[-1][1]
+        batches = tuple(
+            SegmentBatch(
+                start=int(start_G[first]),
+                height=int(height_G[first]),
+                first=first - begin,
+                size=last - first,
+            )
+            for first, last in ranges
+        )
+        own_G = order_G[begin:end]
+        yield ArenaBatches(
+            arena=arena,
+            segment_G=own_G,
+            index=segments.index(own_G, device),
+            batches=batches,
+            rows=slice(int(start_G[begin]), batches[-1].rows.stop),
         )

@@ -1,14 +1,15 @@
-"""The same in Triton: three kernels, one launch per arena and tile height, whatever the number of
-adapters.
+"""The math of `reference.py` in Triton: three kernels, one launch per arena and tile height,
+whatever the number of adapters.
 
     reduce    S = s · X Aᵀ   and   dS = s · dY B        tall input, narrow output
     spread    Y += S Bᵀ      and   dX += dS A           narrow input, added into what is there
-    outer     dB = dYᵀ S     and   dA = dSᵀ X           one program per segment and block, rows in their order
+    outer     dB = dYᵀ S     and   dA = dSᵀ X           one program per segment and block
 
-No atomics, no split of a reduction over programs, no autotuning: configurations are fixed by
-operation, tile height, rank and dtype, and a tile's height follows from its own segment's length,
-so a segment's bits are its own. Weights stay fp32 in the slab and are rounded to the rows' dtype on
-the way in; sums are fp32. docs/measurements/kernels.md has them on a GPU.
+In `outer` a program takes its rows in their order. No atomics, no split of a reduction over
+programs, no autotuning: configurations are fixed by operation, tile height, rank and dtype, and a
+tile's height follows from its own segment's length, so a segment's bits are its own. Weights stay
+fp32 in the slab and are rounded to the rows' dtype on the way in; sums are fp32.
+docs/measurements/kernels.md has them on a GPU.
 
 Suffixes: T rows, I tiles and G segments (of 5 columns: see `ArenaTiles`), S slots, U an arena's
 rows side by side, D in, F out, R rank.

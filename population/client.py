@@ -3,8 +3,8 @@
     population = Population.create("build/store", name="demo", base="smollm2-moe", rewards={...})
     population.enqueue("ada", [Task(prompt="What is rain?", reward="short")])
 
-Enqueueing needs no running trainer; `populace run` (or `run.run_population`) is what trains. Neither
-torch nor Ray is loaded before something computes.
+Enqueueing needs no running trainer; `populace run` (or `run.run_population`) is what trains.
+Neither torch nor Ray is loaded before something computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from populace.configs.schema import RolloutSettings, Settings, problems
+from populace.configs.checks import problems
+from populace.configs.schema import RolloutSettings, Settings
 from populace.population.experience.checks import CheckedEvent, check_prompt, check_user
 from populace.population.experience.events import Command, Forget, Messages, Pin, Rollback
 from populace.population.experience.producer import Checked, Enqueues, Producer

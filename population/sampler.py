@@ -1,4 +1,5 @@
-"""A revision answers here: the engine that `Population.sample` and replays start in this process."""
+"""A revision answers here: the engine that `Population.sample` and replays start in this
+process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The tree of every error that Populace raises on purpose. Each text tells the user what to do next.
+"""The tree of every error that Populace raises on purpose. Each text tells the user what to do
+next.
 
     PopulaceError
     ├── InvalidInput            also a ValueError: a value can't be used; nothing was written

@@ -1,4 +1,5 @@
-"""What goes when a cache is full: the least recently used. Policy only; the content is elsewhere."""
+"""What goes when a cache is full: the least recently used. Policy only; the content is
+elsewhere."""
 
 from __future__ import annotations
 

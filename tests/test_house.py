@@ -76,7 +76,9 @@ MAY_IMPORT_RAY = {
 
 LIGHT = {
     "enqueueing": "from populace.population import Population, Producer, Task",
-    "experience": "import populace.population.experience.producer, populace.population.experience.files",
+    "experience": (
+        "import populace.population.experience.producer, populace.population.experience.files"
+    ),
     "ledger": "import populace.population.ledger.queries, populace.population.ledger.ownership",
     "client": "import populace.population.client",
     "cli": "import populace.population.cli.app",

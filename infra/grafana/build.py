@@ -34,65 +34,210 @@ def quantile(share: float, name: str) -> str:
 
 
 ROWS: list[tuple[str, list[Panel]]] = [
-    ("Churn", [
-        ("Adapter changes", "opm", "Revisions committed, and what verdicts and commands did to them, per minute.",
-         [("{{change}}", f"60 * {rate('adapter_changes_total', 'change')}")]),
-        ("Waves", "opm", "Fused steps per minute.", [("waves", f"60 * {rate('waves_total')}")]),
-        ("Adapters per wave", "short", "How many users' updates share a step.",
-         [("median", quantile(0.5, "wave_adapters")), ("90 %", quantile(0.9, "wave_adapters"))]),
-    ]),
-    ("Work", [
-        ("Phases of a wave", "s", "Mean seconds of a turn by phase: where a wave's time goes.",
-         [("{{phase}}", f"{rate('phase_seconds_sum', 'phase')} / scalar({rate('waves_total')})")]),
-        ("Wave time", "s", "Wall time of a turn.",
-         [("median", quantile(0.5, "wave_seconds")), ("95 %", quantile(0.95, "wave_seconds"))]),
-        ("Tokens learned from", "short", "Completion tokens per second.", [("tokens/s", rate("tokens_total"))]),
-        ("Step efficiency", "percentunit", "Rows of the fused step that were tokens to learn from.",
-         [("efficiency", gauge("step_efficiency", "avg"))]),
-        ("Reward", "short", "Mean reward of the last wave's rollouts.",
-         [("{{controller}}", gauge("reward", "avg", "controller"))]),
-    ]),
-    ("Queue", [
-        ("Waiting events", "short", "Experience that waits to be trained.", [("events", gauge("pending_events"))]),
-        ("Oldest wait", "s", "How long the user who has waited longest has waited.",
-         [("wait", gauge("oldest_wait_seconds", "max"))]),
-        ("Experience used", "ops", "Events trained on, and events settled without, per second.",
-         [("trained", rate("trained_events_total")), ("{{reason}}", rate("settled_events_total", "reason"))]),
-    ]),
-    ("Residency", [
-        ("Adapters by tier", "short", "Hot in slots, warm in memory, near on disk, all in the store.",
-         [("{{tier}}", 'sum by (tier) (ray_populace_adapters{population=~"$population",tier!="store"})'),
-          # Every controller says the same of the store.
-          ("store", 'sum (max by (population) (ray_populace_adapters{population=~"$population",tier="store"}))')]),
-        ("Paging", "ops", "Where the adapters of waves were found, per second.",
-         [("{{tier}}", rate("paged_adapters_total", "tier"))]),
-        ("Waiting for adapters", "s", "Mean seconds per wave that rollouts waited for adapters' bytes.",
-         [("page", rate("phase_seconds_sum", more='phase="page"') + f" / {rate('waves_total')}")]),
-    ]),
-    ("Store", [
-        ("Calls", "ops", "Calls to the object store per second, by operation and outcome.",
-         [("{{call}}", f"{rate('store_calls_total', 'call')} > 0.001")]),
-        ("Latency", "s", "Mean seconds of a call, all operations.",
-         [("mean", f"{rate('store_seconds_total')} / {rate('store_calls_total')}")]),
-        ("Failed calls", "percentunit", "Share of calls whose outcome is unknown, unavailable or refused.",
-         [("failed", rate("store_calls_total", more='call=~".*/(unknown|unavailable|refused)"')
-           + f" / {rate('store_calls_total')}")]),
-        ("Paused", "short", "1 while a controller waits for its store.",
-         [("{{controller}}", gauge("paused", "max", "controller"))]),
-    ]),
-    ("Health", [
-        ("Mismatch KL", "short", "KL between rollout and trainer, nats per token.",
-         [("{{controller}}", gauge("rollout_kl", "avg", "controller"))]),
-        ("Masked and out of route", "percentunit",
-         "Tokens left out because their routing is unknown; selections that the trainer would have "
-         "made otherwise.",
-         [("masked", gauge("masked_share", "avg")), ("out of route", gauge("out_of_route", "avg"))]),
-        ("Partitions", "short", "Partitions that each controller owns.",
-         [("{{controller}}", gauge("partitions", "sum", "controller"))]),
-        ("Group restarts", "short", "Restarts of the shard group in the last hour.",
-         [("restarts", f"sum (increase(ray_populace_group_restarts_total{OF}[1h]))")]),
-    ]),
-]  # fmt: skip
+    (
+        "Churn",
+        [
+            (
+                "Adapter changes",
+                "opm",
+                "Revisions committed, and what verdicts and commands did to them, per minute.",
+                [("{{change}}", f"60 * {rate('adapter_changes_total', 'change')}")],
+            ),
+            ("Waves", "opm", "Fused steps per minute.", [("waves", f"60 * {rate('waves_total')}")]),
+            (
+                "Adapters per wave",
+                "short",
+                "How many users' updates share a step.",
+                [
+                    ("median", quantile(0.5, "wave_adapters")),
+                    ("90 %", quantile(0.9, "wave_adapters")),
+                ],
+            ),
+        ],
+    ),
+    (
+        "Work",
+        [
+            (
+                "Phases of a wave",
+                "s",
+                "Mean seconds of a turn by phase: where a wave's time goes.",
+                [
+                    (
+                        "{{phase}}",
+                        f"{rate('phase_seconds_sum', 'phase')} / scalar({rate('waves_total')})",
+                    )
+                ],
+            ),
+            (
+                "Wave time",
+                "s",
+                "Wall time of a turn.",
+                [
+                    ("median", quantile(0.5, "wave_seconds")),
+                    ("95 %", quantile(0.95, "wave_seconds")),
+                ],
+            ),
+            (
+                "Tokens learned from",
+                "short",
+                "Completion tokens per second.",
+                [("tokens/s", rate("tokens_total"))],
+            ),
+            (
+                "Step efficiency",
+                "percentunit",
+                "Rows of the fused step that were tokens to learn from.",
+                [("efficiency", gauge("step_efficiency", "avg"))],
+            ),
+            (
+                "Reward",
+                "short",
+                "Mean reward of the last wave's rollouts.",
+                [("{{controller}}", gauge("reward", "avg", "controller"))],
+            ),
+        ],
+    ),
+    (
+        "Queue",
+        [
+            (
+                "Waiting events",
+                "short",
+                "Experience that waits to be trained.",
+                [("events", gauge("pending_events"))],
+            ),
+            (
+                "Oldest wait",
+                "s",
+                "How long the user who has waited longest has waited.",
+                [("wait", gauge("oldest_wait_seconds", "max"))],
+            ),
+            (
+                "Experience used",
+                "ops",
+                "Events trained on, and events settled without, per second.",
+                [
+                    ("trained", rate("trained_events_total")),
+                    ("{{reason}}", rate("settled_events_total", "reason")),
+                ],
+            ),
+        ],
+    ),
+    (
+        "Residency",
+        [
+            (
+                "Adapters by tier",
+                "short",
+                "Hot in slots, warm in memory, near on disk, all in the store.",
+                [
+                    (
+                        "{{tier}}",
+                        (
+                            "sum by (tier) "
+                            '(ray_populace_adapters{population=~"$population",tier!="store"})'
+                        ),
+                    ),
+                    # Every controller says the same of the store.
+                    (
+                        "store",
+                        (
+                            "sum (max by (population) "
+                            '(ray_populace_adapters{population=~"$population",tier="store"}))'
+                        ),
+                    ),
+                ],
+            ),
+            (
+                "Paging",
+                "ops",
+                "Where the adapters of waves were found, per second.",
+                [("{{tier}}", rate("paged_adapters_total", "tier"))],
+            ),
+            (
+                "Waiting for adapters",
+                "s",
+                "Mean seconds per wave that rollouts waited for adapters' bytes.",
+                [
+                    (
+                        "page",
+                        rate("phase_seconds_sum", more='phase="page"')
+                        + f" / {rate('waves_total')}",
+                    )
+                ],
+            ),
+        ],
+    ),
+    (
+        "Store",
+        [
+            (
+                "Calls",
+                "ops",
+                "Calls to the object store per second, by operation and outcome.",
+                [("{{call}}", f"{rate('store_calls_total', 'call')} > 0.001")],
+            ),
+            (
+                "Latency",
+                "s",
+                "Mean seconds of a call, all operations.",
+                [("mean", f"{rate('store_seconds_total')} / {rate('store_calls_total')}")],
+            ),
+            (
+                "Failed calls",
+                "percentunit",
+                "Share of calls whose outcome is unknown, unavailable or refused.",
+                [
+                    (
+                        "failed",
+                        rate("store_calls_total", more='call=~".*/(unknown|unavailable|refused)"')
+                        + f" / {rate('store_calls_total')}",
+                    )
+                ],
+            ),
+            (
+                "Paused",
+                "short",
+                "1 while a controller waits for its store.",
+                [("{{controller}}", gauge("paused", "max", "controller"))],
+            ),
+        ],
+    ),
+    (
+        "Health",
+        [
+            (
+                "Mismatch KL",
+                "short",
+                "KL between rollout and trainer, nats per token.",
+                [("{{controller}}", gauge("rollout_kl", "avg", "controller"))],
+            ),
+            (
+                "Masked and out of route",
+                "percentunit",
+                "Tokens left out because their routing is unknown; selections that the trainer "
+                "would have made otherwise.",
+                [
+                    ("masked", gauge("masked_share", "avg")),
+                    ("out of route", gauge("out_of_route", "avg")),
+                ],
+            ),
+            (
+                "Partitions",
+                "short",
+                "Partitions that each controller owns.",
+                [("{{controller}}", gauge("partitions", "sum", "controller"))],
+            ),
+            (
+                "Group restarts",
+                "short",
+                "Restarts of the shard group in the last hour.",
+                [("restarts", f"sum (increase(ray_populace_group_restarts_total{OF}[1h]))")],
+            ),
+        ],
+    ),
+]
 
 
 def panel(number: int, x: int, y: int, width: int, found: Panel) -> dict[str, Any]:
@@ -138,12 +283,30 @@ def dashboard() -> dict[str, Any]:
             panels.append(panel(len(panels) + 1, 8 * (index % 3), y + 8 * (index // 3), 8, found))
         y += 8 * ((len(row) + 2) // 3)
     variables = [
-        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0,
-         "current": {"text": "Prometheus", "value": "prometheus"}},
-        {"name": "population", "label": "Population", "type": "query", "datasource": DATASOURCE, "refresh": 2,
-         "query": {"query": "label_values(ray_populace_waves_total, population)", "refId": "population"},
-         "includeAll": True, "allValue": ".*", "multi": True, "current": {"text": "All", "value": "$__all"}},
-    ]  # fmt: skip
+        {
+            "name": "datasource",
+            "label": "Data source",
+            "type": "datasource",
+            "query": "prometheus",
+            "hide": 0,
+            "current": {"text": "Prometheus", "value": "prometheus"},
+        },
+        {
+            "name": "population",
+            "label": "Population",
+            "type": "query",
+            "datasource": DATASOURCE,
+            "refresh": 2,
+            "query": {
+                "query": "label_values(ray_populace_waves_total, population)",
+                "refId": "population",
+            },
+            "includeAll": True,
+            "allValue": ".*",
+            "multi": True,
+            "current": {"text": "All", "value": "$__all"},
+        },
+    ]
     return {
         "uid": "populace",
         "title": "Populace",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from populace.population.cli.console import console
 from populace.storage.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from populace.population.tools.capacity import Plan
+    from populace.population.tools.simulate import SimulationReport
 
 commands = typer.Typer()
 base_commands = typer.Typer(no_args_is_help=True, help="The models that populations live on.")
@@ -65,40 +69,50 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What a population would need: memory, time, bytes, requests, and what would limit it."""
-    from populace.population.tools import capacity as planner
+    from populace.population.tools.capacity import plan as made
+    from populace.population.tools.devices import Request, check
     from populace.workers.base.families import dims_of_config
     from populace.workers.base.footprint import config_of, tensors_of
 
-    request = planner.Request(
-        device=device, devices=devices, users=users,
-        updates_per_user_and_day=updates_per_user_and_day, rank=rank,
-        expert_rank=expert_rank, events_per_update=events_per_update,
+    request = Request(
+        device=device,
+        devices=devices,
+        users=users,
+        updates_per_user_and_day=updates_per_user_and_day,
+        rank=rank,
+        expert_rank=expert_rank,
+        events_per_update=events_per_update,
         samples_per_event=samples_per_event,
-        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, slots=slots,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        slots=slots,
         kept_revisions=kept_revisions,
-        efficiency=efficiency, store_bandwidth=store_bandwidth, partitions=partitions,
-    )  # fmt: skip
-    planner.check(request)
+        efficiency=efficiency,
+        store_bandwidth=store_bandwidth,
+        partitions=partitions,
+    )
+    check(request)
     config = config_of(base)
-    found = planner.plan(dims_of_config(config), tensors_of(config), request)
+    found = made(dims_of_config(config), tensors_of(config), request)
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
-        return
-    table = Table(
-        "", "figure", "value", "source", title=f"{base} on {devices} x {device}, {users:,.0f} users"
-    )
-    section = ""
+    else:
+        _print_plan(found, f"{base} on {devices} x {device}, {users:,.0f} users")
+
+
+def _print_plan(found: Plan, title: str) -> None:
+    from populace.population.tools.capacity import readable
+
+    table, section = Table("", "figure", "value", "source", title=title), ""
     for line in found.lines:
         is_new, section = line.section != section, line.section
         if is_new:
             table.add_section()
-        value = planner.readable(line.value, line.unit)
+        value = readable(line.value, line.unit)
         table.add_row(section if is_new else "", line.name, value, f"[dim]{line.source}[/]")
     console.print(table)
-    console.print(
-        f"{'[green]fits[/]' if found.fits else '[red]does not fit[/]'}; bottleneck: "
-        f"{found.bottleneck}"
-    )
+    fits = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
+    console.print(f"{fits}; bottleneck: {found.bottleneck}")
     console.print(f"what moves it: {found.knob}", soft_wrap=True)
 
 
@@ -136,48 +150,57 @@ def simulate(
     from populace.population.tools.simulate import simulate as run
 
     settings = load_settings(config, overrides or ())
-    num_tenants = 1 + len(settings.scheduler.tenants)
-    shares = tuple(share or (1.0,) * num_tenants)
-    if len(shares) != num_tenants:
-        raise InvalidInput(
-            f"--share was given {len(shares)} times; there are {num_tenants} tenants, the default "
-            "included"
-        )
+    shares = _shares(share, 1 + len(settings.scheduler.tenants))
     load = Load(
-        users=users, events_per_s=rate, hours=hours, wave_s=wave_s, zipf=zipf, day_amplitude=day,
+        users=users,
+        events_per_s=rate,
+        hours=hours,
+        wave_s=wave_s,
+        zipf=zipf,
+        day_amplitude=day,
         burst_s=burst_s,
-        burst_every_s=burst_every_s, burst_factor=burst_factor, tokens_per_event=tokens,
+        burst_every_s=burst_every_s,
+        burst_factor=burst_factor,
+        tokens_per_event=tokens,
         rank=settings.adapter.rank,
-        shares=shares, seed=seed,
-    )  # fmt: skip
+        shares=shares,
+        seed=seed,
+    )
     report = run(load, settings)
     if as_json:
         figures = dataclasses.asdict(dataclasses.replace(report, waves=()))
-        print(
-            json.dumps({key: value for key, value in figures.items() if key != "waves"}, indent=1)
+        del figures["waves"]
+        print(json.dumps(figures, indent=1))
+    else:
+        _print_simulation(report)
+
+
+def _shares(given: list[float] | None, num_tenants: int) -> tuple[float, ...]:
+    """Equal ones where none are given."""
+    if given and len(given) != num_tenants:
+        raise InvalidInput(
+            f"--share was given {len(given)} times; there are {num_tenants} tenants, the default "
+            "included"
         )
-        return
+    return tuple(given or (1.0,) * num_tenants)
+
+
+def _print_simulation(report: SimulationReport) -> None:
     table = Table(
         "tenant", "weight", "arrived", "served", "waiting", "wait: median", "99 %", "longest"
     )
     for item in report.tenants:
-        waits = (
-            f"{value:.1f} s" for value in (item.wait_median_s, item.wait_99_s, item.wait_longest_s)
-        )
+        counts = (str(item.arrived), str(item.served), str(item.waiting))
+        waits = (item.wait_median_s, item.wait_99_s, item.wait_longest_s)
         table.add_row(
-            item.name,
-            f"{item.weight:g}",
-            str(item.arrived),
-            str(item.served),
-            str(item.waiting),
-            *waits,
+            item.name, f"{item.weight:g}", *counts, *(f"{value:.1f} s" for value in waits)
         )
     console.print(table)
     console.print(
         f"{report.num_waves} waves of {report.adapters_per_wave:.1f} adapters; "
         f"{report.events_per_s:.1f} events/s; "
         f"fairness between tenants that always waited {report.fairness:.4f} (Jain); "
-        f"{report.hot_share:.1%} of adapters "
-        "were still hot",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+        f"{report.hot_share:.1%} of adapters were still hot",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +20,9 @@ from populace.population.cli.console import Name, Store, console, find_populatio
 from populace.storage.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from populace.storage.log.verify import LogPosition
+    from populace.storage.identity import PopulationMeta
+    from populace.storage.log.verify import Findings, LogPosition
+    from populace.storage.objects.contract import ObjectStore
 
 commands = typer.Typer()
 store_commands = typer.Typer(no_args_is_help=True, help="Where populations live.")
@@ -91,10 +95,6 @@ def verify(
 ) -> None:
     """Walk every chain of revisions from 0: signatures, parents, digests of all bytes, no gap, no
     unexplained fork."""
-    from dataclasses import asdict
-
-    from populace.storage.log.verify import Findings, verify_partition
-
     if replay is not None:
         if user is not None or everybody or since is not None or root_key is not None:
             raise InvalidInput(
@@ -115,44 +115,54 @@ def verify(
         findings, meta = population.verify(user), population.meta
     else:
         opened, meta = find_population(store, name)
-        known = _known_positions(since) if since is not None else {}
-        findings = Findings()
-        with console.status("verifying") as status:
-            for partition in range(meta.partitions):
-                verify_partition(
-                    opened, meta.name, partition, meta.root_key, findings,
-                    known=known.get(partition),
-                    progress=lambda count: status.update(f"verifying: {count} blobs"),
-                )  # fmt: skip
+        findings = _verify_all(opened, meta, {} if since is None else _known_positions(since))
     if root_key is not None and not meta.root_key.keyid.startswith(root_key):
         findings.problems.append(
             f"population.json names the root key {meta.root_key.keyid}, not {root_key}"
         )
-    if as_json:
-        print(
-            json.dumps(
-                {"population": meta.name, "root_key": meta.root_key.keyid, **asdict(findings)},
-                indent=1,
-            )
-        )
-    else:
-        console.print(
-            f"{meta.name}: {findings.num_records} records signed and chained, "
-            f"{findings.num_revisions} revisions "
-            f"({findings.num_not_kept} of them not kept), {findings.num_blobs} blobs "
-            f"({findings.num_bytes / 1e6:.1f} MB) match their manifests; root key "
-            f"{meta.root_key.keyid[:16]}",
-            soft_wrap=True,
-        )
-        for problem in findings.problems:
-            console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True, highlight=False)
+    _print_findings(findings, meta, as_json)
     if findings.problems:
         raise typer.Exit(1)
 
 
-def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
-    from dataclasses import asdict
+def _verify_all(
+    store: ObjectStore, meta: PopulationMeta, known: Mapping[int, LogPosition]
+) -> Findings:
+    """Everybody's history; `known`: where each log was when it was verified before."""
+    from populace.storage.log.verify import Findings, verify_partition
 
+    findings = Findings()
+    with console.status("verifying") as status:
+        for partition in range(meta.partitions):
+            verify_partition(
+                store,
+                meta.name,
+                partition,
+                meta.root_key,
+                findings,
+                known=known.get(partition),
+                progress=lambda count: status.update(f"verifying: {count} blobs"),
+            )
+    return findings
+
+
+def _print_findings(findings: Findings, meta: PopulationMeta, as_json: bool) -> None:
+    if as_json:
+        told = {"population": meta.name, "root_key": meta.root_key.keyid, **asdict(findings)}
+        print(json.dumps(told, indent=1))
+        return
+    console.print(
+        f"{meta.name}: {findings.num_records} records signed and chained, "
+        f"{findings.num_revisions} revisions ({findings.num_not_kept} of them not kept), "
+        f"{findings.num_blobs} blobs ({findings.num_bytes / 1e6:.1f} MB) match their manifests; "
+        f"root key {meta.root_key.keyid[:16]}",
+        soft_wrap=True,
+    )
+    for problem in findings.problems:
+        console.print(f"[red]problem:[/] {escape(problem)}", soft_wrap=True, highlight=False)
+
+
+def _replay(revision: str, as_json: bool, store: str, name: str | None) -> None:
     from populace.population.tools.replay import replay
 
     user, at, number = revision.rpartition("@")

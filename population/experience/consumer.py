@@ -29,7 +29,7 @@ from populace.population.experience.events import (
 )
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.memory import EventMemory
-from populace.population.experience.pending import EventState, PendingIndex
+from populace.population.experience.pending import PendingIndex
 from populace.population.experience.sealing import LoggedEvent, Seals
 from populace.population.experience.segments import (
     Row,
@@ -39,6 +39,7 @@ from populace.population.experience.segments import (
     with_digest,
 )
 from populace.population.experience.snapshot import EventCache, SegmentCache, Snapshot, row_at
+from populace.population.experience.states import EventState
 from populace.storage import paths
 from populace.storage.catalog.catalog import Catalog
 from populace.storage.errors import Damaged, Forgotten, ObjectNotFound

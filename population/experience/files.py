@@ -28,16 +28,26 @@ ROWS_PER_CALL = 2048
 COLUMNS = {
     "user": "whose event it is",
     "kind": "task, trajectory or demonstration; follows from `reward` when it is left out",
-    "event_id": "text, or an integer that increases per user; a digest of the row when it is left out",
+    "event_id": (
+        "text, or an integer that increases per user; a digest of the row when it is left out"
+    ),
     "prompt": "text, or a list of messages with `role` and `content`",
-    "messages": "a conversation instead of `prompt` and `completion`: the last message is the completion",
+    "messages": (
+        "a conversation instead of `prompt` and `completion`: the last message is the completion"
+    ),
     "completion": "text of the answer",
-    "reward": "of a task the name of a registered reward, of a trajectory a number, by convention 0 to 1",
-    "reward_args": "of a task: what the reward gets besides the answer; an object, or JSON text of one",
+    "reward": (
+        "of a task the name of a registered reward, of a trajectory a number, by convention 0 to 1"
+    ),
+    "reward_args": (
+        "of a task: what the reward gets besides the answer; an object, or JSON text of one"
+    ),
     "revision": "of a trajectory: the adapter's revision that produced it; 0 when it is left out",
     "completion_ids": "of a trajectory: token ids of the completion",
     "logprobs": "of a trajectory: log-probability of every completion token when it was sampled",
-    "expert_ids": "of a trajectory: experts of every completion token, [token][layer][k]; -1 where unknown",
+    "expert_ids": (
+        "of a trajectory: experts of every completion token, [token][layer][k]; -1 where unknown"
+    ),
 }
 """Column -> what it holds. Columns with nothing in them count as left out."""
 

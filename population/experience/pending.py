@@ -14,46 +14,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from populace.population.experience.states import EventAt, EventState
 from populace.storage.catalog.columns import Index, Table, halves_of
 from populace.storage.log.records import Position, Record, Settled, WaveManifest
 
 Floats = NDArray[np.float64]
 
 
-class EventState(IntEnum):
-    """What is to become of an event that was read; the numbers stand in snapshots."""
-
-    PENDING = 1
-    """To be trained on."""
-    CLASH = 2
-    """To be settled: its id was used before with other content."""
-    OUT_OF_ORDER = 3
-    """To be settled: its id is an integer that doesn't increase."""
-    HELD = 4
-    """Kept for evaluation."""
-    COMMAND = 5
-    """To be obeyed; only in snapshots, never in the index."""
-
-
-REASONS = {
-    EventState.CLASH: "event id reused with other content",
-    EventState.OUT_OF_ORDER: "event id does not increase: integer ids of a user must",
-}
-
 NONE = -1
-
-
-class EventAt(NamedTuple):
-    """An event that waits, or is held out."""
-
-    position: Position
-    state: EventState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ class Enqueues(ABC):
         return self.send(check_events(pairs, self.rewards))
 
     async def enqueue_async(self, user: str, events: Iterable[LogEvent]) -> int:
-        """`enqueue` for asyncio. Calls under way together are written in the order they were made."""
+        """`enqueue` for asyncio. Calls under way together are written in their order."""
         return await self.enqueue_many_async([(user, events)])
 
     async def enqueue_many_async(self, pairs: Iterable[tuple[str, Iterable[LogEvent]]]) -> int:

@@ -1,5 +1,5 @@
-"""Commands that users' logs hold: roll back, pin, erase. Each is obeyed once, in order, by the owner
-of the user's partition.
+"""Commands that users' logs hold: roll back, pin, erase. Each is obeyed once, in order, by the
+owner of the user's partition.
 
 Erasure goes tombstone first, then exports, then the key: a crash in between is finished by the next
 owner, who sees a tombstone whose key is still there.

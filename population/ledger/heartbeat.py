@@ -1,5 +1,5 @@
-"""Heartbeats: a process that owns partitions, or runs a controller, shows that it lives, and watches
-the others.
+"""Heartbeats: a process that owns partitions, or runs a controller, shows that it lives, and
+watches the others.
 
 Nothing here is about safety. Two controllers that both believe that a partition is theirs collide
 in its revision log, and the older claim loses.

@@ -33,8 +33,8 @@ class Ownership:
         self._controller: str | None = None
 
     def claim(self, takeover_s: float, partitions: Iterable[int] | None = None) -> None:
-        """Own these partitions, or all. Raises `OwnerAlive` when another process's heartbeat changes
-        within `takeover_s`."""
+        """Own these partitions, or all. Raises `OwnerAlive` when another process's heartbeat
+        changes within `takeover_s`."""
         ledger = self.ledger
         wanted = sorted(ledger.readers if partitions is None else partitions)
         held = [partition for partition in wanted if ledger.catalog.owned.get(partition)]

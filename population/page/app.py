@@ -33,7 +33,8 @@ from populace.population.page.access import (
     PageSetup,
     route_of,
 )
-from populace.population.page.reader import PopulationReader, UserView, live_rows
+from populace.population.page.live import live_rows
+from populace.population.page.reader import PopulationReader, UserView
 from populace.population.page.tree import tree_of
 from populace.population.tools.diff import largest
 from populace.storage.errors import InvalidInput, PopulaceError

@@ -25,7 +25,7 @@ from populace.population.ledger.queries import (
 )
 from populace.population.tools.diff import ModuleNorms, diff_revisions
 from populace.population.watching.beacon import NAME_DIGITS, SeenController, controllers_of
-from populace.population.watching.rates import ControllerRates, Watch, last_wave, tiers
+from populace.population.watching.rates import ControllerRates, Watch
 from populace.storage.catalog.states import AdapterState, RevisionState
 from populace.storage.errors import Damaged, Forgotten, InvalidInput, ObjectNotFound
 from populace.storage.log.records import (
@@ -329,29 +329,6 @@ def about(header: RecordHeader, whole: Record, pseudonym: str) -> About:
     return About(
         written_at=header.written_at, metrics=metrics, parked=parked, verdicts=tuple(verdicts)
     )
-
-
-def live_rows(controllers: Sequence[ControllerRates]) -> list[dict[str, object]]:
-    """What the overview asks for again and again."""
-    rows: list[dict[str, object]] = []
-    for item in controllers:
-        figures, counts = item.seen.figures, item.seen.figures.counts
-        per_min = 60 * item.per_s.get("committed", 0.0)
-        cells = [
-            item.seen.name,
-            "silent" if item.is_silent else figures.state,
-            figures.num_partitions,
-            counts.get("waves", 0),
-            f"{per_min:.1f}",
-            *(counts.get(decision, 0) for decision in ("promote", "reject", "rollback")),
-            f"{item.per_s.get('tokens', 0.0):.0f}",
-            figures.num_pending,
-            f"{figures.oldest_wait_s:.0f} s",
-            tiers(figures.residency),
-            last_wave(figures.last_wave),
-        ]
-        rows.append({"cells": cells, "revisions_per_min": per_min})
-    return rows
 
 
 def _residency(ledger: Ledger, adapter: AdapterState, controllers: Sequence[SeenController]) -> str:

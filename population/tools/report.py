@@ -20,6 +20,12 @@ from rich.table import Table
 from populace.population.controller import Controller
 from populace.population.tools.matrix import MAX_USERS, report_figures, user_of
 
+STYLE = """\
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+img{max-width:100%}"""
+
 
 def write_report(controller: Controller, folder: Path, started: float) -> dict[str, Any]:
     """Measure what isn't known yet, then write both files into `folder`. `started`: the run's start
@@ -86,14 +92,14 @@ def _html(figures: dict[str, Any]) -> str:
     base, after = figures["heldout_reward_base"], figures["heldout_reward_after"]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>Populace: {html.escape(figures["population"])}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .7rem;border-bottom:1px solid #ddd;
-text-align:left;vertical-align:top}}img{{max-width:100%}}</style>
+<style>{STYLE}</style>
 <h1>{html.escape(figures["population"])}</h1>
-<p>{len(figures["users"])} users on <b>{html.escape(figures["base"])}</b>, {figures["num_revisions"]} revisions,
-{figures["wall_s"]:.0f} s. Mean held-out reward <b>{base:.2f}</b> on the base, <b>{after:.2f}</b> with the users' own
-adapters; own adapters beat the others' by <b>{figures["own_minus_others"]:+.2f}</b> on their users' tasks.</p>
-<table><tr><th>user<th>rank<th>base<th>after<th>gain<th>own - others<th>revisions<th>tokens</tr>{rows}</table>
+<p>{len(figures["users"])} users on <b>{html.escape(figures["base"])}</b>,
+{figures["num_revisions"]} revisions, {figures["wall_s"]:.0f} s. Mean held-out reward
+<b>{base:.2f}</b> on the base, <b>{after:.2f}</b> with the users' own adapters; own adapters beat
+the others' by <b>{figures["own_minus_others"]:+.2f}</b> on their users' tasks.</p>
+<table><tr><th>user<th>rank<th>base<th>after<th>gain<th>own - others<th>revisions<th>tokens</tr>
+{rows}</table>
 <h2>Specialisation</h2><p>Every adapter (row) on every user's held-out tasks (column).</p>
 {_image(_draw_matrix(figures))}
 <h2>Learning curves</h2><p>Mean reward of the rollouts that each revision learned from.</p>

@@ -31,8 +31,8 @@ def stop_run(
     """Ask the run of a population, or only that `controller` of it, to end after its wave, and wait
     until it has.
 
-    Returns controller -> `stopped`, `dead` (no heartbeat for `DEAD_S`; the next run of its name takes
-    over) or `busy` (not yet, after `timeout_s`; it still knows that it shall).
+    Returns controller -> `stopped`, `dead` (no heartbeat for `DEAD_S`; the next run of its name
+    takes over) or `busy` (not yet, after `timeout_s`; it still knows that it shall).
     `InvalidInput` if nothing runs."""
     by, deadline = f"{getpass.getuser()}@{socket.gethostname()}", time.monotonic() + timeout_s
     there = {

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from populace.configs.schema import Settings
 from populace.population.experience.events import UserId
-from populace.population.experience.pending import REASONS, EventState
 from populace.population.experience.sealing import Reason, Settlement
+from populace.population.experience.states import REASONS, EventState
 from populace.population.ledger.ledger import Ledger
 from populace.population.waves.prepare import Preparation, prepare_event
 from populace.population.waves.scheduler import Served, form_wave

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from populace.population.experience.pending import REASONS, EventState
+from populace.population.experience.states import REASONS, EventState
 from populace.population.ledger.ledger import Ledger
 from populace.population.waves.outcomes import MAX_TRIES
 from populace.storage.catalog.attempts import Tries

@@ -88,13 +88,24 @@ def _create(
         return
     high, low = halves_of([record.pseudonym for record in created])
     first = tables.adapters.append(
-        len(created), high=high, low=low, partition=header.partition,
+        len(created),
+        high=high,
+        low=low,
+        partition=header.partition,
         seed=[record.seed for record in created],
-        tip=0, serving=0, next_revision=1, consumed_segment=-1, consumed_row=-1, flags=flags,
+        tip=0,
+        serving=0,
+        next_revision=1,
+        consumed_segment=-1,
+        consumed_row=-1,
+        flags=flags,
         last_revision=-1,
-        spec=tables.specs.numbers([_spec_json(tuple(sorted(record.spec.items()))) for record in created]),
-        last_note=-1, changed=header.seq,
-    )  # fmt: skip
+        spec=tables.specs.numbers(
+            [_spec_json(tuple(sorted(record.spec.items()))) for record in created]
+        ),
+        last_note=-1,
+        changed=header.seq,
+    )
     tables.index.add(high, low, np.arange(first, first + len(created)))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -102,17 +103,31 @@ def restore(reader: RevisionLogReader, catalog: Catalog) -> int | None:
 
 def dump(catalog: Catalog, partition: int) -> bytes:
     """The partition's rows, and everything else of its state as JSON in the file's metadata."""
+    rows = np.flatnonzero(catalog.adapters["partition"] == partition)
+    columns, named = _columns(catalog, rows)
+    state = {**named, **_state(catalog, partition, set(catalog.pseudonyms(rows)))}
+    table = pa.table(columns).replace_schema_metadata({"populace": canonical_json(state)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="lz4", use_dictionary=False, write_statistics=False)
+    return bytes(sink.getvalue())
+
+
+def _columns(
+    catalog: Catalog, rows: NDArray[np.int64]
+) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """The columns of these adapters, nested as the file has them, and what their codes name."""
     adapters, revisions = catalog.adapters, catalog.revisions
-    rows = np.flatnonzero(adapters["partition"] == partition)
     columns = {name: adapters[name][rows] for name in _ADAPTER}
     specs, columns["spec"] = _renumbered(catalog.specs, columns["spec"])
     columns = {name: pa.array(values) for name, values in columns.items()}
     columns["pseudonym"] = _fixed(_interleave(adapters["high"][rows], adapters["low"][rows]), 16)
+
+    # Revisions of the adapters; their blobs without those that were dropped, which need no place.
     revision_rows, revision_offsets = _children(rows, revisions["adapter"])
     blob_rows, blob_offsets = ragged(
         revisions["first_blob"][revision_rows], revisions["num_blobs"][revision_rows]
     )
-    is_there = catalog.blobs["size"][blob_rows] > 0  # what was dropped needs no place
+    is_there = catalog.blobs["size"][blob_rows] > 0
     blob_offsets = np.concatenate([[0], np.cumsum(is_there)]).astype(np.int32)[blob_offsets]
     blob_rows = blob_rows[is_there]
     use_rows, use_offsets = ragged(
@@ -122,47 +137,40 @@ def dump(catalog: Catalog, partition: int) -> bytes:
     packs, blobs["pack"] = _renumbered(catalog.packs, blobs["pack"])
     blobs = {name: pa.array(values) for name, values in blobs.items()}
     blobs["sha256"] = _fixed(catalog.blobs["sha256"][blob_rows], 32)
+
+    # Lists inside lists: adapter -> revisions -> blobs and segments; adapter -> notes.
     of_revision = {name: revisions[name][revision_rows] for name in _REVISION}
     experts, of_revision["experts"] = _renumbered(catalog.experts, of_revision["experts"])
     of_revision = {name: pa.array(values) for name, values in of_revision.items()}
     of_revision["blobs"] = pa.ListArray.from_arrays(blob_offsets, _struct(blobs))
-    of_revision["segments"] = pa.ListArray.from_arrays(
-        use_offsets, pa.array(catalog.uses["segment"][use_rows])
-    )
+    segments = pa.array(catalog.uses["segment"][use_rows])
+    of_revision["segments"] = pa.ListArray.from_arrays(use_offsets, segments)
     columns["revisions"] = pa.ListArray.from_arrays(revision_offsets, _struct(of_revision))
     note_rows, note_offsets = _children(rows, catalog.notes["adapter"])
     notes = {name: pa.array(catalog.notes[name][note_rows]) for name in _NOTE}
     columns["notes"] = pa.ListArray.from_arrays(note_offsets, _struct(notes))
-    mine = set(catalog.pseudonyms(rows))
-    state = {
-        "specs": specs,
-        "packs": packs,
-        "experts": experts,
+    return columns, {"specs": specs, "packs": packs, "experts": experts}
+
+
+def _state(catalog: Catalog, partition: int, own: Collection[str]) -> dict[str, Any]:
+    """What of a partition isn't in columns; `own`: the pseudonyms of its adapters."""
+    attempts, compaction = catalog.attempts, catalog.compactions.get(partition)
+    unfinished = attempts.unfinished.get(partition, {})
+    return {
         "owned": catalog.owned.get(partition, False),
         "unfinished": {
-            "adapters": {
-                name: [asdict(ref) for ref in refs]
-                for name, refs in catalog.attempts.unfinished.get(partition, {}).items()
-            }
+            "adapters": {name: [asdict(ref) for ref in refs] for name, refs in unfinished.items()}
         },
-        "compaction": asdict(catalog.compactions[partition])
-        if partition in catalog.compactions
-        else None,
-        "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in mine),
-        "tries": {
-            name: asdict(tries) for name, tries in catalog.attempts.tries.items() if name in mine
-        },
+        "compaction": None if compaction is None else asdict(compaction),
+        "obeyed": sorted(pair for pair in catalog.obeyed if pair[0] in own),
+        "tries": {name: asdict(tries) for name, tries in attempts.tries.items() if name in own},
         "failures": {
             name: [asdict(tries.event), tries.count]
-            for name, tries in catalog.attempts.failures.items()
-            if name in mine
+            for name, tries in attempts.failures.items()
+            if name in own
         },
         "num_settled": catalog.num_settled.get(partition, 0),
     }
-    table = pa.table(columns).replace_schema_metadata({"populace": canonical_json(state)})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="lz4", use_dictionary=False, write_statistics=False)
-    return bytes(sink.getvalue())
 
 
 def load(catalog: Catalog, partition: int, body: bytes) -> None:

@@ -1,7 +1,9 @@
 """The catalog's columns, and what the codes in them mean.
 
-    adapters   one row per adapter           revisions  one row per revision, chained newest to oldest
-    blobs      one row per part of a revision           uses  segments of experience that a revision learned from
+    adapters   one row per adapter
+    revisions  one row per revision, chained newest to oldest
+    blobs      one row per part of a revision
+    uses       segments of experience that a revision learned from
     notes      verdicts and settled records, chained newest to oldest
 
 About 200 bytes for an adapter with one revision of one part; no Python object per user.

@@ -1,8 +1,10 @@
 """Keys: who may write a population's history, and who can read its users.
 
-    signing key   signs every record; its public half stands in population.json, `rotate` records hand it on
+    signing key   signs every record; its public half stands in population.json, and `rotate`
+                  records hand it on
     master key    wraps the population's secrets and one data key per user
-    data key      encrypts everything of one user; overwriting its object with a marker forgets the user
+    data key      encrypts everything of one user; overwriting its object with a marker erases the
+                  user
 
 Signing and master keys stay with the operator, in a folder or in the environment, never in the
 store.

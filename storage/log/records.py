@@ -131,8 +131,9 @@ class AdapterCreated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The wave about to be trained, in the log before anything of it is tried. What died in it is tried again in a small wave, and then alone.
-    An adapter without events: its attempt is taken back."""
+    """The wave about to be trained, in the log before anything of it is tried. What died in it is
+    tried again in a small wave, and then alone. An adapter without events: its attempt is taken
+    back."""
 
     KIND: ClassVar[str] = "attempt"
     wave: str

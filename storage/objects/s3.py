@@ -38,7 +38,10 @@ SUSPENDED = "Suspended"
 
 ABORT_UPLOADS_AFTER_DAYS = 7
 
-_CREDENTIALS_HELP = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them into ~/.aws/credentials (profile: AWS_PROFILE)"
+_CREDENTIALS_HELP = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or put them into "
+    "~/.aws/credentials (profile: AWS_PROFILE)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

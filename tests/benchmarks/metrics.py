@@ -17,10 +17,9 @@ from pathlib import Path
 
 from populace.configs.schema import Settings
 from populace.population.client import Population
-from populace.population.controller import Controller
 from populace.population.watching.beacon import Beacon
+from populace.population.watching.figures import Figure as MetricFigure
 from populace.population.watching.metrics import KEEP_S, RayMetrics
-from populace.population.watching.metrics import Figure as MetricFigure
 from populace.population.watching.views import Views
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.storage.objects.cloud import MemoryStore
@@ -29,7 +28,7 @@ from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.benchmarks.streams import build_base, local_ray, overlap_events, overlap_settings
-from tests.support.loops import chat_of, settings_of
+from tests.support.loops import Loop, chat_of, settings_of
 
 PAIRS = 40
 BLOCKS = 5
@@ -68,7 +67,7 @@ def overhead_figures(folder: Path) -> list[Figure]:
         waved = time.perf_counter()
         if is_on:
             num_calls.append(sum(count for count, _ in store._calls.values()))
-            views.wave(report, controller)
+            views.wave(report, controller.state())
         ended = time.perf_counter()
         if turn >= 4:  # the first ones start reward workers
             seconds[is_on].append(ended - began)
@@ -91,17 +90,17 @@ def overhead_figures(folder: Path) -> list[Figure]:
         figure("share of a wave that goes into telling", told, "share", at_most=0.01),
         figure("share of a wave that goes into counting store calls",
                [count * per_call_s / wave_s for count in num_calls[2:]], "share", at_most=0.01),
-        figure("share of a processor that repeats gauges", [repeating], "share", at_most=0.01),
+        figure("share of a CPU that repeats gauges", [repeating], "share", at_most=0.01),
     ]  # fmt: skip
 
 
-def start(settings: Settings, population: Population) -> tuple[Controller, ShardGroup]:
+def start(settings: Settings, population: Population) -> tuple[Loop, ShardGroup]:
     chat = chat_of(population)
     group = ShardGroup(settings_of(population), settings.shard)
     group.wait_until_ready()
     while len(population.ledger.owned()) < population.meta.partitions:
         population.ownership.rebalance(settings.run.takeover_s, lambda: None)
-    return Controller(settings, population.ledger, group, chat, score_on_ray), group
+    return Loop(population, group, chat, score_on_ray), group
 
 
 def counting_s(num_calls: int = 20_000) -> float:

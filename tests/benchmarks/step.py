@@ -34,6 +34,7 @@ from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
     AdapterRef,
+    ExperienceKind,
     RolloutRequest,
     Sample,
     ScoredSample,
@@ -57,10 +58,18 @@ TOKENS_TO_REPEAT = 16_384
 def build_base(folder: Path) -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=64, intermediate_size=INNER, num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K, max_position_embeddings=2048, initializer_range=0.05,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=INNER,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+    )
     MixtralForCausalLM(config).to(resolve_dtype("auto")).save_pretrained(folder)
 
 
@@ -78,11 +87,16 @@ class Bench:
     ) -> None:
         train = TrainSettings(numerics=numerics, kl_coefficient=0.0)
         settings = ShardSettings(
-            base_folder=str(folder), dtype="auto", store_url="memory://", population="bench",
-            slots=slots or len(ranks), threads=THREADS, eos_ids=frozenset(),
+            base_folder=str(folder),
+            dtype="auto",
+            store_url="memory://",
+            population="bench",
+            slots=slots or len(ranks),
+            threads=THREADS,
+            eos_ids=frozenset(),
             train=train,
             optimizer=OptimizerSettings(offload=offload),
-        )  # fmt: skip
+        )
         self.engine = ShardEngine(settings, MemoryStore())
         self.keys = [AdapterKey(f"{number:032x}", 0) for number in range(len(ranks))]
         specs = [AdapterSpec(rank=r, expert_rank=r, alpha=32, learning_rate=1e-4) for r in ranks]
@@ -155,9 +169,12 @@ def demonstration(number: int, tokens: int) -> TrainGroup:
     ids = token_ids(number, tokens)
     sample = Sample(completion_ids=ids[1:], logprobs=None, expert_ids=None, finished=True)
     return TrainGroup(
-        event_id=str(number), kind="demonstration", prompt_ids=ids[:1], prompt_expert_ids=None,
+        event_id=str(number),
+        kind=ExperienceKind.DEMONSTRATION,
+        prompt_ids=ids[:1],
+        prompt_expert_ids=None,
         samples=(ScoredSample(sample=sample, reward=1.0, base_logprobs=None),),
-    )  # fmt: skip
+    )
 
 
 class Peft:
@@ -167,9 +184,11 @@ class Peft:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype("auto"))
         model.set_experts_implementation("grouped_mm")
         config = LoraConfig(
-            r=8, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            r=8,
+            lora_alpha=32,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        )  # fmt: skip
+        )
         self.model = get_peft_model(model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
@@ -193,8 +212,8 @@ class Peft:
 
 def check(folder: Path) -> None:
     """Before anything is timed: both sides see the same loss, and each user's bytes are those of a
-    step alone. That the adapters' values and gradients are right is for tests/kernels/test_lora.py and
-    tests/population/tools/test_peft.py."""
+    step alone. That the adapters' values and gradients are right is for
+    tests/kernels/test_lora.py and tests/population/tools/test_peft.py."""
     peft, many, one = Peft(folder), Bench(folder, [8] * 8), Bench(folder, [8])
     losses = [peft.step(0, 64)]
     result = many.engine.train_wave(many.wave(64))
@@ -365,12 +384,15 @@ def rollout(folder: Path) -> Iterator[Figure]:
     ids = torch.from_numpy(np.stack([token_ids(n, prompt - 1) for n in range(64)])).long()
     requests = [
         RolloutRequest(
-            adapter=key, event_id=str(n), prompt_ids=ids[n].numpy().astype(np.int32),
-            num_samples=1, max_new_tokens=new,
+            adapter=key,
+            event_id=str(n),
+            prompt_ids=ids[n].numpy().astype(np.int32),
+            num_samples=1,
+            max_new_tokens=new,
             temperature=1.0,
         )
         for n, key in enumerate(bench.keys)
-    ]  # fmt: skip
+    ]
 
     def ours() -> float:
         start = time.perf_counter()
@@ -381,10 +403,13 @@ def rollout(folder: Path) -> Iterator[Figure]:
         start = time.perf_counter()
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
                 do_sample=True,
                 pad_token_id=0,
-            )  # fmt: skip
+            )
         return (out.shape[1] - prompt) * len(out) / (time.perf_counter() - start)
 
     ours(), theirs()

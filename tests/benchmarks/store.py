@@ -29,9 +29,9 @@ from populace.storage.keys.keyring import Keyring, PublicKey
 from populace.storage.keys.sealing import seal
 from populace.storage.keys.user_keys import UserKey, UserKeys
 from populace.storage.log.loading import BlobRequest, blob_context, load_wave
-from populace.storage.log.owner import Owner, RevisionDraft
+from populace.storage.log.owner import NewRevision, Owner
 from populace.storage.log.reader import RevisionLogReader
-from populace.storage.log.records import AdapterCreated, EventRef, RecordBatch
+from populace.storage.log.records import AdapterCreated, EventRef, RecordBatch, RevisionEntry
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
 from tests.benchmarks.figures import Figure, figure, publish
@@ -92,23 +92,25 @@ class Population:
         rows = self.catalog.rows_of(names)
         revisions = self.catalog.adapters["next_revision"][rows].tolist()
         drafts = []
-        for number, name, revision, row in zip(
-            numbers, names, revisions, rows.tolist(), strict=True
-        ):
+        for number, name, revision in zip(numbers, names, revisions, strict=True):
             parent = revision - 1
             parent_sha256 = None
             if parent:
-                parent_sha256 = self.catalog.revision_state(row, parent).blobs["weights"].sha256
+                parent_sha256 = self.catalog.revision_of(name, parent).blobs["weights"].sha256
             sealed = self.keys.seal(name, bodies(number), blob_context("weights", revision))
-            drafts.append(
-                RevisionDraft(
-                    pseudonym=name, revision=revision, parent=parent, parent_sha256=parent_sha256,
-                    blobs={"weights": sealed}, experts=[0, 1, 2, 3],
-                    trained=[EventRef(tag=name, position=(segment, 0), digest="d" * 64)],
-                    settled=[],
-                    consumed=(segment, 0), metrics={"reward": 0.5, "tokens": 128.0},
-                )
-            )  # fmt: skip
+            entry = RevisionEntry(
+                pseudonym=name,
+                revision=revision,
+                parent=parent,
+                parent_sha256=parent_sha256,
+                blobs={},
+                experts=[0, 1, 2, 3],
+                trained=[EventRef(tag=name, position=(segment, 0), digest="d" * 64)],
+                settled=[],
+                consumed=(segment, 0),
+                metrics={"reward": 0.5, "tokens": 128.0},
+            )
+            drafts.append(NewRevision(entry=entry, blobs={"weights": sealed}))
         self.catalog.apply(*self.owners[partition].commit_wave(f"w{segment}", drafts, **FIXED))
 
     def requests(self, numbers: list[int]) -> list[BlobRequest]:
@@ -231,24 +233,38 @@ def bench_scale(
     show = f"{label}: "
     return [
         figure(show + "commit rate, whole run", rates, "adapters/s"),
-        figure(show + "commit rate, last tenth of waves over first", ratio_of(rates[-tenth:], rates[:tenth]), "ratio"),
+        figure(
+            show + "commit rate, last tenth of waves over first",
+            ratio_of(rates[-tenth:], rates[:tenth]),
+            "ratio",
+        ),
         figure(show + "size on disk over raw bytes", [on_disk / raw], "ratio"),
         figure(show + "checkpoint, one of 4 partitions", checkpoints, "s"),
-        figure(show + "open", [item["seconds"] for item in opened], "s", at_most=5 if aims else None),
+        figure(
+            show + "open", [item["seconds"] for item in opened], "s", at_most=5 if aims else None
+        ),
         figure(
             show + "memory per adapter, catalog's arrays",
-            [item["arrays"] / num_adapters for item in opened], "bytes",
+            [item["arrays"] / num_adapters for item in opened],
+            "bytes",
             at_most=250 if aims else None,
         ),
-        figure(show + "memory per adapter, growth of the process", [i["rss"] / num_adapters for i in opened], "bytes"),
         figure(
-            show + "look-ups in batches of 1,024", lookups, "1/s", at_least=500_000 if aims else None
+            show + "memory per adapter, growth of the process",
+            [i["rss"] / num_adapters for i in opened],
+            "bytes",
+        ),
+        figure(
+            show + "look-ups in batches of 1,024",
+            lookups,
+            "1/s",
+            at_least=500_000 if aims else None,
         ),
         figure(show + "look-ups one by one, whole state", states, "1/s"),
         figure(show + "64 random cold loads", [1000 * value for value in loads], "ms"),
         figure(show + "64 random cold loads, copy speed reached", shares, "of one plain get"),
         figure(show + "commits, copy speed reached", puts, "of plain put"),
-    ]  # fmt: skip
+    ]
 
 
 def ratio_of(above: list[float], below: list[float]) -> list[float]:

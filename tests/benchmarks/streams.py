@@ -41,9 +41,10 @@ from populace.configs.schema import (
     SchedulerSettings,
     Settings,
     StreamSettings,
+    TenantSettings,
 )
 from populace.population.client import Population
-from populace.population.controller import Controller, WaveReport
+from populace.population.controller import WaveReport
 from populace.population.experience.events import LogEvent, Task, Trajectory
 from populace.population.experience.gateway import Gateway
 from populace.population.experience.log import ExperienceLog
@@ -52,7 +53,7 @@ from populace.population.experience.producer import Producer
 from populace.population.tools.simulate import Load, simulate
 from populace.population.waves.chat import Chat
 from populace.population.waves.reward_tasks import score_on_ray
-from populace.population.waves.scheduler import Budget, Policy, Served, form_wave, policy_of
+from populace.population.waves.scheduler import Served, form_wave
 from populace.storage.keys.keyring import Keyring
 from populace.storage.lru import Lru
 from populace.storage.objects.bucket import Bucket
@@ -60,7 +61,7 @@ from populace.storage.objects.dev import DevStore
 from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
-from tests.support.loops import settings_of
+from tests.support.loops import Loop, settings_of
 from tests.support.streams import make_population
 from tests.support.tiny import tokenizer
 
@@ -301,13 +302,12 @@ def scheduler_figures() -> Iterator[Figure]:
     fifty tenants."""
     medians = {}
     for num_users in (10_000, 100_000, 1_000_000):
-        index, policy = index_of(num_users)
-        budget = Budget(max_adapters=256, max_tokens=1 << 17, max_rank=4096)
+        index, scheduler = index_of(num_users)
         served, taken = Served.nothing(50), []
         for _ in range(30):
             started = time.perf_counter()
             candidates = index.candidates(1e4)
-            choice = form_wave(candidates, budget, policy, served, index.now())
+            choice = form_wave(candidates, scheduler, served, index.now())
             taken.append(1000 * (time.perf_counter() - started))
             served = choice.served
             assert (
@@ -324,33 +324,49 @@ def scheduler_figures() -> Iterator[Figure]:
     )
 
 
-def index_of(num_users: int) -> tuple[PendingIndex, Policy]:
+def index_of(num_users: int) -> tuple[PendingIndex, SchedulerSettings]:
     """Filled column by column: it is the scheduler that is measured."""
     chance, index = np.random.default_rng(0), PendingIndex(events_per_update=4)
     keys = chance.integers(0, 2**63, (2, num_users)).astype(np.uint64)
     is_pending = chance.permutation(num_users) < num_users // 10
     num_events = np.where(is_pending, chance.integers(1, 12, num_users), 0)
     index.users.append(
-        num_users, high=keys[0], low=keys[1], partition=0, tenant=chance.integers(0, 50, num_users), rank=8,
-        head=-1, tail=-1, held=-1, held_tail=-1, num_waiting=num_events, num_pending=num_events,
+        num_users,
+        high=keys[0],
+        low=keys[1],
+        partition=0,
+        tenant=chance.integers(0, 50, num_users),
+        rank=8,
+        head=-1,
+        tail=-1,
+        held=-1,
+        held_tail=-1,
+        num_waiting=num_events,
+        num_pending=num_events,
         num_held=0,
-        tokens=chance.integers(50, 800, num_users), since=-chance.random(num_users) * 600,
+        tokens=chance.integers(50, 800, num_users),
+        since=-chance.random(num_users) * 600,
         updated=-np.inf,
-        is_hot=chance.random(num_users) < 0.001, is_busy=False, is_candidate=is_pending,
-    )  # fmt: skip
+        is_hot=chance.random(num_users) < 0.001,
+        is_busy=False,
+        is_candidate=is_pending,
+    )
     index.index.add(keys[0], keys[1], np.arange(num_users))
     index._joined = np.flatnonzero(is_pending).tolist()
     index.candidates()
     weights = 0.5 + chance.random(50)
-    return index, Policy(
-        weight_G=weights, events_per_update=4, residency_bonus_s=2.0, evidence_bonus_s=2.0
+    return index, SchedulerSettings(
+        max_adapters_per_wave=256,
+        events_per_update=4,
+        max_tokens_per_wave=1 << 17,
+        max_rank_per_wave=4096,
+        weight=weights[0],
+        tenants={f"t{n}": TenantSettings(weight=own) for n, own in enumerate(weights[1:])},
     )
 
 
 def fairness_figures() -> Iterator[Figure]:
     """Two equal tenants, one of which sends a hundred times as much, both more than their share."""
-    from populace.configs.schema import TenantSettings
-
     scheduler = SchedulerSettings(
         tenants={"small": TenantSettings()}, max_adapters_per_wave=64, slots=256
     )
@@ -360,7 +376,7 @@ def fairness_figures() -> Iterator[Figure]:
         ("one wants less than its share", (100.0, 1.0), 2_000.0),
     ):
         load = Load(users=4000, events_per_s=rate, hours=0.1, shares=shares, zipf=0.5)
-        report = simulate(load, settings, policy_of(scheduler))
+        report = simulate(load, settings)
         flood, small = report.tenants
         if "more" in name:
             yield figure(f"flood 100:1, {name}: Jain's index", [report.fairness], "", at_least=0.99)
@@ -383,7 +399,7 @@ def residency_figures() -> Iterator[Figure]:
         scheduler = SchedulerSettings(max_adapters_per_wave=16, events_per_update=4, slots=64)
         settings = Settings(scheduler=scheduler)
         load = Load(users=100_000, events_per_s=12.0, hours=5.0, zipf=zipf)
-        report = simulate(load, settings, policy_of(scheduler))
+        report = simulate(load, settings)
         wanted = [int(user) for wave in report.waves for user in wave]
         for name, capacity in (("64 hot", 64), ("64 hot and 2,000 warm", 2064)):
             ours, best = lru_hits(wanted, capacity), belady_hits(wanted, capacity)
@@ -547,7 +563,7 @@ def overlap_figures(folder: Path) -> Iterator[Figure]:
     print("pipelined, adapters found: hot, new, warm, prefetched, near, cold =", found)
 
 
-def start_side(url: str, base: Path, pipelined: bool) -> tuple[Controller, ShardGroup]:
+def start_side(url: str, base: Path, pipelined: bool) -> tuple[Loop, ShardGroup]:
     settings = overlap_settings(base, pipelined)
     population = Population.create(url, settings)
     population.enqueue_many(overlap_events())
@@ -555,12 +571,12 @@ def start_side(url: str, base: Path, pipelined: bool) -> tuple[Controller, Shard
     population.ownership.claim(settings.run.takeover_s)
     group = ShardGroup(settings_of(population), settings.shard)
     group.wait_until_ready()
-    controller = Controller(settings, population.ledger, group, chat, score_on_ray)
+    controller = Loop(population, group, chat, score_on_ray)
     run_waves(controller, 14)  # everybody has a revision in the store; reward workers have started
     return controller, group
 
 
-def run_waves(controller: Controller, count: int) -> tuple[float, list[WaveReport]]:
+def run_waves(controller: Loop, count: int) -> tuple[float, list[WaveReport]]:
     began, reports = time.perf_counter(), []
     for _ in range(count):
         report = controller.wave()

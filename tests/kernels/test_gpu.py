@@ -24,14 +24,23 @@ def compiled() -> None:
 
 BIG = {
     "dense": dict(
-        counts=random_counts(4, 60, 4, 16, 0, 150), ranks=[4, 16, 36, 128], slots=16, experts=0, inner=512, out=768
+        counts=random_counts(4, 60, 4, 16, 0, 150),
+        ranks=[4, 16, 36, 128],
+        slots=16,
+        experts=0,
+        inner=512,
+        out=768,
     ),
     "experts": dict(
-        counts=random_counts(5, 250, 2, 8, 16, 40), ranks=[4, 16], slots=8, experts=16, inner=256,
+        counts=random_counts(5, 250, 2, 8, 16, 40),
+        ranks=[4, 16],
+        slots=8,
+        experts=16,
+        inner=256,
         out=384,
         num_modules=2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -41,7 +41,7 @@ from populace.storage.keys.keyring import Keyring
 from populace.storage.log.loading import BlobRequest, load_wave
 from populace.storage.log.owner import Owner
 from populace.storage.log.pack import read_blob
-from populace.storage.log.records import Tombstone, Verdict, WaveManifest
+from populace.storage.log.records import Decision, Tombstone, Verdict, WaveManifest
 from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.cloud import MemoryStore
 from tests.storage.test_log_and_catalog import build, state_of
@@ -293,10 +293,13 @@ def test_no_fault_loses_repeats_or_tears_a_commit() -> None:
     run_state_machine_as_test(
         hypothesis.seed(number)(StoreMachine),
         settings=hypothesis.settings(
-            max_examples=examples, stateful_step_count=40, deadline=None, print_blob=True,
+            max_examples=examples,
+            stateful_step_count=40,
+            deadline=None,
+            print_blob=True,
             suppress_health_check=list(hypothesis.HealthCheck),
         ),
-    )  # fmt: skip
+    )
     print(f"{StoreMachine.num_steps} calls, with faults in about a third of them")
 
 
@@ -450,7 +453,12 @@ def test_moments_depend_on_the_log_alone(tmp_path: Path) -> None:
         history.commit(owner, catalog, "ada")
         repack(owner, catalog, RetentionRule(last=1))
         back = Verdict(
-            pseudonym=name_of("ada"), decision="rollback", judged=1, tip=1, serving=1, reason="r"
+            pseudonym=name_of("ada"),
+            decision=Decision.ROLLBACK,
+            judged=1,
+            tip=1,
+            serving=1,
+            reason="r",
         )
         catalog.apply(owner.append(back), back)
         states = [c.revision_of(name_of("ada"), 2) for c in (catalog, history.open()[1])]

@@ -25,6 +25,7 @@ from populace.storage.log.records import (
     Attempt,
     Checkpoint,
     Claim,
+    Decision,
     MovedBlob,
     RecordBatch,
     RecordHeader,
@@ -93,7 +94,7 @@ def test_every_record_comes_back_as_it_was_sealed(history: History) -> None:
         ),
         Verdict(
             pseudonym=P1,
-            decision="promote",
+            decision=Decision.PROMOTE,
             judged=1,
             tip=1,
             serving=1,
@@ -275,11 +276,17 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
         )
     )
     assert not catalog.attempts.unfinished
-    add(Verdict(pseudonym=P1, decision="promote", judged=1, tip=1, serving=1, reason="r"))
+    add(Verdict(pseudonym=P1, decision=Decision.PROMOTE, judged=1, tip=1, serving=1, reason="r"))
     catalog.apply(*owner.commit_wave("w2", [history.draft(catalog, "p1", at=60)], **FIXED))
     add(
         Verdict(
-            pseudonym=P1, decision="rollback", judged=1, tip=1, serving=1, reason="r", command="c1"
+            pseudonym=P1,
+            decision=Decision.ROLLBACK,
+            judged=1,
+            tip=1,
+            serving=1,
+            reason="r",
+            command="c1",
         )
     )
     add(Attempt(wave="w3", num_adapters=1, adapters={P1: [event(3)]}))
@@ -386,7 +393,7 @@ def build(history: History) -> tuple[Owner, Catalog]:
     for record in (
         Verdict(
             pseudonym=name_of("p3"),
-            decision="promote",
+            decision=Decision.PROMOTE,
             judged=2,
             tip=2,
             serving=2,

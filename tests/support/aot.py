@@ -45,7 +45,10 @@ class Build:
     architecture: int
 
     def __str__(self) -> str:
-        return f"{self.product} height {self.height} rank {self.rank} {self.dtype} sm_{self.architecture}"
+        return (
+            f"{self.product} height {self.height} rank {self.rank} {self.dtype} "
+            f"sm_{self.architecture}"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A population under way for long: producers, gateway, controllers and shards, killed at random,
 and the account of it.
 
-    python -m tests.support.endurance produce URL NAME WAY JOURNAL RATE SEED USERS     one producer, run by the test
+    python -m tests.support.endurance produce URL NAME WAY JOURNAL RATE SEED USERS
+
+is one producer, run by the test.
 
 Two producers send every event, each through another way: one straight into the store, one through
 the gateway. What they send follows from the seed alone, so that a producer that is killed goes on
@@ -227,15 +229,29 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
         "HF_HUB_OFFLINE": "1",
     }
     process = subprocess.Popen(
-        [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.3",
-         "--port=26479", "--include-dashboard=false", "--num-cpus=4",
-         "--object-store-memory=300000000",
-         "--dashboard-agent-listen-port=28366", "--dashboard-agent-grpc-port=28367",
-         "--runtime-env-agent-port=28368",
-         "--metrics-export-port=28180", f"--temp-dir={temporary}", "--disable-usage-stats"],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [
+            Path(sys.executable).parent / "ray",
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.3",
+            "--port=26479",
+            "--include-dashboard=false",
+            "--num-cpus=4",
+            "--object-store-memory=300000000",
+            "--dashboard-agent-listen-port=28366",
+            "--dashboard-agent-grpc-port=28367",
+            "--runtime-env-agent-port=28368",
+            "--metrics-export-port=28180",
+            f"--temp-dir={temporary}",
+            "--disable-usage-stats",
+        ],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         time.sleep(12)
         assert process.poll() is None, "ray start ended"

@@ -1,5 +1,5 @@
-"""Makes a golden store: `python -m tests.support.golden_store FOLDER`. Once a format is released its
-folder is never made again."""
+"""Makes a golden store: `python -m tests.support.golden_store FOLDER`. Once a format is released
+its folder is never made again."""
 
 from __future__ import annotations
 

@@ -73,17 +73,31 @@ def _started_head(
     }
     (folder / "token").write_text(TOKEN)
     process = subprocess.Popen(
-        [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.2",
-         "--port=26379", "--dashboard-host=127.0.0.1", "--dashboard-port=28265",
-         "--metrics-export-port=28080",
-         "--num-cpus=4",
-         # The agents' default ports clash with any other Ray on this machine.
-         "--dashboard-agent-listen-port=28266", "--dashboard-agent-grpc-port=28267",
-         "--runtime-env-agent-port=28268",
-         "--object-store-memory=200000000", f"--temp-dir={temporary}", "--disable-usage-stats"],
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [
+            Path(sys.executable).parent / "ray",
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.2",
+            "--port=26379",
+            "--dashboard-host=127.0.0.1",
+            "--dashboard-port=28265",
+            "--metrics-export-port=28080",
+            "--num-cpus=4",
+            # The agents' default ports clash with any other Ray on this machine.
+            "--dashboard-agent-listen-port=28266",
+            "--dashboard-agent-grpc-port=28267",
+            "--runtime-env-agent-port=28268",
+            "--object-store-memory=200000000",
+            f"--temp-dir={temporary}",
+            "--disable-usage-stats",
+        ],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         _wait_for_dashboard(process)
         yield {**environment, "RAY_TEMPORARY": str(temporary)}

@@ -18,9 +18,20 @@ def measure(folder: Path, rank: int, num_shards: int, tiny: Path) -> dict[str, i
     """Bytes: `grown`, the peak of memory above what was there before; `held` in tensors; `read`
     from the checkpoint."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.loading", str(folder), str(rank), str(num_shards), str(tiny)],
-        capture_output=True, text=True, check=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tests.support.loading",
+            str(folder),
+            str(rank),
+            str(num_shards),
+            str(tiny),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+    )
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -13,6 +13,7 @@ from populace.population.sampler import base_of, shard_settings
 from populace.population.waves.chat import Chat
 from populace.population.waves.report import WaveReport
 from populace.population.waves.rewards import RewardOutcome, RewardRequest, score_replies
+from populace.population.waves.rollouts import Score
 from populace.storage.identity import PopulationMeta
 from populace.storage.keys.keyring import Keyring
 from populace.storage.objects.contract import ObjectStore
@@ -23,8 +24,10 @@ from populace.workers.interface import Workers
 class Loop(Controller):
     """A controller of `population` with the pipeline in it: `wave` is one turn of a run."""
 
-    def __init__(self, population: Population, workers: Workers, chat: Chat) -> None:
-        super().__init__(population.settings, population.ledger, workers, chat, score_here)
+    def __init__(
+        self, population: Population, workers: Workers, chat: Chat, score: Score | None = None
+    ) -> None:
+        super().__init__(population.settings, population.ledger, workers, chat, score or score_here)
         self.ownership = population.ownership
         self.pipeline = EMPTY
 

@@ -191,23 +191,57 @@ def random_counts(
 
 CASES = {
     "one row": dict(counts=[(0, 0, 1, 1)], ranks=[4], slots=3, experts=0, inner=24, out=20),
-    "one row of an expert": dict(counts=[(3, 0, 1, 1)], ranks=[8], slots=3, experts=4, inner=24, out=32),
+    "one row of an expert": dict(
+        counts=[(3, 0, 1, 1)], ranks=[8], slots=3, experts=4, inner=24, out=32
+    ),
     "no adapter": dict(counts=[(0, -1, 0, 9)], ranks=[4], slots=2, experts=0, inner=24, out=20),
     "long": dict(
-        counts=[(0, 0, 0, 257), (0, 0, 1, 63), (0, 0, 2, 100)], ranks=[16], slots=3, experts=0, inner=63, out=100
+        counts=[(0, 0, 0, 257), (0, 0, 1, 63), (0, 0, 2, 100)],
+        ranks=[16],
+        slots=3,
+        experts=0,
+        inner=63,
+        out=100,
     ),
     "ranks 4 to 64": dict(
-        counts=random_counts(1, 60, 6, 5, 0, 40), ranks=[4, 8, 12, 20, 32, 64], slots=5, experts=0, inner=40, out=36
+        counts=random_counts(1, 60, 6, 5, 0, 40),
+        ranks=[4, 8, 12, 20, 32, 64],
+        slots=5,
+        experts=0,
+        inner=40,
+        out=36,
     ),
     "gate and up": dict(
-        counts=random_counts(2, 80, 2, 8, 4, 30), ranks=[4, 16], slots=8, experts=4, inner=48, out=64, num_modules=2
+        counts=random_counts(2, 80, 2, 8, 4, 30),
+        ranks=[4, 16],
+        slots=8,
+        experts=4,
+        inner=48,
+        out=64,
+        num_modules=2,
     ),
     "experts of two ranks that need no filling up": dict(
         counts=[(0, 0, 0, 8), (0, 1, 1, 8), (1, 0, 0, 8), (1, 1, 1, 8)],
-        ranks=[4, 8], slots=2, experts=2, inner=24, out=32,
+        ranks=[4, 8],
+        slots=2,
+        experts=2,
+        inner=24,
+        out=32,
     ),
-    "64 experts": dict(counts=random_counts(3, 90, 2, 4, 64, 9), ranks=[4, 8], slots=4, experts=64, inner=16, out=24),
+    "64 experts": dict(
+        counts=random_counts(3, 90, 2, 4, 64, 9),
+        ranks=[4, 8],
+        slots=4,
+        experts=64,
+        inner=16,
+        out=24,
+    ),
     "256 adapters": dict(
-        counts=[(0, 0, s, 1 + s % 5) for s in range(256)], ranks=[8], slots=256, experts=0, inner=32, out=32
+        counts=[(0, 0, s, 1 + s % 5) for s in range(256)],
+        ranks=[8],
+        slots=256,
+        experts=0,
+        inner=32,
+        out=32,
     ),
-}  # fmt: skip
+}

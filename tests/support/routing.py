@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from populace.workers.base.gates import Gate
-from populace.workers.batch import AdapterBatch, RolloutGroup, ScoredSample, TrainGroup
+from populace.workers.batch import (
+    AdapterBatch,
+    ExperienceKind,
+    RolloutGroup,
+    ScoredSample,
+    TrainGroup,
+)
 
 
 class NoisyGate:
@@ -44,7 +50,7 @@ def learn_from(group: RolloutGroup, replay: bool) -> AdapterBatch:
     )
     task = TrainGroup(
         event_id=group.event_id,
-        kind="task",
+        kind=ExperienceKind.TASK,
         prompt_ids=group.prompt_ids,
         prompt_expert_ids=group.prompt_expert_ids if replay else None,
         samples=samples,

@@ -33,6 +33,10 @@ WORDS = [
 ]
 
 
+def word(number: int) -> str:
+    return WORDS[number % len(WORDS)]
+
+
 def experience(
     settings: Settings, num_users: int = 5, num_tasks: int = 10
 ) -> Iterator[tuple[str, list[Task]]]:
@@ -42,7 +46,7 @@ def experience(
             [
                 Task(
                     event_id=f"task-{index:02d}",
-                    prompt=f"{WORDS[index % len(WORDS)]} {WORDS[(index * 5 + number) % len(WORDS)]}",
+                    prompt=f"{word(index)} {word(index * 5 + number)}",
                     reward="letters",
                     reward_args={"letter": "aeiourst"[number % 8]},
                 )

@@ -80,16 +80,25 @@ def run(tmp_path: Path, bases: dict[str, Path], **options: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed} (set POPULACE_TEST_SEED to repeat), folder {folder}")
     config = write_config(
-        folder / "config.yaml", bases["mixtral"], "endure", experience=None, partitions=4,
+        folder / "config.yaml",
+        bases["mixtral"],
+        "endure",
+        experience=None,
+        partitions=4,
         scheduler={"max_adapters_per_wave": 64, "events_per_update": 4, "slots": 256},
         rollout={"samples_per_task": 2, "max_new_tokens": 4},
         evaluation={"every_waves": 25, "max_tasks": 2},
         retention={"last": 2, "every_waves": 50},
-        rewards={"functions": {"letters": "tests.support.rewards:letters", "raising": "tests.support.rewards:raising"}},
+        rewards={
+            "functions": {
+                "letters": "tests.support.rewards:letters",
+                "raising": "tests.support.rewards:raising",
+            }
+        },
         stream={"gateway": True, "compact_every_segments": 200},
         residency={"warm_mb": 32, "near_mb": 64, "near_folder": str(folder / "near")},
         run={"takeover_s": 3.0, "threads": 1, "checkpoint_every_records": 500},
-    )  # fmt: skip
+    )
     endure(folder, config, seed=seed, **options)
     figures = check(folder, config, seed, options["num_users"])
     (folder / "figures.json").write_text(json.dumps(figures))

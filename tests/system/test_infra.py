@@ -376,9 +376,11 @@ def pods(name: str) -> dict[str, dict[str, Any]]:
 
 
 TEMPLATES = [
-    (name, role) for name in ("raycluster.yaml", "rayjob.yaml") for role in ("head", "cpu", "gpu", "submitter")
+    (name, role)
+    for name in ("raycluster.yaml", "rayjob.yaml")
+    for role in ("head", "cpu", "gpu", "submitter")
     if (name, role) != ("raycluster.yaml", "submitter")
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", KINDS)

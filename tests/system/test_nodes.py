@@ -23,7 +23,7 @@ from populace.population.client import Population
 from populace.storage.errors import Fenced
 from tests.support.accounting import account
 from tests.support.heads import without_tokens
-from tests.support.loops import chat_of, engine_of
+from tests.support.loops import Loop, chat_of, engine_of
 from tests.support.streams import experience, open_population, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -161,11 +161,7 @@ class OldController:
     """A controller that is about to commit when its node is lost."""
 
     def __init__(self, config: str, folder: str) -> None:
-        from populace.population.controller import Controller
-        from tests.support.loops import score_here
-
         population = open_population(Path(config))
-        chat = chat_of(population)
         engine = engine_of(population)
         population.ledger.refresh()
         population.ownership.claim(0.4)
@@ -181,16 +177,14 @@ class OldController:
             return result
 
         engine.train_wave = train_then_wait  # type: ignore[method-assign]
-        self.controller = Controller(
-            population.settings, population.ledger, engine, chat, score_here
-        )
+        self.loop = Loop(population, engine, chat_of(population))
 
     def pid(self) -> int:
         return os.getpid()
 
-    def run_once(self) -> None:
+    def wave(self) -> None:
         try:
-            self.controller.wave()
+            self.loop.wave()
             outcome = "committed"
         except Fenced as error:
             outcome = f"fenced: {error}"
@@ -208,7 +202,7 @@ def test_an_actor_that_outlives_its_raylet_is_fenced(
     population.enqueue_many(experience(settings))
     old = OldController.options(resources={"second": 1}).remote(str(config), str(tmp_path))
     pid = ray.get(old.pid.remote())
-    old.run_once.remote()
+    old.wave.remote()
     wait_for(tmp_path / "trained", 60)
     population.ledger.refresh()
     node = next(node for node in cluster.list_all_nodes() if not node.is_head())

@@ -24,7 +24,7 @@ import yaml
 from populace.population.client import Population
 from populace.population.experience.events import Task
 from populace.population.watching.beacon import controllers_of
-from populace.population.watching.metrics import METRICS
+from populace.population.watching.figures import METRICS
 from populace.storage.objects.open import open_store
 from tests.support.accounting import account
 from tests.support.browser import chromium
@@ -137,8 +137,12 @@ def prometheus(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     ray["file_sd_configs"][0]["files"] = [targets]
     config["scrape_configs"] = [ray]
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    command = [binary, f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data",
-               f"--web.listen-address={PROMETHEUS.removeprefix('http://')}"]  # fmt: skip
+    command = [
+        binary,
+        f"--config.file={folder}/prometheus.yaml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address={PROMETHEUS.removeprefix('http://')}",
+    ]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -329,9 +333,21 @@ def test_a_job_is_stopped_from_elsewhere_and_a_new_one_continues(job: Job) -> No
     assert nothing.returncode == 2 and "nothing runs" in nothing.stderr
     time.sleep(2.0)  # whatever is still enqueued
     done = subprocess.run(
-        [POPULACE, "run", str(job.config), "run.until_drained=true", "page.enabled=false", "--log", "json"],
-        env=on_head(job.head), cwd=ROOT, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [
+            POPULACE,
+            "run",
+            str(job.config),
+            "run.until_drained=true",
+            "page.enabled=false",
+            "--log",
+            "json",
+        ],
+        env=on_head(job.head),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {"stage", "wave"} <= {event["event"] for event in events}

@@ -20,6 +20,7 @@ from populace.configs.schema import StreamSettings
 from populace.population.client import Population
 from populace.population.experience.events import Demonstration, Task
 from populace.population.experience.gateway import Gateway
+from populace.population.experience.sealing import Reason
 from populace.population.waves.reward_tasks import score_on_ray
 from populace.population.waves.rewards import Reply, RewardRequest
 from populace.storage.errors import Forgotten, InvalidInput, Overloaded
@@ -182,11 +183,15 @@ def test_a_reward_that_hangs_raises_or_dies_costs_only_its_own_event(
     ]
     outcomes = score_on_ray([request(name) for name in names], timeout_s=2.0)
     assert outcomes[0] == outcomes[4] == outcomes[8] == (0.6, 0.6)
-    assert "longer than 2.0 s" in outcomes[1] and "longer than 2.0 s" in outcomes[6]
-    assert "was killed" in outcomes[7]
-    assert "this reward is broken" in outcomes[2]
-    assert "reward task failed" in outcomes[3]
-    assert "can't be imported" in outcomes[5]
+    texts = [
+        f"{outcome.text} {outcome.said}" if isinstance(outcome, Reason) else ""
+        for outcome in outcomes
+    ]
+    assert "longer than 2.0 s" in texts[1] and "longer than 2.0 s" in texts[6]
+    assert "was killed" in texts[7]
+    assert "this reward is broken" in texts[2]
+    assert "reward task failed" in texts[3]
+    assert "can't be imported" in texts[5]
 
 
 @pytest.fixture
@@ -254,9 +259,22 @@ def test_the_streaming_example_learns_from_users_while_they_talk(
     ]  # fmt: skip
     environment = on_head(head)
     talking = subprocess.Popen(
-        [sys.executable, "-m", "examples.streaming.users", str(config), *overrides, "--seconds", "12", "--pause", "1"],
-        env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "examples.streaming.users",
+            str(config),
+            *overrides,
+            "--seconds",
+            "12",
+            "--pause",
+            "1",
+        ],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "store" / "streaming" / "population.json").exists():
         assert talking.poll() is None
         time.sleep(0.1)

@@ -1,5 +1,5 @@
-"""Bases by name: making `smollm2-moe`, registering local checkpoints, finding both again. Reads JSON
-and hashes files; a model is loaded only where one is made.
+"""Bases by name: making `smollm2-moe`, registering local checkpoints, finding both again. Reads
+JSON and hashes files; a model is loaded only where one is made.
 """
 
 from __future__ import annotations

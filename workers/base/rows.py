@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from populace.workers.batch import ExpertIds, Ints
 from populace.workers.shards.placement import NO_SLOT, SlotAddress
+
+Column = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +44,8 @@ class SequenceGroup:
     def num_targets(self) -> int:
         """Tokens that count: those whose predicting row has routing that could be mapped."""
         ids_of = self.branch_expert_ids or (None,) * len(self.branches)
-        num_masked = int(_gaps(self.prompt_expert_ids, len(self.prompt_ids))[-1]) * len(
-            self.branches
-        )
+        is_last_unknown = bool(_gaps(self.prompt_expert_ids, len(self.prompt_ids))[-1])
+        num_masked = is_last_unknown * len(self.branches)
         for branch, ids in zip(self.branches, ids_of, strict=True):
             num_fed = len(branch) - 1
             num_masked += int(_gaps(None if ids is None else ids[:num_fed], num_fed).sum())
@@ -83,8 +85,8 @@ def pack_rows(
     routing_shape: tuple[int, int] | None = None,
     row_multiple: int = 1,
 ) -> PackedRows:
-    """Rows of all groups, which must be sorted by address. `routing_shape` is (L, K) where any group brings expert
-    ids."""
+    """Rows of all groups, which must be sorted by address. `routing_shape` is (L, K) where any
+    group brings expert ids."""
     # A shard that has no rows of its own still runs along with the others.
     missing = -sum(group.num_rows for group in groups) % row_multiple if groups else row_multiple
     if missing:
@@ -92,65 +94,82 @@ def pack_rows(
             address=NO_SLOT, prompt_ids=np.zeros(missing, np.int32), branches=()
         )
         groups = [*groups, padding]
-    tokens, positions, branches, slots, lengths = [], [], [], [], []
-    expert_ids, masked_rows, target_rows, target_tokens, target_counts, temperatures = (
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-    )
-    start = 0
+    columns = _Columns(routing_shape)
     for group in groups:
-        num_prompt = len(group.prompt_ids)
-        tokens.append(group.prompt_ids)
-        positions.append(np.arange(num_prompt))
-        branches.append(np.full(num_prompt, -1))
-        expert_ids.append(_ids_or_native(group.prompt_expert_ids, num_prompt, routing_shape))
-        # Native routing of a whole sequence is a choice; an unknown row inside a record is a gap.
-        masked_rows.append(_gaps(group.prompt_expert_ids, num_prompt))
-        row = start + num_prompt
+        columns.add(group)
+    return columns.packed()
+
+
+class _Columns:
+    """The columns of `PackedRows` while groups are added, one piece per prompt or branch."""
+
+    def __init__(self, routing_shape: tuple[int, int] | None) -> None:
+        self._routing_shape, self._num_rows = routing_shape, 0
+        self._tokens: list[Column] = []
+        self._positions: list[Column] = []
+        self._branches: list[Column] = []
+        self._slots: list[Column] = []
+        self._expert_ids: list[Column] = []
+        self._masked: list[Column] = []
+        self._lengths: list[int] = []
+        self._target_rows: list[Column] = []
+        self._target_tokens: list[Column] = []
+        self._target_counts: list[int] = []
+        self._temperatures: list[Column] = []
+
+    def add(self, group: SequenceGroup) -> None:
+        """The prompt, then branch by branch what is fed back: all tokens but the last."""
+        start, num_prompt = self._num_rows, len(group.prompt_ids)
+        self._add_rows(group.prompt_ids, np.arange(num_prompt), -1, group.prompt_expert_ids)
         ids_of = group.branch_expert_ids or (None,) * len(group.branches)
         for index, (branch, ids) in enumerate(zip(group.branches, ids_of, strict=True)):
-            fed = branch[:-1]
-            tokens.append(fed)
-            positions.append(num_prompt + np.arange(len(fed)))
-            branches.append(np.full(len(fed), index))
-            expert_ids.append(
-                _ids_or_native(None if ids is None else ids[: len(fed)], len(fed), routing_shape)
-            )
-            masked_rows.append(_gaps(None if ids is None else ids[: len(fed)], len(fed)))
-            target_rows.append(
-                np.concatenate([[start + num_prompt - 1], np.arange(row, row + len(fed))])
-            )
-            target_tokens.append(branch)
-            target_counts.append(len(branch))
-            temperatures.append(np.full(len(branch), group.temperature, dtype=np.float32))
-            row += len(fed)
-        lengths.append(row - start)
-        slots.append(np.tile(np.asarray(group.address), (row - start, 1)))
-        start = row
-    slot_T2 = torch.from_numpy(np.concatenate(slots))
-    target_row_N = _ints(target_rows)
-    masked_T = torch.from_numpy(np.concatenate(masked_rows))
-    return PackedRows(
-        token_T=_ints(tokens),
-        position_T=_ints(positions),
-        arena_T=slot_T2[:, 0].contiguous(),
-        slot_T=slot_T2[:, 1].contiguous(),
-        branch_T=_ints(branches),
-        group_lengths=tuple(lengths),
-        expert_ids_TLK=None if routing_shape is None else _ints(expert_ids),
-        target_row_N=target_row_N,
-        target_token_N=_ints(target_tokens),
-        target_masked_N=masked_T[target_row_N],
-        temperature_N=torch.from_numpy(np.concatenate(temperatures or [np.zeros(0, np.float32)])),
-        target_counts=tuple(target_counts),
-    )
+            fed, row = branch[:-1], self._num_rows
+            # A branch's first token is told from the prompt's last row.
+            rows = np.concatenate([[start + num_prompt - 1], np.arange(row, row + len(fed))])
+            self._target_rows.append(rows)
+            self._target_tokens.append(branch)
+            self._target_counts.append(len(branch))
+            self._temperatures.append(np.full(len(branch), group.temperature, np.float32))
+            known = None if ids is None else ids[: len(fed)]
+            self._add_rows(fed, num_prompt + np.arange(len(fed)), index, known)
+        length = self._num_rows - start
+        self._lengths.append(length)
+        self._slots.append(np.tile(np.asarray(group.address), (length, 1)))
+
+    def _add_rows(
+        self, tokens: Column, positions: Column, branch: int, expert_ids: ExpertIds | None
+    ) -> None:
+        count = len(tokens)
+        self._tokens.append(tokens)
+        self._positions.append(positions)
+        self._branches.append(np.full(count, branch))
+        self._expert_ids.append(_ids_or_native(expert_ids, count, self._routing_shape))
+        # Native routing of a whole sequence is a choice; an unknown row inside a record is a gap.
+        self._masked.append(_gaps(expert_ids, count))
+        self._num_rows += count
+
+    def packed(self) -> PackedRows:
+        slot_T2 = torch.from_numpy(np.concatenate(self._slots))
+        target_row_N = _ints(self._target_rows)
+        masked_T = torch.from_numpy(np.concatenate(self._masked))
+        temperatures = self._temperatures or [np.zeros(0, np.float32)]
+        return PackedRows(
+            token_T=_ints(self._tokens),
+            position_T=_ints(self._positions),
+            arena_T=slot_T2[:, 0].contiguous(),
+            slot_T=slot_T2[:, 1].contiguous(),
+            branch_T=_ints(self._branches),
+            group_lengths=tuple(self._lengths),
+            expert_ids_TLK=None if self._routing_shape is None else _ints(self._expert_ids),
+            target_row_N=target_row_N,
+            target_token_N=_ints(self._target_tokens),
+            target_masked_N=masked_T[target_row_N],
+            temperature_N=torch.from_numpy(np.concatenate(temperatures)),
+            target_counts=tuple(self._target_counts),
+        )
 
 
-def _ints(arrays: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> Tensor:
+def _ints(arrays: Sequence[Column]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays or [np.zeros(0)]).astype(np.int64))
 
 

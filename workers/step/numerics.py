@@ -45,14 +45,22 @@ def _broken(base: BaseModel, kernels: Kernels) -> Iterator[str]:
             for start in (0, 8, len(rows_TD) - count):
                 part = slice(start, start + count)
                 if not torch.equal(product.forward(rows_TD[part]), whole_TF[part]):
-                    yield f"{name}: {count} rows give other bits than the same rows among {len(rows_TD)}"
+                    yield (
+                        f"{name}: {count} rows give other bits than the same rows among "
+                        f"{len(rows_TD)}"
+                    )
                 if not torch.equal(product.backward(whole_TF[part]), dwhole_TD[part]):
-                    yield f"{name}, backward: {count} rows give other bits than the same rows among {len(rows_TD)}"
+                    yield (
+                        f"{name}, backward: {count} rows give other bits than the same rows "
+                        f"among {len(rows_TD)}"
+                    )
     for lengths in ((7, 5, 9), (8, 9, 9)):  # the second alone needs no padding up
         alone = _gradient(base, kernels, lengths, mates=0)
         for mates in (1, 4):
             if not torch.equal(_gradient(base, kernels, lengths, mates), alone):
-                yield f"a pass with {mates} mates gives an adapter other gradients than a pass alone"
+                yield (
+                    f"a pass with {mates} mates gives an adapter other gradients than a pass alone"
+                )
 
 
 def _products(base: BaseModel) -> Iterator[tuple[str, FrozenProduct]]:

@@ -18,8 +18,9 @@ from populace.population.client import Population
 from populace.population.experience.events import Demonstration, LogEvent, Task
 from populace.population.experience.log import ExperienceLog
 from populace.population.experience.memory import EventMemory
-from populace.population.experience.pending import EventState, PendingIndex
+from populace.population.experience.pending import PendingIndex
 from populace.population.experience.segments import partition_of
+from populace.population.experience.states import EventState
 from populace.population.ledger.ledger import Ledger
 from populace.population.ledger.upkeep import Upkeep
 from populace.storage.errors import Damaged, StoreUnavailable

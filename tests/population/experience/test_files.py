@@ -22,13 +22,35 @@ from tests.support.streams import make_population
 
 ROOT = Path(__file__).parents[3]
 ROWS: list[dict[str, Any]] = [
-    {"user": "ada", "event_id": "1", "prompt": "What is rain?", "reward": "letters", "reward_args": {"letter": "a"}},
-    {"user": "bob", "event_id": "1", "prompt": "What is rain?", "completion": "Water.", "reward": 0.5},
+    {
+        "user": "ada",
+        "event_id": "1",
+        "prompt": "What is rain?",
+        "reward": "letters",
+        "reward_args": {"letter": "a"},
+    },
+    {
+        "user": "bob",
+        "event_id": "1",
+        "prompt": "What is rain?",
+        "completion": "Water.",
+        "reward": 0.5,
+    },
     {"user": "ada", "event_id": "2", "prompt": "What is tea?", "completion": "A drink."},
-    {"user": "cleo", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
-    {"user": "cleo", "event_id": "9", "prompt": [{"role": "user", "content": "hi"}], "completion": "yes", "reward": 1,
-     "completion_ids": [5, 6], "logprobs": [-0.1, -0.2]},
-]  # fmt: skip
+    {
+        "user": "cleo",
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+    },
+    {
+        "user": "cleo",
+        "event_id": "9",
+        "prompt": [{"role": "user", "content": "hi"}],
+        "completion": "yes",
+        "reward": 1,
+        "completion_ids": [5, 6],
+        "logprobs": [-0.1, -0.2],
+    },
+]
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from populace.population.tools.capacity import Plan, Request, plan, readable
+from populace.population.tools.capacity import Plan, plan, readable
+from populace.population.tools.devices import Request
 from populace.storage.errors import InvalidInput
 from populace.workers.base.families import dims_of_config
 from populace.workers.base.footprint import config_of, tensors_of

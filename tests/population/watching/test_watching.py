@@ -25,13 +25,13 @@ from populace.population.watching.beacon import (
     SeenController,
     controllers_of,
 )
-from populace.population.watching.metrics import (
+from populace.population.watching.figures import (
     METRICS,
-    RayMetrics,
     call_figures,
     state_figures,
     wave_figures,
 )
+from populace.population.watching.metrics import RayMetrics
 from populace.population.watching.rates import Watch
 from populace.population.watching.stop import stop_run
 from populace.population.watching.views import LogView, View, Views
@@ -59,9 +59,15 @@ def test_a_counted_store_counts_every_call_by_what_came_of_it() -> None:
     store.delete("a/1")
     counts = {what: count for what, (count, _) in store.take_calls().items()}
     assert counts == {
-        ("create", "ok"): 1, ("put", "ok"): 1, ("get", "ok"): 1, ("head", "ok"): 1, ("list", "ok"): 2,
-        ("create", "exists"): 1, ("get", "absent"): 1, ("delete", "ok"): 1,
-    }  # fmt: skip
+        ("create", "ok"): 1,
+        ("put", "ok"): 1,
+        ("get", "ok"): 1,
+        ("head", "ok"): 1,
+        ("list", "ok"): 2,
+        ("create", "exists"): 1,
+        ("get", "absent"): 1,
+        ("delete", "ok"): 1,
+    }
     assert store.take_calls() == {}, "taken once"
     total = add_calls(
         [{("get", "ok"): (2, 0.5)}, {("get", "ok"): (1, 0.25), ("put", "ok"): (1, 0.1)}]

@@ -31,11 +31,16 @@ weights = st.lists(st.floats(0.01, 100), min_size=3, max_size=3)
 def candidates_of(rows: list[Row]) -> Candidates:
     since, events, tokens, tenant, rank, hot = zip(*rows, strict=True) if rows else ((),) * 6
     return Candidates(
-        row_U=np.arange(len(rows)), since=np.array(since, np.float64), num_events=np.array(events, np.uint32),
-        tokens=np.array(tokens, np.uint32), tenant=np.array(tenant, np.uint16), rank=np.array(rank, np.uint32),
-        is_hot=np.array(hot, bool), updated=np.full(len(rows), -np.inf),
+        row_U=np.arange(len(rows)),
+        since=np.array(since, np.float64),
+        num_events=np.array(events, np.uint32),
+        tokens=np.array(tokens, np.uint32),
+        tenant=np.array(tenant, np.uint16),
+        rank=np.array(rank, np.uint32),
+        is_hot=np.array(hot, bool),
+        updated=np.full(len(rows), -np.inf),
         load_bytes_per_rank=LOAD_PER_RANK,
-    )  # fmt: skip
+    )
 
 
 def limits(
@@ -212,9 +217,14 @@ def simulation(
     weights: tuple[float, ...], shares: tuple[float, ...], rate: float, bonus_s: float = 2.0
 ) -> object:
     scheduler = SchedulerSettings(
-        weight=weights[0], residency_bonus_s=bonus_s, evidence_bonus_s=bonus_s,
-        tenants={f"t{number}": TenantSettings(weight=weight) for number, weight in enumerate(weights[1:], 1)},
-    )  # fmt: skip
+        weight=weights[0],
+        residency_bonus_s=bonus_s,
+        evidence_bonus_s=bonus_s,
+        tenants={
+            f"t{number}": TenantSettings(weight=weight)
+            for number, weight in enumerate(weights[1:], 1)
+        },
+    )
     load = Load(users=600, events_per_s=rate, hours=0.1, shares=shares, seed=3)
     return simulate(load, Settings(scheduler=scheduler))
 

@@ -16,6 +16,7 @@ from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
     AdapterUpdate,
+    ExperienceKind,
     Sample,
     ScoredSample,
     TrainGroup,
@@ -92,10 +93,12 @@ def lesson(
     of_prompt, of_answer = (None, None) if routes is None else (routes[:4], routes[4:])
     sample = Sample(completion_ids=ids[4:], logprobs=None, expert_ids=of_answer, finished=True)
     group = TrainGroup(
-        event_id="one", kind="demonstration", prompt_ids=ids[:4],
+        event_id="one",
+        kind=ExperienceKind.DEMONSTRATION,
+        prompt_ids=ids[:4],
         prompt_expert_ids=of_prompt,
         samples=(ScoredSample(sample=sample, reward=1.0, base_logprobs=None),),
-    )  # fmt: skip
+    )
     return AdapterBatch(adapter=key, groups=(group,))
 
 

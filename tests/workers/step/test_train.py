@@ -13,6 +13,7 @@ from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
     AdapterRef,
+    ExperienceKind,
     Sample,
     ScoredSample,
     TrainGroup,
@@ -204,7 +205,7 @@ def test_experts_that_no_token_reached_store_no_bytes(make_engine: Make) -> None
     group = batch_of(1, key, 0).groups[0]
     routed = TrainGroup(
         event_id=group.event_id,
-        kind="task",
+        kind=ExperienceKind.TASK,
         prompt_ids=group.prompt_ids,
         prompt_expert_ids=ids.repeat(len(group.prompt_ids), 0),
         samples=tuple(

@@ -1,0 +1,95 @@
+"""Accelerators by their data sheets, and what a capacity plan is asked about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from populace.storage.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator, from its data sheet: dense bf16 rate, memory, wires per direction."""
+
+    flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    """Bytes per second."""
+    links: float
+    """Bytes per second to the other devices of its node."""
+    network: float
+    """Bytes per second to other nodes."""
+    per_node: int
+
+
+DEVICES: Mapping[str, Device] = {
+    "a100": Device(
+        flops=312e12,
+        memory_bytes=80e9,
+        memory_bandwidth=2.04e12,
+        links=300e9,
+        network=25e9,
+        per_node=8,
+    ),
+    "h100": Device(
+        flops=989e12,
+        memory_bytes=80e9,
+        memory_bandwidth=3.35e12,
+        links=450e9,
+        network=50e9,
+        per_node=8,
+    ),
+    "h200": Device(
+        flops=989e12,
+        memory_bytes=141e9,
+        memory_bandwidth=4.8e12,
+        links=450e9,
+        network=50e9,
+        per_node=8,
+    ),
+    "b200": Device(
+        flops=2250e12,
+        memory_bytes=180e9,
+        memory_bandwidth=7.7e12,
+        links=900e9,
+        network=50e9,
+        per_node=8,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be planned."""
+
+    device: str
+    devices: int
+    users: float
+    updates_per_user_and_day: float
+    rank: int
+    expert_rank: int
+    events_per_update: int
+    samples_per_event: int
+    prompt_tokens: int
+    completion_tokens: int
+    slots: int
+    """Adapters in device memory at a time, over the whole group."""
+    kept_revisions: int
+    efficiency: float
+    """Share of the data sheet's rates that products and wires reach."""
+    store_bandwidth: float
+    """Bytes per second that the object store takes and gives, all nodes together."""
+    partitions: int
+
+
+def check(request: Request) -> None:
+    """`InvalidInput` names the field, the value and the way out."""
+    if request.device not in DEVICES:
+        raise InvalidInput(f"device is {request.device!r}; use one of {', '.join(DEVICES)}")
+    for name in Request.__dataclass_fields__:
+        value = getattr(request, name)
+        if name != "device" and not value > 0:
+            raise InvalidInput(f"{name.replace('_', '-')} is {value}; use a number above zero")
+    if request.efficiency > 1:
+        raise InvalidInput(f"efficiency is {request.efficiency}; use a share of at most 1")
