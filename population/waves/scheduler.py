@@ -75,7 +75,7 @@ def form_wave(
     np.add.at(time_G, tenant[taken], cost[taken] / weight_G[tenant[taken]])
     return Choice(
         chosen=front[taken],
-        served=Served(time_G=_without_credit(time_G, tenant)),
+        served=Served(time_G=_settled_up(time_G, tenant, weight_G)),
         was_cut=len(taken) < len(row_U),
     )
 
@@ -187,13 +187,18 @@ def _fill(
     return np.array(taken, np.int64)
 
 
-def _without_credit(time_G: Floats, tenant: NDArray[np.uint16]) -> Floats:
-    """Tenants with nothing waiting save up nothing: they start again level with those who wait."""
+def _settled_up(time_G: Floats, tenant: NDArray[np.uint16], weight_G: Floats) -> Floats:
+    """Virtual times without credit or debt that fairness doesn't ask for.
+
+    Tenants with nothing waiting save up nothing: they start again level with those who wait.
+    Whoever takes room that the others can't use gets ahead of its share; it pays back one update of
+    each side, and not the hours that it had the room for itself."""
     is_waiting = np.zeros(len(time_G), bool)
     is_waiting[np.unique(tenant)] = True
     if not is_waiting.any():
         return time_G
     level = time_G[is_waiting].min()
-    # Only differences count.
-    leveled: Floats = np.where(is_waiting, time_G, np.maximum(time_G, level)) - level
-    return leveled
+    # An update costs one wave at most, so times further apart than this don't come from turns.
+    most = (time_G + 1.0 / weight_G)[is_waiting].min() + 1.0 / weight_G
+    settled: Floats = np.where(is_waiting, np.minimum(time_G, most), np.maximum(time_G, level))
+    return settled - level  # only differences count
