@@ -3,8 +3,9 @@
     population = Population.create("build/store", name="demo", base="smollm2-moe", rewards={...})
     population.enqueue("ada", [Task(prompt="What is rain?", reward="short")])
 
-Enqueueing needs no running trainer; `populace run` (or `run.run_population`) is what trains.
-Neither torch nor Ray is loaded before something computes.
+Enqueueing needs no running trainer; `populace run` (or `run.run_population`) is what trains. What
+is slow to import is imported by the method that needs it: the ledger by those that read, torch by
+`sample`, Ray by none.
 """
 
 from __future__ import annotations
@@ -18,36 +19,22 @@ from typing import TYPE_CHECKING, Any
 from populace.configs.checks import problems
 from populace.configs.schema import RolloutSettings, Settings
 from populace.population.experience.checks import CheckedEvent, check_prompt, check_user
+from populace.population.experience.contract import Checked, Enqueues
 from populace.population.experience.events import Command, Forget, Messages, Pin, Rollback
-from populace.population.experience.producer import Checked, Enqueues, Producer
-from populace.population.experience.segments import partition_of
-from populace.population.ledger.commands import obey_commands
-from populace.population.ledger.ledger import Ledger
-from populace.population.ledger.ownership import Ownership
-from populace.population.ledger.queries import (
-    ParkedEvent,
-    PopulationStatus,
-    RevisionInfo,
-    manifest_of,
-    parked_of,
-    parked_of_all,
-    revision_infos,
-    status_of,
-)
-from populace.population.ledger.upkeep import Upkeep, rewrap_keys
-from populace.storage.catalog.repack import RepackReport, RetentionRule
 from populace.storage.errors import InvalidInput, ObjectNotFound, OwnerAlive
 from populace.storage.identity import PopulationMeta, check_name, verify_digest
 from populace.storage.keys.keyring import Keyring, PublicKey
-from populace.storage.log.records import Decision, Rotate, Verdict
-from populace.storage.log.verify import Findings, verify_partition
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
-from populace.storage.objects.probe import require_safe
-from populace.workers.base.registry import find_base, find_prepared
 
 if TYPE_CHECKING:
+    from populace.population.experience.producer import Producer
+    from populace.population.ledger.ledger import Ledger
+    from populace.population.ledger.ownership import Ownership
+    from populace.population.ledger.queries import ParkedEvent, PopulationStatus, RevisionInfo
     from populace.population.sampler import Sampler
+    from populace.storage.catalog.repack import RepackReport, RetentionRule
+    from populace.storage.log.verify import Findings
 
 
 class Population(Enqueues):
@@ -56,16 +43,26 @@ class Population(Enqueues):
     def __init__(self, settings: Settings, store: ObjectStore, meta: PopulationMeta) -> None:
         self.settings, self.store, self.meta = settings, store, meta
         self.rewards = settings.rewards.functions
-        self.producer = Producer(store, meta, rewards=self.rewards, settings=settings.stream)
+
+    @functools.cached_property
+    def producer(self) -> Producer:
+        """What makes events durable for this population."""
+        from populace.population.experience.producer import Producer
+
+        return Producer(self.store, self.meta, rewards=self.rewards, settings=self.settings.stream)
 
     @functools.cached_property
     def ledger(self) -> Ledger:
         """Logs and catalog; who only enqueues needs neither."""
+        from populace.population.ledger.ledger import Ledger
+
         return Ledger(self.store, self.meta, self.producer.seals, self.settings)
 
     @functools.cached_property
     def ownership(self) -> Ownership:
         """The partitions that this process writes: none, unless it runs a controller."""
+        from populace.population.ledger.ownership import Ownership
+
         return Ownership(self.ledger)
 
     @staticmethod
@@ -74,6 +71,9 @@ class Population(Enqueues):
     ) -> Population:
         """Make a population, or open it when it is there. `fields` are fields of `Settings`, e.g.
         `name=`."""
+        from populace.storage.objects.probe import require_safe
+        from populace.workers.base.registry import find_base, find_prepared
+
         settings = _settings(settings, fields)
         check_name(settings.name)
         opened = open_store(store) if isinstance(store, str) else store
@@ -97,6 +97,8 @@ class Population(Enqueues):
         store: str | ObjectStore, settings: Settings | None = None, **fields: Any
     ) -> Population:
         """Open an existing population; `InvalidInput` if there is none."""
+        from populace.storage.objects.probe import require_safe
+
         settings = _settings(settings, fields)
         opened = open_store(store) if isinstance(store, str) else store
         meta = PopulationMeta.find(opened, check_name(settings.name))
@@ -120,6 +122,8 @@ class Population(Enqueues):
 
     def status(self) -> PopulationStatus:
         """Counts over the whole population."""
+        from populace.population.ledger.queries import status_of
+
         self.ledger.refresh()
         return status_of(self.ledger)
 
@@ -130,17 +134,23 @@ class Population(Enqueues):
 
     def revisions(self, user: str) -> list[RevisionInfo]:
         """A user's revisions from 0 on."""
+        from populace.population.ledger.queries import revision_infos
+
         self.ledger.follow()
         return revision_infos(self.ledger, self.ledger.adapter(user))
 
     def manifest(self, user: str, revision: int) -> dict[str, Any]:
         """The payload of the record that committed a revision."""
+        from populace.population.ledger.queries import manifest_of
+
         self.ledger.follow()
         return manifest_of(self.ledger, self.ledger.adapter(user), revision)
 
     def parked(self, user: str | None = None) -> list[ParkedEvent]:
         """Events that were given up because they failed too often, of one user or of everybody,
         oldest first. For everybody it reads the whole history."""
+        from populace.population.ledger.queries import parked_of, parked_of_all
+
         self.ledger.follow()
         if user is None:
             return parked_of_all(self.ledger)
@@ -151,6 +161,8 @@ class Population(Enqueues):
         """Walk the history that `user` is part of from its first record, and read every blob of the
         user's revisions. `Findings.problems` is empty when all is well. `populace verify --all`
         walks everybody's."""
+        from populace.storage.log.verify import Findings, verify_partition
+
         self.ledger.follow()
         adapter, findings = self.ledger.adapter(user), Findings()
         verify_partition(
@@ -221,11 +233,15 @@ class Population(Enqueues):
     def repack(self, rule: RetentionRule) -> RepackReport:
         """Drop what the rule lets go and what is left of erased users. Needs the population to
         itself."""
+        from populace.population.ledger.upkeep import Upkeep
+
         with self._claimed() as ledger:
             return Upkeep(ledger).repack(rule)
 
     def rotate_signing_key(self) -> PublicKey:
         """Hand over to a new signing key, in every partition by a record that the old one signs."""
+        from populace.storage.log.records import Rotate
+
         with self._claimed() as ledger:
             key = ledger.keys.keyring.new_signing_key()
             for partition in range(self.meta.partitions):
@@ -235,12 +251,18 @@ class Population(Enqueues):
     def rotate_master_key(self) -> str:
         """Wrap the population's secrets and every user's key with a new master key; returns its
         name. When it was interrupted, do it again."""
+        from populace.population.ledger.upkeep import rewrap_keys
+
         with self._claimed() as ledger:
             return rewrap_keys(ledger)
 
     @contextlib.contextmanager
     def _claimed(self, user: str | None = None) -> Iterator[Ledger]:
         """The population's only owner, or that of one user's partition."""
+        from populace.population.experience.segments import partition_of
+        from populace.population.ledger.ledger import Ledger
+        from populace.population.ledger.ownership import Ownership
+
         ledger = Ledger(self.store, self.meta, self.producer.seals)
         ownership = Ownership(ledger)
         partitions = None if user is None else [partition_of(user, self.meta.partitions)]
@@ -254,6 +276,9 @@ class Population(Enqueues):
 
     def _command(self, user: str, command: Command) -> bool:
         """Put a command into the user's stream; with no controller alive, obey it here."""
+        from populace.population.ledger.commands import obey_commands
+        from populace.storage.log.records import Decision, Verdict
+
         self.send({user: [CheckedEvent.of(command)]})
         try:
             with self._claimed(user) as ledger:

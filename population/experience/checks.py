@@ -4,8 +4,8 @@ names the event, the field, its value and the way out."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from populace.population.experience.events import (
     KIND_NAMES,
@@ -81,21 +81,7 @@ def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
             f"{where}: a {method} is a command, not experience; use Population.{method}"
         )
     check_prompt(where, event.prompt)
-    match event:
-        case Task():
-            _check_reward(where, event, rewards)
-        case Trajectory():
-            _check_completion(where, event.completion)
-            if not is_number(event.reward) or not abs(event.reward) <= MAX_REWARD:
-                raise InvalidInput(
-                    f"{where}: reward is {event.reward!r}; give a finite number, by convention 0 "
-                    "to 1"
-                )
-            if not _is_integer(event.revision) or event.revision < 0:
-                raise InvalidInput(f"{where}: revision is {event.revision!r}; revisions start at 0")
-            _check_lengths(where, event)
-        case Demonstration():
-            _check_completion(where, event.completion)
+    CHECKS[type(event)](where, event, rewards)
 
 
 def check_prompt(where: str, prompt: str | Messages) -> None:
@@ -132,7 +118,7 @@ def _check_id(where: str, event_id: object) -> None:
         )
 
 
-def _check_reward(where: str, event: Task, rewards: Mapping[str, str] | None) -> None:
+def _check_task(where: str, event: Task, rewards: Mapping[str, str] | None) -> None:
     is_named = isinstance(event.reward, str) and bool(event.reward)
     if not is_named or (rewards is not None and event.reward not in rewards):
         known = ", ".join(sorted(rewards or ())) or "none"
@@ -148,6 +134,31 @@ def _check_reward(where: str, event: Task, rewards: Mapping[str, str] | None) ->
         raise InvalidInput(
             f"{where}: reward_args are not JSON ({error}); use plain values"
         ) from None
+
+
+def _check_trajectory(where: str, event: Trajectory, rewards: Mapping[str, str] | None) -> None:
+    _check_completion(where, event.completion)
+    if not is_number(event.reward) or not abs(event.reward) <= MAX_REWARD:
+        raise InvalidInput(
+            f"{where}: reward is {event.reward!r}; give a finite number, by convention 0 to 1"
+        )
+    if not _is_integer(event.revision) or event.revision < 0:
+        raise InvalidInput(f"{where}: revision is {event.revision!r}; revisions start at 0")
+    _check_lengths(where, event)
+
+
+def _check_demonstration(
+    where: str, event: Demonstration, rewards: Mapping[str, str] | None
+) -> None:
+    _check_completion(where, event.completion)
+
+
+CHECKS: dict[type[Any], Callable[[str, Any, Mapping[str, str] | None], None]] = {
+    Task: _check_task,
+    Trajectory: _check_trajectory,
+    Demonstration: _check_demonstration,
+}
+"""Kind of experience -> what its own fields must be; (where, event, registered rewards)."""
 
 
 def _check_completion(where: str, completion: str) -> None:

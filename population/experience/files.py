@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from populace.population.experience.checks import CheckedEvent, check_events, check_user
-from populace.population.experience.events import Demonstration, Experience, Task, Trajectory
+from populace.population.experience.events import EXPERIENCE_KINDS, Experience
 from populace.population.experience.producer import Producer
 from populace.storage.canonical import canonical_json
 from populace.storage.errors import InvalidInput
@@ -50,26 +50,6 @@ COLUMNS = {
     ),
 }
 """Column -> what it holds. Columns with nothing in them count as left out."""
-
-_FIELDS = {
-    "task": ("prompt", "reward", "reward_args"),
-    "trajectory": (
-        "prompt",
-        "completion",
-        "reward",
-        "revision",
-        "completion_ids",
-        "logprobs",
-        "expert_ids",
-    ),
-    "demonstration": ("prompt", "completion"),
-}
-
-_CLASSES: dict[str, type[Any]] = {
-    "task": Task,
-    "trajectory": Trajectory,
-    "demonstration": Demonstration,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,26 +106,25 @@ def event_from_row(row: Mapping[str, Any], user: str | None = None) -> tuple[str
     if "messages" in given:
         given = _split_conversation(given)
     kind = given.get("kind", _kind_of(given))
-    if kind not in _FIELDS:
-        raise InvalidInput(f"kind is {kind!r}; use task, trajectory or demonstration")
-    for field in (
-        "prompt",
-        *(("completion",) if kind != "task" else ()),
-        *(("reward",) if kind != "demonstration" else ()),
-    ):
-        if field not in given:
-            raise InvalidInput(f"column {field!r} is missing; a {kind} needs it")
-    if beside := sorted(set(given) - {"user", "kind", "event_id", *_FIELDS[kind]}):
+    if kind not in EXPERIENCE_KINDS:
+        *most, last = EXPERIENCE_KINDS
+        raise InvalidInput(f"kind is {kind!r}; use {', '.join(most)} or {last}")
+    columns = {field.name: field for field in fields(EXPERIENCE_KINDS[kind])}
+    for column, field in columns.items():
+        is_needed = field.default is MISSING and field.default_factory is MISSING
+        if is_needed and column not in given:
+            raise InvalidInput(f"column {column!r} is missing; a {kind} needs it")
+    if beside := sorted(set(given) - {"user", "kind", *columns}):
         raise InvalidInput(
             f"column {beside[0]!r} is {given[beside[0]]!r}; a {kind} has none, leave it empty"
         )
-    fields = {field: given[field] for field in _FIELDS[kind] if field in given}
-    if isinstance(fields["prompt"], list):
-        fields["prompt"] = tuple(fields["prompt"])
-    if "reward_args" in fields:
-        fields["reward_args"] = _object(fields["reward_args"])
-    event_id = given.get("event_id", _digest(row))
-    return check_user(name), _CLASSES[kind](event_id=event_id, **fields)
+    values = {column: given[column] for column in columns if column in given}
+    if isinstance(values["prompt"], list):
+        values["prompt"] = tuple(values["prompt"])
+    if "reward_args" in values:
+        values["reward_args"] = _object(values["reward_args"])
+    values.setdefault("event_id", _digest(row))
+    return check_user(name), EXPERIENCE_KINDS[kind](**values)
 
 
 def enqueue_file(
@@ -208,8 +187,8 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _folder_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of a folder of Parquet
-    files."""
+    """Rows of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or of a folder of
+    Parquet files."""
     if (splits := folder / "dataset_dict.json").exists():
         for split in json.loads(splits.read_text())["splits"]:
             yield from _folder_rows(folder / split)
@@ -270,7 +249,7 @@ def _object(value: Any) -> Any:
 
 
 def _digest(row: Mapping[str, Any]) -> str:
-    """The same row is the same event, however often the file is read."""
+    """An id from a row's content: a file that is read again gives the same events."""
     try:
         return hashlib.blake2b(canonical_json(dict(row)), digest_size=16).hexdigest()
     except (TypeError, ValueError) as error:

@@ -22,7 +22,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from populace.configs.schema import StreamSettings
-from populace.population.experience.producer import Checked, Enqueues, Producer
+from populace.population.experience.contract import Checked, Enqueues
+from populace.population.experience.producer import Producer
 from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError
 from populace.storage.keys.keyring import Keyring
 from populace.storage.objects.open import open_store

@@ -201,4 +201,5 @@ def _settled_up(time_G: Floats, tenant: NDArray[np.uint16], weight_G: Floats) ->
     # An update costs one wave at most, so times further apart than this don't come from turns.
     most = (time_G + 1.0 / weight_G)[is_waiting].min() + 1.0 / weight_G
     settled: Floats = np.where(is_waiting, np.minimum(time_G, most), np.maximum(time_G, level))
-    return settled - level  # only differences count
+    settled -= level  # only differences count
+    return settled

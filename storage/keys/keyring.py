@@ -9,12 +9,16 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from typing import TYPE_CHECKING
 
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.files import sync_folder
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner, SSlibKey
+
+# securesystemslib loads the SDK of every cloud that is installed: it is imported where something is
+# signed, because whoever only enqueues signs nothing.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class PublicKey:
         return {"keyid": self.keyid, "public": self.public}
 
     def as_key(self) -> SSlibKey:
+        from securesystemslib.signer import SSlibKey
+
         return SSlibKey(self.keyid, "ed25519", "ed25519", {"public": self.public})
 
 
@@ -45,6 +51,9 @@ class Keyring:
         self.folder = folder or Path(os.environ.get("POPULACE_KEYS") or default)
 
     def new_signing_key(self) -> PublicKey:
+        """Make a signing key; its private half stays in the folder."""
+        from securesystemslib.signer import CryptoSigner
+
         signer = CryptoSigner.generate_ed25519()
         key = public_of(signer)
         self._write(f"signing-{key.keyid[:16]}.pem", signer.private_bytes)
@@ -52,6 +61,9 @@ class Keyring:
 
     def signer(self, key: PublicKey) -> CryptoSigner:
         """The private half of `key`; `InvalidInput` says where it was looked for."""
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+        from securesystemslib.signer import CryptoSigner
+
         path = self.folder / f"signing-{key.keyid[:16]}.pem"
         for pem in (os.environ.get("POPULACE_SIGNING_KEY", "").encode(), _read(path)):
             if not pem:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import Signer
 
 from populace.storage.canonical import canonical_json, fields_of
 from populace.storage.errors import Damaged
@@ -39,6 +37,10 @@ from populace.storage.log.records import (
     WaveManifest,
 )
 
+if TYPE_CHECKING:
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import Signer
+
 RECORD_TYPE = "application/vnd.populace.record+json"
 
 WAVE_TYPE = "application/vnd.in-toto+json"
@@ -58,7 +60,7 @@ def seal(header: RecordHeader, record: Record, signer: Signer) -> bytes:
         payload_type, payload = WAVE_TYPE, _statement(header, record)
     else:
         payload_type, payload = RECORD_TYPE, {**fields_of(header), **_body(record)}
-    envelope = Envelope(canonical_json(payload), payload_type, {})
+    envelope = _envelope_class()(canonical_json(payload), payload_type, {})
     envelope.sign(signer)
     return canonical_json(envelope.to_dict())
 
@@ -67,7 +69,7 @@ def open_record(sealed: bytes, key: PublicKey) -> tuple[RecordHeader, Record]:
     """Header and record from stored bytes; raises `Damaged` when they are not a record that `key`
     signed."""
     try:
-        envelope = Envelope.from_dict(json.loads(sealed))
+        envelope = _envelope_class().from_dict(json.loads(sealed))
         envelope.verify([key.as_key()], 1)
         # Base64 can spell one payload in several ways; a record has one spelling.
         if canonical_json(envelope.to_dict()) != sealed:
@@ -99,7 +101,16 @@ def rotations_of(sealed: bytes) -> list[bytes]:
 
 def attempt_of(sealed: bytes) -> str:
     """The attempt id of stored bytes, unverified: whether a record is one's own."""
-    return _parse(Envelope.from_dict(json.loads(sealed)))[0].attempt_id
+    return _parse(_envelope_class().from_dict(json.loads(sealed)))[0].attempt_id
+
+
+def _envelope_class() -> type[Envelope]:
+    """Imported when a record is first sealed or opened: securesystemslib loads the SDK of every
+    cloud that is installed."""
+    from securesystemslib.dsse import Envelope
+
+    found: type[Envelope] = Envelope
+    return found
 
 
 def _parse(envelope: Envelope) -> tuple[RecordHeader, Record]:
@@ -114,7 +125,7 @@ def _parse(envelope: Envelope) -> tuple[RecordHeader, Record]:
 
 def payload_of(sealed: bytes) -> dict[str, Any]:
     """The payload as it was sealed, for people to read."""
-    payload: dict[str, Any] = json.loads(Envelope.from_dict(json.loads(sealed)).payload)
+    payload: dict[str, Any] = json.loads(_envelope_class().from_dict(json.loads(sealed)).payload)
     return payload
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from populace.storage.errors import InvalidInput
-from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.files import FileStore
 
@@ -16,6 +15,8 @@ def open_store(url: str) -> ObjectStore:
     `s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME]`."""
     parsed = urlparse(url)
     if parsed.scheme == "memory":
+        from populace.storage.objects.cloud import MemoryStore  # obstore
+
         return MemoryStore()
     if parsed.scheme == "s3":
         from populace.storage.objects.s3 import open_s3  # the minio SDK is slow to import

@@ -64,7 +64,7 @@ def start() -> Iterator[Callable[..., ShardGroup]]:
     groups = []
 
     def start_group(settings: ShardSettings, count: int, **more: Any) -> ShardGroup:
-        group = ShardGroup(settings, GroupSettings(count=count, cpus=0.5, timeout_s=30.0, **more))
+        group = ShardGroup(settings, GroupSettings(count=count, cpus=0.5, timeout_s=120.0, **more))
         groups.append(group)
         group.wait_until_ready()
         return group
