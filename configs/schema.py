@@ -91,14 +91,14 @@ class AdapterSettings:
     rank."""
 
     rank: int = positive(8)
-    """Of the LoRA on attention."""
+    """Rank of the LoRA on attention."""
     expert_rank: int = positive(1)
-    """Of the LoRA on every expert."""
+    """Rank of the LoRA on every expert."""
     alpha: float = positive(32.0)
     """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of
     rank)."""
     learning_rate: float = positive(1e-3)
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     b_learning_rate_ratio: float = positive(1.0)
     """Learning rate of B over that of A."""
 
@@ -126,7 +126,7 @@ class TrainSettings:
     importance_cap: float = positive(2.0)
     """C of truncated importance sampling, w = min(pi_trainer / pi_rollout, C)."""
     baseline_decay: float = fraction(0.9)
-    """Of a user's running mean reward, the baseline for logged trajectories."""
+    """Decay of a user's running mean reward, the baseline for logged trajectories."""
     max_staleness: int = not_negative(8)
     """A logged trajectory of a revision that is more than this many behind the tip is settled as
     stale."""
@@ -145,7 +145,7 @@ class OptimizerSettings:
     weight_decay: float = not_negative(0.0)
     """Decoupled from the gradient."""
     max_grad_norm: float = positive(1.0)
-    """Of a whole adapter; longer gradients are scaled down to it."""
+    """Norm of a whole adapter's gradient; longer ones are scaled down to it."""
     offload: bool = False
     """Moments stay in host memory and are updated there by DeepSpeed's CPUAdam (`pip install
     populace[deepspeed]`)."""
@@ -166,7 +166,7 @@ class TenantSettings:
     """A group of users. Users whose id begins with `NAME/` belong to the tenant of that name."""
 
     weight: float = positive(1.0)
-    """Its share of the waves, against the other tenants that have something waiting."""
+    """The tenant's share of the waves, against the other tenants that have something waiting."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class SchedulerSettings:
     evidence_bonus_s: float = not_negative(2.0)
     """Head start of a user with twice `events_per_update` pending events; proportional below."""
     weight: float = positive(1.0)
-    """Of the users that belong to no tenant."""
+    """Weight of the users that belong to no tenant."""
     tenants: dict[str, TenantSettings] = field(default_factory=dict)
 
 
@@ -247,7 +247,7 @@ class EvaluationSettings:
     too_few: str = one_of("promote", "keep")
     """A user with fewer held-out tasks than `min_tasks`: `promote` provisionally or `keep`."""
     confidence: float = fraction(0.9)
-    """Of the two-sided interval of the tip's reward minus serving's."""
+    """Level of the two-sided interval of the tip's reward minus serving's."""
     tolerance: float = not_negative(0.0)
     """The tip is rejected when the whole interval lies below minus this."""
 
@@ -313,7 +313,7 @@ class Settings:
     """One population and one run of it."""
 
     name: str = "population"
-    """Of the population: the folder in the store that everything of it lies in."""
+    """The population's name, and the folder in the store that everything of it lies in."""
     store: str = "build/store"
     """Where the population lives: `file://PATH`, a plain path,
     `s3://BUCKET[/PREFIX][?endpoint=URL]` or `memory://`."""

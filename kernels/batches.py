@@ -55,7 +55,7 @@ class ArenaBatches:
     """Which of the arena's tensors they use."""
     batches: tuple[SegmentBatch, ...]
     rows: slice
-    """Its tile rows."""
+    """Tile rows of this arena."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
-"""The same on torch's batched products: segments of one height are one `bmm`. Short segments are
-padded to few heights and copied together, the rows that they add to as well; long ones, and rows
-that lie right already, are used where they are. Either way a product adds in place, so what a
-segment gets depends on its own shape alone.
+"""The math of `reference.py` on `torch.bmm`. Segments are padded to one of eleven heights, and
+those of one height share a `bmm`.
+
+Short segments are copied together, and so are the rows that they add to; long ones, and rows that
+lie right already, are used where they are. Either way a product adds in place, so what a segment
+gets depends on its own shape alone.
 
 Suffixes: G segments of an arena, U tile rows, D in, F out, R rank; B segments of a batch, M its
 height.

@@ -248,5 +248,5 @@ def _outer(p: Tensor, s_UR: Tensor, out: Tensor, accumulates: bool, tiles: Arena
 
 
 def _strides(w: Tensor) -> tuple[int, int, int, int]:
-    """Of slot, expert (0 where there is none), rank and the wide side."""
+    """Strides of slot, expert (0 where there is none), rank and the wide side."""
     return w.stride(0), w.stride(1) if w.ndim == 4 else 0, w.stride(-2), w.stride(-1)

@@ -28,7 +28,6 @@ from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.open import open_store
 
 if TYPE_CHECKING:
-    from populace.population.experience.producer import Producer
     from populace.population.ledger.ledger import Ledger
     from populace.population.ledger.ownership import Ownership
     from populace.population.ledger.queries import ParkedEvent, PopulationStatus, RevisionInfo
@@ -41,15 +40,12 @@ class Population(Enqueues):
     """A population in a store. Nothing here writes a revision log without saying so."""
 
     def __init__(self, settings: Settings, store: ObjectStore, meta: PopulationMeta) -> None:
-        self.settings, self.store, self.meta = settings, store, meta
-        self.rewards = settings.rewards.functions
-
-    @functools.cached_property
-    def producer(self) -> Producer:
-        """What makes events durable for this population."""
+        """`InvalidInput` where the population's master key isn't."""
         from populace.population.experience.producer import Producer
 
-        return Producer(self.store, self.meta, rewards=self.rewards, settings=self.settings.stream)
+        self.settings, self.store, self.meta = settings, store, meta
+        self.rewards = settings.rewards.functions
+        self.producer = Producer(store, meta, rewards=self.rewards, settings=settings.stream)
 
     @functools.cached_property
     def ledger(self) -> Ledger:

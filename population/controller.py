@@ -63,7 +63,7 @@ class Pipeline:
     being written."""
 
     planned: PlannedWave | None = None
-    """Its adapters are being prefetched."""
+    """A wave whose adapters are being prefetched."""
     rolling: RollingWave | None = None
     publication: Publication | None = None
     renaming: Future[None] | None = None

@@ -202,7 +202,7 @@ class ShardStep:
     updates: tuple[ShardUpdate, ...]
     num_rows: int
     out_of_route: tuple[int, int]
-    """As in `StepResult`, already of the whole group."""
+    """`StepResult.out_of_route`, already of the whole group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +227,8 @@ class StepResult:
     num_rows: int
     """Rows that went through the base, forward and backward."""
     out_of_route: tuple[int, int] = (0, 0)
-    """Of all replayed selections (row and layer), how many the trainer's own gates would have made
-    otherwise, and how many there were."""
+    """(different, all): replayed selections, by row and layer, that the trainer's own gates would
+    have made otherwise, and how many there were."""
 
 
 def revision_ref(adapter: AdapterState, state: RevisionState | None) -> AdapterRef:

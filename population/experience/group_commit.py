@@ -27,7 +27,7 @@ class GroupCommit:
         self._waiting: dict[int, deque[_Entry]] = {}
         self._waiting_bytes = 0
         self._bytes_per_s = 1e6
-        """Of what was written lately: how long somebody who is refused has to wait."""
+        """Speed of what was written lately: how long somebody who is refused has to wait."""
         self._closed = False
 
     def submit(self, rows: Mapping[int, Sequence[Row]]) -> list[Future[None]]:

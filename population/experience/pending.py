@@ -41,10 +41,10 @@ class Candidates:
     num_events: NDArray[np.uint32]
     """To be trained on."""
     tokens: NDArray[np.uint32]
-    """Of the next update, estimated."""
+    """Tokens of the next update, estimated."""
     tenant: NDArray[np.uint16]
     rank: NDArray[np.uint32]
-    """Of the adapter, or of the one that the user will get."""
+    """Rank of the adapter, or of the one that the user will get."""
     is_hot: NDArray[np.bool_]
     updated: Floats
     """Seconds; the last update, minus infinity for none."""

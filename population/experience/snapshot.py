@@ -12,9 +12,9 @@ from populace.storage.log.records import Compaction, Position
 from populace.storage.lru import Lru
 
 _OVERHEAD_BYTES = 300
-"""Of a cached segment besides its bytes."""
+"""Memory of a cached segment besides its bytes."""
 _EVENT_BYTES = 1500
-"""Of an opened event besides its text, about."""
+"""Memory of an opened event besides its text, about."""
 
 
 class SegmentCache:

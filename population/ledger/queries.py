@@ -39,7 +39,7 @@ class PopulationStatus:
     rejected: int
     pending_events: int
     oldest_wait_s: float
-    """Of the user who has waited longest for an update."""
+    """Wait of the user who has waited longest for an update."""
     heldout_tasks: int
     settled_events: int
     forgotten: int
@@ -75,7 +75,7 @@ class ParkedEvent:
 
     user: str
     position: Position
-    """Its place in the experience log of the user's partition."""
+    """Place in the experience log of the user's partition."""
     reason: str
     detail: str
     """What the user's reward said."""

@@ -63,7 +63,7 @@ class Page:
         )
         self._access = Access(setup)
         self._figures: tuple[float, dict[str, Any] | None] = (0.0, None)
-        """Of the run's report: when the file was written, and what it says."""
+        """The run's report: when the file was written, and what it says."""
 
     def answer(
         self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes

@@ -48,7 +48,7 @@ FRESH_S = 2.0
 MAX_CACHED = 20_000
 
 MIN_DIGITS = 6
-"""Of a pseudonym in a search."""
+"""Digits of a pseudonym that a search needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class RevisionView:
     verdicts: tuple[Verdict, ...] = ()
     is_pinned: bool = False
     size_bytes: int = 0
-    """Of its weights, moments and evidence in the store."""
+    """Size of its weights, moments and evidence in the store."""
 
     @property
     def committed(self) -> str:
@@ -198,8 +198,8 @@ class PopulationReader:
             )
 
     def parked(self, user: str) -> list[ParkedEvent]:
-        """Of the newest `MAX_REVISIONS` records that settled something of the user, oldest
-        first."""
+        """Parked events in the newest `MAX_REVISIONS` records that settled something of the user,
+        oldest first."""
         with self._reading():
             ledger = self.population.ledger
             adapter = ledger.adapter(user)

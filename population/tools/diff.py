@@ -29,7 +29,7 @@ class ModuleNorms:
     before: float
     after: float
     change: float
-    """Of the difference of the two."""
+    """Norm of the difference of the two."""
 
 
 def diff_revisions(population: Population, user: str, before: int, after: int) -> list[ModuleNorms]:

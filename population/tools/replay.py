@@ -46,8 +46,8 @@ class ReplayOutcome(StrEnum):
 
 
 _MACHINE = ("device", "cpu", "dtype", "torch", "transformers", "kernels", "backend", "numerics")
-"""What of a numerics fingerprint must agree, beside the optimizer, which is set as the manifest
-says."""
+"""Fields of a numerics fingerprint that must agree, beside the optimizer, which is set as the
+manifest says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

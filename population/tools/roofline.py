@@ -56,11 +56,11 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """What of the base a device holds."""
+    """The base as one device holds it."""
 
     dense_bytes: float
     expert_bytes: float
-    """Of the device that holds most experts."""
+    """Experts on the device that holds most of them."""
     most_experts: int
     active: float
     """Parameters that a token meets."""
@@ -75,7 +75,7 @@ class Adapter:
     """What one adapter costs per update."""
 
     tokens: float
-    """Of an update, prompts once per event."""
+    """Tokens of an update, prompts once per event."""
     sequences: int
     """Samples of an update."""
     weights: float
@@ -99,9 +99,9 @@ class Room:
     stored_size: int
     """Elements of an adapter as a slab keeps it."""
     adapters: float
-    """Of a wave."""
+    """Adapters of a wave."""
     rows: float
-    """Of a pass."""
+    """Rows of a pass."""
     fits: bool
 
 

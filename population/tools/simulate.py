@@ -58,11 +58,13 @@ class TenantFigures:
     wait_median_s: float
     wait_99_s: float
     wait_longest_s: float
-    """Of the events served, and of those that still wait."""
+    """Longest wait of the events served, and of those that still wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationReport:
+    """What a simulation showed."""
+
     tenants: tuple[TenantFigures, ...]
     num_waves: int
     adapters_per_wave: float
@@ -72,7 +74,7 @@ class SimulationReport:
     """Jain's index of what the tenants that always had something waiting got over their weights; 1
     is fair, 1/n is one taking all (Jain, Chiu, Hawe 1984)."""
     hot_share: float
-    """Of adapters that a wave needed and that were still in a slot."""
+    """Share of the adapters that a wave needed and that were still in a slot."""
     waves: tuple[NDArray[np.int64], ...]
     """Users of every wave."""
 

@@ -26,7 +26,7 @@ MAX_HOT = 256
 """Hot adapters that are named."""
 
 NAME_DIGITS = 12
-"""Of their pseudonyms."""
+"""Digits of their pseudonyms that are shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ class Metric:
     meaning: str
     tag: str = ""
     values: tuple[str, ...] = ()
-    """Of the tag."""
+    """Values that the tag can have."""
     boundaries: tuple[float, ...] = ()
 
 

@@ -28,9 +28,9 @@ class ControllerRates:
 
     seen: SeenController
     is_silent: bool
-    """It has had no heartbeat for a while."""
+    """Whether there was no heartbeat for a while."""
     per_s: Mapping[str, float]
-    """Of its counts."""
+    """Rate of each of its counts."""
 
 
 class Watch:

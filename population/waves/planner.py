@@ -37,7 +37,7 @@ class Planner:
     def __init__(self, settings: Settings, ledger: Ledger, chat: Chat, dims: BaseDims) -> None:
         self.settings, self.ledger, self.chat = settings, ledger, chat
         self.dims = dims
-        """Of the base that computes now; another group may have another."""
+        """Shapes of the base that computes now; another group may have another."""
         self.suspects = Suspects(ledger)
         self._served = Served.nothing(1 + len(settings.scheduler.tenants))
 

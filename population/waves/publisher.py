@@ -36,7 +36,7 @@ REASONS_WITHOUT_UPDATE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Landed:
-    """What of a wave is in the log now, whatever became of the rest."""
+    """The part of a wave that is in the log now, whatever became of the rest."""
 
     records: tuple[tuple[RecordHeader, Record], ...]
     error: BaseException | None

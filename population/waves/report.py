@@ -32,16 +32,16 @@ class WaveReport:
     """Events that ended without being trained on, also those between the last wave and this
     one."""
     num_tokens: int
-    """Of completions."""
+    """Tokens of completions."""
     num_targets: int
     """Tokens that the step learned from: those of completions with signal."""
     num_rows: int
-    """That went through the base in the fused step, prompts and padding included."""
+    """Rows that went through the base in the fused step, prompts and padding included."""
     mean_reward: float | None
     rollout_kl: float | None
     """KL(rollout || trainer) per token, over the wave's tokens; None when nothing was sampled."""
     masked_share: float | None
-    """Of the wave's tokens, those left out because their routing is unknown."""
+    """Share of the wave's tokens that is left out because their routing is unknown."""
     out_of_route: float | None
     """Share of replayed selections that the trainer's own gates would have made otherwise; None
     without any."""
@@ -66,9 +66,9 @@ class RunState:
     """Events that wait to be trained on."""
     oldest_wait_s: float
     num_partitions: int
-    """That this controller owns."""
+    """Partitions that this controller owns."""
     num_adapters: int
-    """In the store."""
+    """Adapters in the store."""
     num_updated: int
     """Adapters with a revision above 0."""
 

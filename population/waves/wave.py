@@ -76,9 +76,9 @@ class PlannedMember:
 
     member: WaveMember
     adapter: AdapterState
-    """As it was when the wave was planned; nobody else changes it until the wave ends."""
+    """The adapter when the wave was planned; nobody else changes it until the wave ends."""
     ref: AdapterRef
-    """Of the tip, which is what the wave starts from."""
+    """Where the bytes of the tip are, which the wave starts from."""
     events: tuple[PreparedEvent, ...]
 
     @property

@@ -19,7 +19,7 @@ class Tries:
     Example: `Tries(event=ref, count=2, is_alone=False)`, after two waves with this event died."""
 
     event: EventRef
-    """Of an attempt, the first of the user's events that were tried."""
+    """The event; for an attempt, the first of the user's events that were tried."""
     count: int
     is_alone: bool = False
     """Whether the last attempt was of this event alone."""

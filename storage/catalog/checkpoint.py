@@ -153,7 +153,7 @@ def _columns(
 
 
 def _state(catalog: Catalog, partition: int, own: Collection[str]) -> dict[str, Any]:
-    """What of a partition isn't in columns; `own`: the pseudonyms of its adapters."""
+    """A partition's state that isn't in columns; `own`: the pseudonyms of its adapters."""
     attempts, compaction = catalog.attempts, catalog.compactions.get(partition)
     unfinished = attempts.unfinished.get(partition, {})
     return {

@@ -23,7 +23,7 @@ class Secrets:
     """Hex. Keys the pseudonyms and event tags that stand in the logs."""
 
     def wrap(self, population: str, keyring: Keyring) -> bytes:
-        """As they lie in the store."""
+        """The secrets as they lie in the store, wrapped with the master key."""
         sealed = seal(
             keyring.master_key(self.master),
             bytes.fromhex(self.pseudonym_key),

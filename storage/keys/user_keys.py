@@ -48,17 +48,17 @@ class UserKey:
     user: str
     key: bytes
     wrapped: bytes = field(default=b"", compare=False, repr=False)
-    """As it lies in the store: equal bytes need no second unwrapping."""
+    """The key as it lies in the store: equal bytes need no second unwrapping."""
     era: int = field(default=-1, compare=False, repr=False)
-    """The one in which it was read from the store."""
+    """Era in which it was read from the store."""
 
 
 class UserKeys:
     """One wrapped data key per user, at `<population>/keys/<aa>/<pseudonym>`.
 
-    Every forgetting begins new eras, at `<population>/eras/<number>`: a key that was read in the
-    era that still lasts need not be read again to know that its user wasn't forgotten. They are
-    created, never overwritten: no late write brings an old one back."""
+    Erasing a user starts a new *era*, a numbered object at `<population>/eras/<number>` that is
+    never overwritten. A key fetched in the current era has not been erased since, so producers
+    compare eras instead of fetching keys again."""
 
     def __init__(self, store: ObjectStore, population: str, keyring: Keyring) -> None:
         self.store, self.population, self.keyring = store, population, keyring
@@ -67,7 +67,7 @@ class UserKeys:
         self._masters: dict[str, bytes] = {}
         self._eras = Log(store, paths.era_folder(population), "")
         self._era: int | None = None
-        """As last read; None: never."""
+        """The current era when it was last read; None: never."""
 
     def get(self, pseudonym: str) -> UserKey:
         """The key as last seen; `Forgotten` if the user was. For reading what is there."""
@@ -108,7 +108,7 @@ class UserKeys:
     def ensure(self, pseudonym: str, user: str, master: Callable[[], str]) -> UserKey:
         """The user's key, made now if there is none; racing producers agree on one. For writing:
         asks the store unless the key is of the era last seen. `outdated`, when the writing is done,
-        tells of a forgetting meanwhile."""
+        tells of an erasure meanwhile."""
         with self._lock:
             if (known := self._cache.get(pseudonym)) is not None and known.era == self._era:
                 self._cache.move_to_end(pseudonym)

@@ -87,13 +87,13 @@ class SettledEvent:
     event: EventRef
     reason: str
     """Never anything that the user or the user's code said: the log stays when they are
-    forgotten."""
+    erased."""
     detail: str = ""
     """What was said, sealed with the user's key, in base64."""
 
     @property
     def kind(self) -> ReasonKind:
-        """As the format has it: what is parked or stale says so before a colon."""
+        """The kind that the text says: what is parked or stale says so before a colon."""
         if self.reason == NOT_FINITE:
             return ReasonKind.NOT_FINITE
         first = self.reason.partition(":")[0]
@@ -138,7 +138,7 @@ class Attempt:
     KIND: ClassVar[str] = "attempt"
     wave: str
     num_adapters: int
-    """Of the whole wave, in all partitions."""
+    """Adapters of the whole wave, in all partitions."""
     adapters: dict[str, list[EventRef]]
 
 
@@ -207,7 +207,7 @@ class Failed:
     pseudonym: str
     event: EventRef
     reason: str
-    """As in `SettledEvent`."""
+    """Nothing that anybody said, like `SettledEvent.reason`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +231,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tombstone:
-    """This user is forgotten: the key that reads everything of theirs is destroyed next."""
+    """This user is erased: the key that reads everything of theirs is destroyed next."""
 
     KIND: ClassVar[str] = "tombstone"
     pseudonym: str
@@ -309,7 +309,7 @@ class RecordBatch:
 
     KIND: ClassVar[str] = "batch"
     records: list[Any]
-    """Of any kind but `wave`, `checkpoint`, `rotate` and `batch`."""
+    """Records of any kind but `wave`, `checkpoint`, `rotate` and `batch`."""
 
 
 Record = (

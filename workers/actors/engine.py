@@ -106,7 +106,7 @@ class ShardEngine:
         if settings.train.backend == "triton" and not _interprets_triton():
             raise InvalidInput(
                 "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on "
-                "processors for now, "
+                "CPUs for now, "
                 "use grouped"
             )
         if settings.threads:
@@ -180,7 +180,7 @@ class ShardEngine:
         self.residency.forget(pseudonyms)
 
     def roll_out(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
-        """Of a group of one shard; see `roll_out_share`."""
+        """Answers of a group of one shard; see `roll_out_share`."""
         return join_shares([self.roll_out_share(requests)])
 
     def roll_out_share(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup | None]:
@@ -188,7 +188,7 @@ class ShardEngine:
         return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.kernels)
 
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]:
-        """Of a group of one shard; see `score_base_share`."""
+        """Scores of a group of one shard; see `score_base_share`."""
         return join_shares([self.score_base_share(groups)])
 
     @torch.no_grad()

@@ -120,8 +120,8 @@ class ShardGroup:
         )
 
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
-        """Of the base, and the numerics fingerprint; bits are promised where every shard promises
-        the same ones."""
+        """Shapes of the base, and the numerics fingerprint; bits are promised where every shard
+        promises the same ones."""
         descriptions: list[tuple[BaseDims, dict[str, str]]] = self._all("describe")
         dims, numerics = descriptions[0]
         if any(other != numerics for _, other in descriptions):

@@ -20,7 +20,7 @@ class NotTheOwner(PopulaceError):
 
 
 def versions() -> dict[str, str]:
-    """Of the code that runs in an actor."""
+    """Versions of the code that runs in an actor."""
     return {
         "populace": version("populace"),
         "kernels": str(NUMERICS_REVISION),

@@ -108,7 +108,7 @@ class Slab:
         return [arena.lora(module, layer) for arena in self.arenas]
 
     def exact_layout(self, spec: AdapterSpec) -> AdapterLayout:
-        """Of a whole adapter, as its blobs are."""
+        """Layout of a whole adapter, as its blobs are."""
         return layout_of(self.dims, spec.rank, spec.expert_rank)
 
     def is_home(self, key: AdapterKey) -> bool:

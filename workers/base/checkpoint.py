@@ -48,7 +48,7 @@ class SafetensorsFolder:
         return [found[name] for name in wanted]
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """The same, straight into memory that is there."""
+        """Read a tensor straight into memory that is there."""
         for name, mapped in self._mapped(targets):
             targets[name].copy_(mapped)
 

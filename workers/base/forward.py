@@ -31,7 +31,7 @@ class Kernels:
 
     @staticmethod
     def of(train: TrainSettings) -> Kernels:
-        """As the settings say."""
+        """The backend and the row multiple that the settings ask for."""
         return Kernels(backend=train.backend, row_multiple=ROW_MULTIPLE[train.numerics])
 
 
@@ -48,7 +48,7 @@ class ForwardPass:
     routing: list[Tensor] | None = field(default=None)
     """Where given, every MoE block appends its selection, [T, K] int16, in layer order."""
     route_counts: list[Tensor] = field(default_factory=list)
-    """Of every MoE block with a record to replay: rows that were recorded, and those of them that
+    """Per MoE block with a record to replay: rows that were recorded, and those of them that
     it would send elsewhere."""
 
     @staticmethod

@@ -30,7 +30,7 @@ _INTERFACE = "populace"
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto`: bfloat16 where the processor multiplies it natively; elsewhere it is emulated, at an
+    """`auto`: bfloat16 where the CPU multiplies it natively; elsewhere it is emulated, at an
     eighth of the speed of fp32 forward and less than a hundredth backward (docs/decisions/0001)."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

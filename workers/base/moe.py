@@ -73,7 +73,7 @@ class Routes:
         num_experts: int,
         forward_pass: ForwardPass,
     ) -> Routes:
-        """Of `top_k` (row, k) pairs per row, each with its expert, counted from this shard's
+        """Routes of `top_k` (row, k) pairs per row, each with its expert, counted from this shard's
         first."""
         order_Y, ends_E = order_by_expert(expert_Q, num_experts, forward_pass.kernels.row_multiple)
         pair_Y = order_Y.clamp(min=0)
@@ -136,7 +136,7 @@ class MoeBlock(nn.Module):
     def _on_all_shards(
         self, x_TD: Tensor, ids_TK: Tensor, score_TK: Tensor, forward_pass: ForwardPass
     ) -> Tensor:
-        """The same, each copy of a row with its slot on the shard that owns its expert."""
+        """`forward` over shards: each copy of a row, with its slot, goes to its expert's owner."""
         num_rows, top_k = ids_TK.shape
         owner_Q = self.owner_E[ids_TK.reshape(-1)]
         order_Q = torch.argsort(owner_Q, stable=True)

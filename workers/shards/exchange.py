@@ -77,7 +77,7 @@ class Rendezvous:
 
 
 class DeepSpeedExchange:
-    """`deepspeed.comm` between processes, by gloo: shards compute on processors."""
+    """`deepspeed.comm` between processes, by gloo: shards compute on CPUs."""
 
     def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous) -> None:
         self._comm = _deepspeed_comm()

@@ -29,7 +29,7 @@ class Lesson:
     denominator: int
     """Loss tokens of the whole adapter, over all passes."""
     baseline: Baseline
-    """Of the user's logged rewards, after these groups."""
+    """Running mean of the user's logged rewards, after these groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Share:
 
     @property
     def num_tokens(self) -> int:
-        """Of completions: the targets of its rows."""
+        """Tokens of completions: the targets of its rows."""
         samples = [scored.sample for item in self.groups for scored in item.group.samples]
         return sum(len(sample.completion_ids) for sample in samples)
 

@@ -162,7 +162,7 @@ def _fused_adamw(
 def _cpu_adam(
     pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings
 ) -> None:
-    """The same by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the
+    """AdamW by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the
     history of its calls: it is off, and the correction moves into rate and epsilon,
 
         m̂ / (√v̂ + ε) = (√c₂ / c₁) · m / (√v + ε √c₂),    cᵢ = 1 - βᵢ^step.

@@ -46,7 +46,7 @@ class _Tally:
 
     loss: float = 0.0
     largest_gap: float = -np.inf
-    """Of log-probabilities between rollout and trainer."""
+    """Sums over log-probabilities of rollout and trainer."""
     kl: float = 0.0
     """Sum over the tokens that have a log-probability from rollout; see `_divergence`."""
     num_compared: int = 0
@@ -60,7 +60,7 @@ class _Passes:
     """Sums over all passes of a wave."""
 
     tallies: dict[AdapterKey, _Tally] = field(default_factory=dict)
-    """Of the adapters whose home is here."""
+    """Tallies of the adapters whose home is here."""
     num_rows: int = 0
     route_counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
     """Replayed selections, and those of them that the trainer would have made otherwise."""
@@ -178,7 +178,7 @@ Column = NDArray[np.float32] | NDArray[np.bool_]
 
 
 def _token_columns(item: WeightedGroup) -> tuple[Column, Column, Column, Column]:
-    """Of one group's tokens: advantage, behaviour log-probability, base log-probability,
+    """Columns of one group's tokens: advantage, behaviour log-probability, base log-probability,
     is-policy-gradient."""
     group, advantages = item.group, item.advantages
     counts = [len(scored.sample.completion_ids) for scored in group.samples]
