@@ -70,6 +70,7 @@ docs: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 
 # mypy can't follow an editable install's import hooks, so it gets a regular one.
 types: .venv/dev

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from populace.storage.catalog.applying import apply_record
-from populace.storage.catalog.columns import Rows
 from populace.storage.catalog.states import AdapterState, Note, RevisionState
 from populace.storage.catalog.tables import (
     BARE,
@@ -111,30 +110,6 @@ class Catalog(CatalogTables):
     def num_updated(self) -> int:
         """Adapters beyond revision 0."""
         return int(np.count_nonzero(self.adapters["next_revision"] > 1))
-
-    def in_partition(self, partition: int) -> Rows:
-        """Rows of a partition's living adapters."""
-        return np.flatnonzero(
-            (self.adapters["partition"] == partition) & (self.adapters["flags"] == 0)
-        )
-
-    def changed_since(self, partition: int, seq: int) -> list[str]:
-        """Adapters of a partition that a record after number `seq` changed."""
-        table = self.adapters
-        rows = np.flatnonzero((table["partition"] == partition) & (table["changed"] > seq))
-        return self.pseudonyms(rows)
-
-    def revisions_using(self, partition: int, segment: int) -> list[tuple[str, int]]:
-        """(pseudonym, revision) of every revision that learned from a segment of the partition's
-        experience."""
-        use = np.flatnonzero(self.uses["segment"] == segment)
-        # Revisions and their uses are appended together, so the first use of a revision never
-        # falls.
-        revision = np.searchsorted(self.revisions["first_use"], use, side="right") - 1
-        adapter = self.revisions["adapter"][revision]
-        mine = self.adapters["partition"][adapter] == partition
-        names = self.pseudonyms(adapter[mine])
-        return list(zip(names, self.revisions["revision"][revision[mine]].tolist(), strict=True))
 
     def referenced_packs(self, partition: int) -> set[str]:
         """Packs that hold a blob of the partition's revisions."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,12 +302,9 @@ def test_the_catalog_follows_waves_verdicts_and_attempts(history: History) -> No
         assert found.obeyed == {(P1, "c1")}
         assert list(found.attempts.unfinished[0]) == [P1]
         assert found.owned[0] and found.num_settled[0] == 3
-        assert found.changed_since(0, 5) == [P1]
-        assert found.revisions_using(0, 60) == [(P1, 2)] and found.revisions_using(0, 1) == [
-            (P1, 1)
-        ]
-        assert found.revisions_using(1, 60) == []
-        assert set(found.pseudonyms(found.in_partition(0))) == {P1, name_of("p2")}
+        assert found.pseudonyms(np.flatnonzero(found.adapters["changed"] > 5)) == [P1]
+        assert found.uses["segment"].tolist() == [1, 60], "what each revision learned from"
+        assert {adapter.pseudonym for adapter in found} == {P1, name_of("p2")}
 
 
 @settings(max_examples=50, deadline=None)
@@ -488,8 +486,12 @@ def test_partitions_are_checkpointed_apart_and_loaded_together(tmp_path: Path) -
     both = Catalog()
     load(both, 0, bodies[0])
     load(both, 1, bodies[1])
-    rows = both.in_partition(1)
-    assert both.pseudonyms(rows) == both.pseudonyms(both.in_partition(0))
+    is_living = both.adapters["flags"] == 0
+    first, rows = (
+        np.flatnonzero(is_living & (both.adapters["partition"] == partition))
+        for partition in (0, 1)
+    )
+    assert both.pseudonyms(rows) == both.pseudonyms(first)
     assert [both.state(int(row)).tip for row in rows] == [1, 2, 0]
     assert both.revision_of(both.state(int(rows[1])).pseudonym, 2).is_promoted
 
