@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import typing
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.surface import PACKAGES, modules
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("kernels", "storage", "configs", "workers", "population")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 FLOORS = {
@@ -188,6 +193,94 @@ def test_nothing_grows_too_large_to_read() -> None:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
+
+
+def test_nothing_public_changes_unnoticed() -> None:
+    """On purpose: `python -m tests.support.surface > tests/public_surface.txt`, and a line in
+    CHANGELOG.md."""
+    said = subprocess.run(
+        [sys.executable, "-m", "tests.support.surface"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said == (ROOT / "tests/public_surface.txt").read_text()
+    drawn = set(re.findall(r"[├└]── (\w+)", (ROOT / "storage/errors.py").read_text()))
+    tree = said.split("\nerrors\n")[1]
+    assert drawn == {line.strip() for line in tree.splitlines() if not line.startswith(" " * 8)}
+
+
+def test_a_wheel_holds_every_module_and_starts(tmp_path: Path) -> None:
+    """Not the editable install: whatever is missing from pyproject.toml is missing there."""
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run([*wheel, "-w", tmp_path, source], check=True, timeout=300)
+    (found,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(found) as archive:
+        archive.extractall(tmp_path / "site")
+    # Without `site` no .pth file of the environment is read: nothing leads back to this checkout.
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    where = f"import sys; sys.path[:] = [{str(tmp_path / 'site')!r}, *sys.path, *{libraries!r}]"
+    names = list(modules())
+    code = f"{where}; import importlib; [importlib.import_module(name) for name in {names!r}]"
+    code += "; import populace.kernels; print(populace.kernels.__file__)"
+    said = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr[-2000:]
+    assert said.stdout.splitlines()[-1].startswith(str(tmp_path / "site"))
+    code = f"{where}; from populace.population.cli.app import main; main()"
+    said = subprocess.run(
+        [sys.executable, "-S", "-c", code, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 0 and "enqueue" in said.stdout, said.stderr
+
+
+def test_every_kind_of_experience_is_in_every_registry() -> None:
+    from populace.population.experience.checks import CHECKS
+    from populace.population.experience.events import EXPERIENCE_KINDS, Experience
+    from populace.population.waves.prepare import PREPARERS
+    from populace.workers.batch import ExperienceKind
+    from populace.workers.step.losses import OBJECTIVES
+
+    kinds = set(EXPERIENCE_KINDS.values())
+    assert kinds == set(typing.get_args(Experience)) == set(CHECKS) == set(PREPARERS)
+    assert set(OBJECTIVES) == set(ExperienceKind)
+
+
+OLD_WORDS = {
+    r"processors?": "CPU",
+    r"signs? of life": "heartbeat",
+    r"show(s|ed|n)? (no )?life": "heartbeat",
+    r"fill(s|ed|ing) up": "padding",
+    r"(?<!the )forgetting": "erasure",
+}
+"""Words of our own for what the field has a name for."""
+
+
+def test_prose_speaks_the_fields_words() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "infra").rglob("*.md")]
+    pages += [path for path in (ROOT / "docs").rglob("*.md") if "measurements" not in path.parts]
+    for path in [*FILES, *pages]:
+        text = path.read_text()
+        for old, new in OLD_WORDS.items():
+            found = re.search(rf"\b{old}\b", text)
+            assert found is None, f"{path}: {found and found.group()!r}; say {new}"
+
+
+@pytest.mark.parametrize("page", ["docs/structures.md", "CONTRIBUTING.md"])
+def test_files_and_names_that_the_map_mentions_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"`([\w/]+/[\w./]*)`", text):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+    sources = "\n".join(path.read_text() for path in [*FILES, *(ROOT / "tests").rglob("*.py")])
+    for name in re.findall(r"`((?:[A-Z_]\w+)(?:\.\w+)*)`", text):
+        for part in name.split("."):
+            assert re.search(rf"\b{part}\b", sources), f"{page} names {name}"
 
 
 def test_the_package_list_names_every_folder() -> None:

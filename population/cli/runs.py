@@ -54,7 +54,7 @@ def stop(
         )
     texts = {
         "stopped": "stopped",
-        "dead": "shows no life; the next run takes its partitions over",
+        "dead": "has no heartbeat; the next run takes its partitions over",
         "busy": f"is still busy after {timeout_s:g} s; it stops after its wave",
     }
     for each, outcome in outcomes.items():

@@ -42,7 +42,7 @@ def stop_run(
     }
     if not there:
         who = f"population {population!r}" if controller is None else f"controller {controller!r}"
-        raise InvalidInput(f"nothing runs: no {who} shows life in {store.url}")
+        raise InvalidInput(f"nothing runs: no {who} has a heartbeat in {store.url}")
     asked: dict[str, str] = dict.fromkeys(there, "")
     """Controller -> the owner that a request names."""
     silent_since: dict[str, tuple[str, float]] = {}

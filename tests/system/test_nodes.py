@@ -165,7 +165,7 @@ class OldController:
         engine = engine_of(population)
         population.ledger.refresh()
         population.ownership.claim(0.4)
-        population.ownership._heartbeat.stop()  # type: ignore[union-attr]  # it hangs: it shows no life any more
+        population.ownership._heartbeat.stop()  # type: ignore[union-attr]  # it hangs: no heartbeat any more
         self.folder, train_wave = Path(folder), engine.train_wave
 
         def train_then_wait(batch: Any) -> Any:
