@@ -289,7 +289,7 @@ class StoreMachine(RuleBasedStateMachine):
 def test_no_fault_loses_repeats_or_tears_a_commit() -> None:
     number = int(os.environ.get("POPULACE_TEST_SEED", time.time_ns() % 10**6))
     print(f"state machine seed {number} (set POPULACE_TEST_SEED to repeat)")
-    examples = int(os.environ.get("POPULACE_TEST_EXAMPLES", 60))
+    examples = int(os.environ.get("POPULACE_TEST_EXAMPLES", 40))
     run_state_machine_as_test(
         hypothesis.seed(number)(StoreMachine),
         settings=hypothesis.settings(

@@ -8,9 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,6 +22,7 @@ from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.contract import ObjectStore
 from populace.storage.objects.files import FileStore
 from tests.support.loops import ledger_of
+from tests.support.race import race
 from tests.support.streams import make_population
 
 
@@ -220,28 +219,8 @@ def test_a_store_that_does_not_answer_is_an_unknown_outcome_and_the_next_call_wo
     producer.close()
 
 
-def race(
-    url: str,
-    number: int,
-    left: Any,
-    barrier: Barrier,
-    results: multiprocessing.Queue[tuple[int, int]],
-) -> None:
-    """Until there were so many appends in all: on a busy machine a time is too short to tell who
-    starves."""
-    log = ExperienceLog(FileStore(Path(url)), "pop", 0)
-    barrier.wait(120)  # processes that start earlier would have the log to themselves
-    count = 0
-    while left.value > 0:
-        log.append([{"pseudonym": f"{number:032x}", "tag": f"{count:032x}", "sealed": b"x" * 100}])
-        count += 1
-        with left.get_lock():
-            left.value -= 1
-    results.put((number, count))
-
-
 def test_racing_producers_lose_nothing_and_none_starves(store: FileStore) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # which imports the module of `race` alone
     results: multiprocessing.Queue[tuple[int, int]] = context.Queue()
     barrier, left = context.Barrier(8), context.Value("i", 1200)
     arguments = [(str(store.root), number, left, barrier, results) for number in range(8)]
