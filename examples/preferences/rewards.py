@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from populace.population.waves.rewards import Reply
+from populace.population import Reply
 
 WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 LIKELY = -3.2

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from populace.configs.schema import Settings
-from populace.population.experience.events import Task
+from populace.population import Task
 
 PROMPTS = """\
 What is rain?

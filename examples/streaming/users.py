@@ -17,8 +17,7 @@ import time
 
 from examples.preferences.users import LIKES, PROMPTS
 from populace.configs.load import load_settings
-from populace.population import Demonstration, Population, Task, Trajectory
-from populace.population.experience.events import Experience
+from populace.population import Demonstration, Experience, Population, Task, Trajectory
 from populace.storage.errors import OutcomeUnknown, Overloaded
 
 REPLIES = [
