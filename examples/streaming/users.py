@@ -16,9 +16,16 @@ import random
 import time
 
 from examples.preferences.users import LIKES, PROMPTS
-from populace.configs.load import load_settings
-from populace.population import Demonstration, Experience, Population, Task, Trajectory
-from populace.storage.errors import OutcomeUnknown, Overloaded
+from populace.population import (
+    Demonstration,
+    Experience,
+    OutcomeUnknown,
+    Overloaded,
+    Population,
+    Task,
+    Trajectory,
+    load_settings,
+)
 
 REPLIES = [
     "Yes, it is.",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from populace.population.experience.events import (
+    EXPERIENCE_KINDS,
     KIND_NAMES,
     Command,
     Demonstration,
@@ -73,7 +74,8 @@ def check_event(event: LogEvent, rewards: Mapping[str, str] | None) -> None:
     registered ones; None: any."""
     where = f"event {getattr(event, 'event_id', '?')!r}"
     if type(event) not in KIND_NAMES:
-        raise InvalidInput(f"{event!r} is not an event; use Task, Trajectory or Demonstration")
+        *most, last = (kind.__name__ for kind in EXPERIENCE_KINDS.values())
+        raise InvalidInput(f"{event!r} is not an event; use {', '.join(most)} or {last}")
     _check_id(where, event.event_id)
     if isinstance(event, Command):
         method = kind_of(event)

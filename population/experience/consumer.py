@@ -117,7 +117,8 @@ class Consumer:
         """The events at these places; those of erased users are left out."""
         events = {}
         for position in positions:
-            if (logged := self.reading.events.take(self.partition, position)) is not None:
+            logged = self.reading.events.take(self.partition, position)
+            if logged is not None and not catalog.is_forgotten(logged.pseudonym):
                 events[position] = logged
         missing = [position for position in positions if position not in events]
         for position, row in self._rows(missing, catalog).items():

@@ -5,7 +5,8 @@ same event, with other content it is an error that the controller settles with t
 texts, or integers that increase per user. Texts are remembered for the last 2**20 events of a
 partition at least, integers for ever.
 
-To add a kind, write its record here and register it in `KINDS`; CONTRIBUTING.md says what else.
+To add a kind, write its record here and register it in `EXPERIENCE_KINDS`; CONTRIBUTING.md says
+what else.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from populace.configs.schema import Settings
-from populace.population.experience.events import UserId
+from populace.population.experience.events import Trajectory, UserId
 from populace.population.experience.sealing import Reason, Settlement
 from populace.population.experience.states import REASONS, EventState
 from populace.population.ledger.ledger import Ledger
@@ -139,9 +139,11 @@ class Planner:
     def _planned(self, member: WaveMember) -> PlannedMember:
         catalog = self.ledger.catalog
         adapter = catalog.require(member.pseudonym)
+        # A long history takes a while to walk, and only logged trajectories ask for it.
+        is_asked = any(isinstance(logged.event, Trajectory) for logged in member.events)
         given = Preparation(
             adapter=adapter,
-            lineage=catalog.lineage_of(adapter.pseudonym, adapter.tip),
+            lineage=catalog.lineage_of(adapter.pseudonym, adapter.tip) if is_asked else (),
             chat=self.chat,
             dims=self.dims,
             settings=self.settings,

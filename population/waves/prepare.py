@@ -15,6 +15,7 @@ import numpy as np
 from populace.configs.schema import Settings
 from populace.population.experience.events import (
     Demonstration,
+    Experience,
     Messages,
     Task,
     Trajectory,
@@ -49,7 +50,7 @@ class Preparation:
 
     adapter: AdapterState
     lineage: Sequence[int]
-    """Revisions from the tip back to 0 along the parents."""
+    """Revisions from the tip back to 0 along the parents; only there for logged trajectories."""
     chat: Chat
     dims: BaseDims
     settings: Settings
@@ -151,13 +152,14 @@ def _not_trainable(event: Trajectory, given: Preparation) -> Reason | None:
 
 
 def _logged_group(
-    event: Trajectory | Demonstration,
+    event: Experience,
     whole: Sample,
     reward: float,
     kind: ExperienceKind,
     given: Preparation,
 ) -> TrainGroup | Reason:
-    """A completion that was logged, as one sample; cut, or refused, where it is too long."""
+    """What every kind needs that is trained on as it is: one sample, `whole`, after the event's
+    prompt; cut, or refused, where it is too long."""
     prompt_ids = _prompt_ids(event.prompt, given.chat)
     if isinstance(prompt_ids, Reason):
         return prompt_ids

@@ -50,9 +50,8 @@ def score_on_ray(requests: Sequence[RewardRequest], timeout_s: float) -> list[Re
             try:
                 outcomes[index] = ray.get(reference)
             except Exception as error:  # the worker died under user code
-                outcomes[index] = Reason(
-                    text=f"reward task failed: {type(error).__name__}", said=str(error)
-                )
+                first, _, rest = f"{type(error).__name__}: {error}".partition("\n")
+                outcomes[index] = Reason(text=f"reward task failed: {first}", said=rest)
         for reference, (index, deadline) in list(running.items()):
             if time.monotonic() > deadline:
                 ray.cancel(reference, force=True)
