@@ -234,18 +234,19 @@ class Controller:
         """The next wave, its attempt logged, its adapters on their way; None when nobody has
         anything, or `ahead` and it would not be full."""
         self.ledger.read_experience()
-        self._obey_commands()
-        self._between += self.planner.suspects.park_killers(self.ledger.pending.busy())
+        busy = self.ledger.pending.busy()
+        self._obey_commands(busy)
+        self._between += self.planner.suspects.park_killers(busy)
         planned = self.planner.plan(ahead)
         if planned is not None:
             self.ledger.pending.mark_busy(planned.pseudonyms, True)
             self._lane.submit(self.workers.prefetch, planned.refs)
         return planned
 
-    def _obey_commands(self) -> None:
+    def _obey_commands(self, busy: Sequence[str]) -> None:
         """Commands come between two waves of a user; neither the workers nor the exams may keep
         what is erased."""
-        done = obey_commands(self.ledger, self.ledger.pending.busy())
+        done = obey_commands(self.ledger, busy)
         self._between += done
         erased = [record.pseudonym for record in done if isinstance(record, Tombstone)]
         if erased:

@@ -3,20 +3,20 @@ process."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from populace.configs.schema import RolloutSettings, Settings
-from populace.population.experience.events import Messages
+from populace.population.experience.events import Messages, UserId
 from populace.population.ledger.ledger import Ledger
 from populace.population.ledger.queries import revision_number
 from populace.population.waves.chat import Chat
+from populace.population.waves.planner import adapter_spec
 from populace.storage.errors import InvalidInput, ObjectNotFound
 from populace.storage.identity import PopulationMeta, verify_digest
 from populace.storage.objects.contract import ObjectStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.base.registry import PreparedBase, find_base
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
-from populace.workers.shapes import AdapterSpec
 
 
 def base_of(meta: PopulationMeta, settings: Settings) -> PreparedBase:
@@ -84,7 +84,7 @@ class Sampler:
             raise InvalidInput(
                 f"revision is {revision!r}; user {user!r} has no adapter yet, only revision 0"
             )
-        spec = AdapterSpec.from_dict(asdict(self.settings.adapter))
+        spec = adapter_spec(self.settings, UserId(user))
         seed = ledger.meta.adapter_seed(user)
         return AdapterRef(key=AdapterKey(pseudonym, 0), spec=spec, seed=seed)
 

@@ -29,11 +29,11 @@ from populace.storage.log.records import (
     Claim,
     Position,
     Record,
-    RecordBatch,
     RecordHeader,
     RevisionEntry,
     Tombstone,
     WaveManifest,
+    batched,
     parts_of,
 )
 from populace.storage.objects.contract import ObjectStore
@@ -128,7 +128,7 @@ class Ledger:
         for partition, record in records:
             by_partition.setdefault(partition, []).append(record)
         for partition, own in by_partition.items():
-            self.append(partition, own[0] if len(own) == 1 else RecordBatch(records=own))
+            self.append(partition, batched(own))
 
     # Looking things up.
 

@@ -11,7 +11,6 @@ is found.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from populace.configs.schema import Settings
@@ -152,7 +151,7 @@ class Planner:
             member=member,
             adapter=adapter,
             ref=self.ledger.ref(adapter, adapter.tip),
-            events=tuple(map(partial(prepare_event, given=given), member.events)),
+            events=tuple(prepare_event(logged, given) for logged in member.events),
         )
 
 

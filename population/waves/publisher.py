@@ -15,23 +15,14 @@ from populace.storage.catalog.states import RevisionState
 from populace.storage.log.loading import blob_context
 from populace.storage.log.owner import NewRevision, Owner
 from populace.storage.log.records import (
-    NO_SIGNAL,
-    NOT_FINITE,
     Record,
-    RecordBatch,
     RecordHeader,
     RevisionEntry,
     Settled,
-    SettledEvent,
+    batched,
 )
-from populace.workers.batch import AdapterKey, UpdateStatus
+from populace.workers.batch import AdapterKey
 from populace.workers.evidence import encode_evidence
-
-REASONS_WITHOUT_UPDATE = {
-    UpdateStatus.NO_SIGNAL: NO_SIGNAL,
-    UpdateStatus.NON_FINITE: NOT_FINITE,
-}
-"""Status of an update -> what settles its events."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +120,7 @@ class Publisher:
                     landed.append(commit)
                 # Failures last: a user's new revision clears those of its earlier events.
                 if others := self._others([row.member for row in rows]):
-                    record = others[0] if len(others) == 1 else RecordBatch(records=others)
+                    record = batched(others)
                     landed.append((owners[partition].append(record), record))
         except BaseException as error:
             return Landed(records=tuple(landed), error=error)
@@ -150,11 +141,9 @@ class Publisher:
         outcome = member.outcome
         if outcome.consumed is None:
             return None
-        reason = REASONS_WITHOUT_UPDATE[member.update.status]
-        without = [SettledEvent(event=ref, reason=reason) for ref in outcome.trained]
         return Settled(
             pseudonym=outcome.planned.member.pseudonym,
-            events=[*map(self._ledger.seals.settled, outcome.settled), *without],
+            events=[*map(self._ledger.seals.settled, outcome.settled), *member.unlearned],
             consumed=outcome.consumed,
         )
 

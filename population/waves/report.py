@@ -10,13 +10,7 @@ from statistics import fmean
 
 from populace.population.waves.wave import TrainedWave
 from populace.storage.log.records import ReasonKind, Settled, Tombstone, Verdict
-from populace.workers.batch import Paging, UpdateStatus
-
-KINDS_WITHOUT_UPDATE = {
-    UpdateStatus.NO_SIGNAL: ReasonKind.NO_SIGNAL,
-    UpdateStatus.NON_FINITE: ReasonKind.NOT_FINITE,
-}
-"""Status of an update -> how its events end."""
+from populace.workers.batch import Paging
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +113,9 @@ def report_of(
     num_trained = 0
     for member in trained.members:
         settled.update(item.reason.kind for item in member.outcome.settled)
+        settled.update(item.kind for item in member.unlearned)
         if member.is_updated:
             num_trained += len(member.outcome.trained)
-        else:
-            kind = KINDS_WITHOUT_UPDATE[member.update.status]
-            settled.update([kind] * len(member.outcome.trained))
     metrics = [member.update.metrics for member in trained.members]
     rewards = [own["reward"] for own in metrics if "reward" in own]
     num_out, num_replayed = trained.out_of_route

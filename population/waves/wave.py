@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from populace.population.experience.events import UserId
 from populace.population.experience.sealing import LoggedEvent, Reason, Settlement
 from populace.storage.catalog.states import AdapterState
-from populace.storage.log.records import EventRef, Failed, Position
+from populace.storage.log.records import (
+    NO_SIGNAL,
+    NOT_FINITE,
+    EventRef,
+    Failed,
+    Position,
+    SettledEvent,
+)
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -155,6 +162,13 @@ def batch_of(outcomes: Sequence[MemberOutcome]) -> WaveBatch:
     )
 
 
+REASONS_WITHOUT_UPDATE = {
+    UpdateStatus.NO_SIGNAL: NO_SIGNAL,
+    UpdateStatus.NON_FINITE: NOT_FINITE,
+}
+"""Status of an update -> what settles its events."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedMember:
     """A member after the fused step: what is to be published."""
@@ -170,6 +184,14 @@ class TrainedMember:
     def is_updated(self) -> bool:
         """Whether there is a new revision; without one the events are settled."""
         return self.update.status is UpdateStatus.UPDATED
+
+    @property
+    def unlearned(self) -> list[SettledEvent]:
+        """Events that were to be trained on and end without a revision; none if there is one."""
+        if self.is_updated:
+            return []
+        reason = REASONS_WITHOUT_UPDATE[self.update.status]
+        return [SettledEvent(event=ref, reason=reason) for ref in self.outcome.trained]
 
     @property
     def renamed(self) -> tuple[AdapterKey, AdapterKey]:

@@ -330,6 +330,11 @@ Record = (
 )
 
 
+def batched(records: list[Record]) -> Record:
+    """One record that says all of `records`, for one atomic append; the inverse of `parts_of`."""
+    return records[0] if len(records) == 1 else RecordBatch(records=records)
+
+
 def parts_of(record: Record) -> list[Any]:
     """What a record says: itself, or what a batch holds."""
     return record.records if isinstance(record, RecordBatch) else [record]
