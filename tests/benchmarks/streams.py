@@ -62,7 +62,7 @@ from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
 from tests.support.loops import Loop, settings_of
-from tests.support.streams import make_population
+from tests.support.streams import WORDS, make_population
 from tests.support.tiny import tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -485,28 +485,14 @@ def overlap_settings(base: Path, pipelined: bool) -> Settings:
 
 def overlap_events(num_users: int = 400, per_user: int = 8) -> Iterator[tuple[str, list[LogEvent]]]:
     chance = random.Random(0)
-    words = [
-        "rain",
-        "river",
-        "hills",
-        "sea",
-        "quiet",
-        "yes",
-        "no",
-        "what",
-        "the",
-        "runs",
-        "to",
-        "falls",
-    ]
     for user in range(num_users):
         events: list[LogEvent] = []
         for number in range(per_user):
-            prompt = " ".join(chance.choices(words, k=6))
+            prompt = " ".join(chance.choices(WORDS, k=6))
             if number % 4 == 0:
                 events.append(Task(prompt=prompt, reward="slow", event_id=f"t{number}"))
             else:
-                answer = " ".join(chance.choices(words, k=12))
+                answer = " ".join(chance.choices(WORDS, k=12))
                 events.append(
                     Trajectory(
                         prompt=prompt,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,23 +29,10 @@ from typing import Any
 import psutil
 
 from populace.population.experience.events import Demonstration, LogEvent, Task, Trajectory
+from tests.support.streams import WORDS
 
 ROOT = Path(__file__).parents[2]
 POPULACE = [sys.executable, "-c", "from populace.population.cli.app import main; main()"]
-WORDS = [
-    "rain",
-    "river",
-    "hills",
-    "sea",
-    "quiet",
-    "yes",
-    "no",
-    "what",
-    "the",
-    "runs",
-    "to",
-    "falls",
-]
 BATCH = 25
 """Events of one call."""
 
@@ -217,53 +203,25 @@ def actors() -> list[Any]:
 @contextmanager
 def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     """A Ray head on loopback without its dashboard; the environment in which others find it."""
+    # A producer is this module too, starts often, and needs no Ray.
+    from tests.support.heads import head_environment, head_process
+
     temporary = Path("/tmp") / f"re{os.getpid()}"
-    token = folder / "token"
-    token.write_text("e" * 64)
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    process = subprocess.Popen(
-        [
-            Path(sys.executable).parent / "ray",
-            "start",
-            "--head",
-            "--block",
-            "--node-ip-address=127.0.0.3",
-            "--port=26479",
-            "--include-dashboard=false",
-            "--num-cpus=4",
-            "--object-store-memory=300000000",
-            "--dashboard-agent-listen-port=28366",
-            "--dashboard-agent-grpc-port=28367",
-            "--runtime-env-agent-port=28368",
-            "--metrics-export-port=28180",
-            f"--temp-dir={temporary}",
-            "--disable-usage-stats",
-        ],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    environment = head_environment(folder, "e" * 64)
+    options = (
+        "--node-ip-address=127.0.0.3",
+        "--port=26479",
+        "--include-dashboard=false",
+        "--object-store-memory=300000000",
+        "--dashboard-agent-listen-port=28366",
+        "--dashboard-agent-grpc-port=28367",
+        "--runtime-env-agent-port=28368",
+        "--metrics-export-port=28180",
     )
-    try:
+    with head_process(temporary, environment, options) as process:
         time.sleep(12)
         assert process.poll() is None, "ray start ended"
         yield {**environment, "RAY_ADDRESS": "127.0.0.3:26479"}
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def endure(

@@ -12,8 +12,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,33 +62,50 @@ def ray_head(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
 def _started_head(
     folder: Path, temporary: Path, variables: Mapping[str, str]
 ) -> Iterator[dict[str, str]]:
-    environment = {
+    environment = head_environment(folder, TOKEN) | variables
+    options = (
+        "--node-ip-address=127.0.0.2",
+        "--port=26379",
+        "--dashboard-host=127.0.0.1",
+        "--dashboard-port=28265",
+        "--metrics-export-port=28080",
+        # The agents' default ports clash with any other Ray on this machine.
+        "--dashboard-agent-listen-port=28266",
+        "--dashboard-agent-grpc-port=28267",
+        "--runtime-env-agent-port=28268",
+        "--object-store-memory=200000000",
+    )
+    with head_process(temporary, environment, options) as process:
+        _wait_for_dashboard(process)
+        yield {**environment, "RAY_TEMPORARY": str(temporary)}
+
+
+def head_environment(folder: Path, token: str) -> dict[str, str]:
+    """The environment of a head with token authentication; the token lies in `folder`."""
+    (folder / "token").write_text(token)
+    return {
         **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        **variables,
     }
-    (folder / "token").write_text(TOKEN)
+
+
+@contextmanager
+def head_process(
+    temporary: Path, environment: Mapping[str, str], options: Sequence[str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --head` on loopback, ended with all that it has started."""
     process = subprocess.Popen(
         [
             Path(sys.executable).parent / "ray",
             "start",
             "--head",
             "--block",
-            "--node-ip-address=127.0.0.2",
-            "--port=26379",
-            "--dashboard-host=127.0.0.1",
-            "--dashboard-port=28265",
-            "--metrics-export-port=28080",
+            *options,
             "--num-cpus=4",
-            # The agents' default ports clash with any other Ray on this machine.
-            "--dashboard-agent-listen-port=28266",
-            "--dashboard-agent-grpc-port=28267",
-            "--runtime-env-agent-port=28268",
-            "--object-store-memory=200000000",
             f"--temp-dir={temporary}",
             "--disable-usage-stats",
         ],
@@ -99,15 +116,14 @@ def _started_head(
         start_new_session=True,
     )
     try:
-        _wait_for_dashboard(process)
-        yield {**environment, "RAY_TEMPORARY": str(temporary)}
+        yield process
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
         shutil.rmtree(temporary, ignore_errors=True)
 
 

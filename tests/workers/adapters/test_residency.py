@@ -72,11 +72,6 @@ def residency_of(population: Population, store: CountingStore, **budget: object)
     return engine.residency
 
 
-def chat_of(population: Population) -> object:
-
-    return chat_of(population)
-
-
 def bytes_in(residency: Residency, refs: list[AdapterRef]) -> list[tuple[bytes, bytes]]:
     return [residency.slab.blobs(ref.key) for ref in refs]
 
