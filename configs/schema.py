@@ -2,6 +2,7 @@
 
 `load.py` turns YAML into these; `checks.py` says what is wrong with a value. To add a setting,
 write its field with its bound here: the command line, the checks and the reference page follow.
+One file because it is where anybody looks a setting up.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ class BaseSettings:
     model: str = "smollm2-moe"
     """A prepared base's name, or a folder with a Hugging Face MoE checkpoint."""
     dtype: str = one_of("auto", "bfloat16", "float32")
-    """`bfloat16`, `float32`, or `auto`: bfloat16 where the CPU multiplies it natively."""
+    """`bfloat16`, `float32`, or `auto`: bfloat16 on a CUDA device, and on a CPU that multiplies it
+    natively."""
+    device: str = one_of("auto", "cpu", "cuda")
+    """What a shard computes on: `cpu`, `cuda`, or `auto`: a CUDA device where its process sees
+    one."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class AdapterSettings:
     """Rank of the LoRA on attention."""
     expert_rank: int = positive(1)
     """Rank of the LoRA on every expert."""
+    targets: str = one_of("both", "attention", "experts")
+    """Which modules carry LoRA. An adapter of `attention` alone is a fraction of the size."""
     alpha: float = positive(32.0)
     """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of
     rank)."""
@@ -105,9 +112,10 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    backend: str = one_of("grouped", "triton", "reference")
-    """`grouped` (torch's batched products), `reference` (plain loops, the truth for tests) or
-    `triton` (for CUDA devices, on which shards can't compute yet)."""
+    backend: str = one_of("auto", "grouped", "triton", "reference")
+    """`auto`: what is fastest on the shard's device. That is `grouped` (torch's batched products)
+    on CPUs and `triton` on CUDA devices; `reference` (plain loops, the truth for tests) runs on
+    CPUs."""
     numerics: str = one_of("invariant", "fast")
     """`invariant`: a user's bits don't depend on who shares the batch, so that revisions can be
     replayed; `fast`: rows are not padded to what that needs."""

@@ -73,8 +73,8 @@ class Batches:
     is_padding_U: Tensor
 
     @staticmethod
-    def of(segments: Segments, num_rows: int, device: torch.device) -> Batches:
-        """`num_rows`: of the whole pass, on `device`."""
+    def of(segments: Segments, num_rows: int) -> Batches:
+        """`num_rows`: of the whole pass."""
         count_G, height_G = segments.count_G, _heights(segments)
 
         # Rows that lie batch by batch already, and need no padding, are used where they are.
@@ -98,11 +98,11 @@ class Batches:
         place_T[without_N] = num_tile_rows + np.arange(len(without_N))
         source_U = np.append(source_U, without_N)
         return Batches(
-            arenas=tuple(_arenas(segments, order_G, start_G, height_G, device)),
-            source_U=None if in_place else torch.from_numpy(source_U).to(device),
-            place_T=None if in_place else torch.from_numpy(place_T).to(device),
-            slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)).to(device),
-            is_padding_U=torch.from_numpy(is_padding_U).to(device),
+            arenas=tuple(_arenas(segments, order_G, start_G, height_G)),
+            source_U=None if in_place else torch.from_numpy(source_U),
+            place_T=None if in_place else torch.from_numpy(place_T),
+            slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)),
+            is_padding_U=torch.from_numpy(is_padding_U),
         )
 
 
@@ -116,7 +116,7 @@ def _heights(segments: Segments) -> Ints:
 
 
 def _arenas(
-    segments: Segments, order_G: Ints, start_G: Ints, height_G: Ints, device: torch.device
+    segments: Segments, order_G: Ints, start_G: Ints, height_G: Ints
 ) -> Iterator[ArenaBatches]:
     """Runs of segments of one arena and height; `start_G` and `height_G` are in `order_G`."""
     arena_G = segments.arena_G[order_G]
@@ -140,7 +140,7 @@ def _arenas(
         yield ArenaBatches(
             arena=arena,
             segment_G=own_G,
-            index=segments.index(own_G, device),
+            index=segments.index(own_G),
             batches=batches,
             rows=slice(int(start_G[begin]), batches[-1].rows.stop),
         )

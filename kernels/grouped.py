@@ -33,7 +33,7 @@ def add_deltas(
     for own_UF, weights in zip(y_UF.chunk(len(modules), 1), modules, strict=True):
         for arena in batches.arenas:
             own = weights[arena.arena]
-            a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
+            a_GRD, b_GFR = _gather(own, arena, x_TD.dtype)
             s_UR = x_TD.new_empty(arena.rows.stop - arena.rows.start, a_GRD.shape[1])
             for batch in arena.batches:
                 s_BMR = _own(s_UR, batch, arena)
@@ -60,7 +60,7 @@ def add_gradients(
     for own_UF, weights in zip(dy_UF.chunk(len(modules), 1), modules, strict=True):
         for arena in batches.arenas:
             own, s_UR = weights[arena.arena], next(saved)
-            a_GRD, b_GFR = (_gather(w, arena, x_TD.dtype) for w in (own.a, own.b))
+            a_GRD, b_GFR = _gather(own, arena, x_TD.dtype)
             ds_UR, da_GRD, db_GFR = (
                 torch.empty_like(s_UR),
                 torch.empty_like(a_GRD),
@@ -105,9 +105,27 @@ def _scales(weights: LoraWeights, batches: Batches, arena: ArenaBatches) -> Tens
     return torch.where(batches.is_padding_U[arena.rows], 0.0, scale_U).unsqueeze(1)
 
 
-def _gather(w: Tensor, arena: ArenaBatches, dtype: torch.dtype) -> Tensor:
-    return w[arena.index].to(dtype)
+def padded_rank(rank: int, dtype: torch.dtype) -> int:
+    """Rank as products take it: rows of 16 bytes, which they need, and which keeps rank 1 off the
+    matrix-vector path whose bits depend on the number of rows."""
+    multiple = 16 // dtype.itemsize
+    return -(-rank // multiple) * multiple
+
+
+def _gather(weights: LoraWeights, arena: ArenaBatches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [G, R, D] and B [G, F, R] of the arena's segments, ranks padded with zeros."""
+    rank = weights.a.shape[-2]
+    padded = padded_rank(rank, dtype)
+    a, b = weights.a[arena.index], weights.b[arena.index]
+    if padded == rank:
+        return a.to(dtype), b.to(dtype)
+    a_GRD = a.new_zeros(len(a), padded, a.shape[2], dtype=dtype)
+    b_GFR = b.new_zeros(len(b), b.shape[1], padded, dtype=dtype)
+    a_GRD[:, :rank].copy_(a)
+    b_GFR[:, :, :rank].copy_(b)
+    return a_GRD, b_GFR
 
 
 def _put(grad: Tensor, value_G: Tensor, arena: ArenaBatches, accumulates: bool) -> None:
-    grad[arena.index] = grad[arena.index] + value_G if accumulates else value_G.to(grad.dtype)
+    exact_G = value_G[:, : grad.shape[-2], : grad.shape[-1]]
+    grad[arena.index] = grad[arena.index] + exact_G if accumulates else exact_G.to(grad.dtype)

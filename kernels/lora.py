@@ -3,7 +3,7 @@
     S = X Aᵀ        Y += s · S Bᵀ                               (Hu et al., https://arxiv.org/abs/2106.09685)
     dS = s · dY B   dB = s · dYᵀ S    dA = dSᵀ X    dX += dS A
 
-Suffixes: T rows, S slots of an arena, E experts, D in, F out, R rank as stored.
+Suffixes: T rows, S slots of an arena, E experts, I tiles, D in, F out, R rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, linear
 
 from populace.kernels.plan import SegmentPlan
+from populace.kernels.pointers import LoraPointers
+from populace.kernels.route import RoutePlan
 
 BACKENDS = {"grouped": "grouped", "reference": "reference", "triton": "triton_lora"}
-"""Modules of this folder with `add_deltas` and `add_gradients`, as `reference` describes them."""
+"""Modules of this folder with `add_deltas` and `add_gradients`, as `reference` describes them.
+`triton` is for CUDA devices and takes `LoraPointers` and a `RoutePlan`; the others are for CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,31 +49,45 @@ class FrozenProduct:
     bias_F: Tensor | None = None
     ends_E: Tensor | None = None
     """int32; where each expert's rows end. None: one matrix for all rows."""
+    tile_I4: Tensor | None = None
+    """The experts' tiles of a `RoutePlan`, where torch's grouped product would wait for the
+    host."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.ends_E is None:
             return linear(x_TD, self.w, self.bias_F)
-        return grouped_mm(x_TD, self.w.transpose(1, 2), offs=self.ends_E)
+        return self._grouped(x_TD, self.w)
 
     def backward(self, dy_TF: Tensor) -> Tensor:
-        return (
-            dy_TF @ self.w if self.ends_E is None else grouped_mm(dy_TF, self.w, offs=self.ends_E)
-        )
+        return dy_TF @ self.w if self.ends_E is None else self._grouped(dy_TF, self.w.mT)
+
+    def _grouped(self, x_TD: Tensor, w_EFD: Tensor) -> Tensor:
+        if self.tile_I4 is None:
+            return grouped_mm(x_TD, w_EFD.mT, offs=self.ends_E)
+        from populace.kernels.triton_experts import experts_product  # not installed everywhere
+
+        return experts_product(x_TD, w_EFD, self.tile_I4)
+
+
+Modules = Sequence[Sequence[LoraWeights | None]] | Sequence[LoraPointers]
+"""By module: the tensors of each arena of a slab on a CPU (None of one without them), or the slots'
+tables on a device."""
+Plan = SegmentPlan | RoutePlan
 
 
 def lora_product(
     x_TD: Tensor,
     base: FrozenProduct,
-    modules: Sequence[Sequence[LoraWeights]],
-    plan: SegmentPlan,
+    modules: Modules,
+    plan: Plan,
     backend: str,
 ) -> Tensor:
     """The frozen product of every row plus its own adapter's delta, [T, F].
 
-    `modules` share the product's columns evenly (a fused gate-and-up has two); `modules[m][i]`
-    belongs to arena i of the slab. Backward leaves the adapters' gradients in `grad_a` and `grad_b`
-    (fp32) instead of returning them: a slab is far larger than what one wave touches. Slots outside
-    the plan are neither read nor written. Kept for backward: X and S.
+    `modules` share the product's columns evenly (a fused gate-and-up has two). Backward leaves the
+    adapters' gradients where they are to be (fp32) instead of returning them: a slab is far larger
+    than what one wave touches. Slots outside the plan are neither read nor written. Kept for
+    backward: X and S.
     """
     if plan.is_empty and not (torch.is_grad_enabled() and x_TD.requires_grad):
         return base.forward(x_TD)
@@ -89,8 +106,8 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         base: FrozenProduct,
-        modules: Sequence[Sequence[LoraWeights]],
-        plan: SegmentPlan,
+        modules: Modules,
+        plan: Plan,
         backend: ModuleType,
     ) -> Tensor:
         y_TF = base.forward(x_TD)

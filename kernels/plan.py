@@ -1,9 +1,8 @@
 """Rows become segments, planned once: per pass for attention, per layer for experts, and used by
-every product, backward included.
+every product, backward included. For CPUs; `route.py` plans on a device.
 
-Slots live in arenas, one per rank bucket, so nothing is padded to the largest rank of a batch. A
-row without an adapter has arena -1 and is in no segment. The plan is made on the host: it is a few
-thousand integers.
+Slots live in arenas, one per pair of ranks, so nothing is padded to the largest rank of a batch. A
+row without an adapter has arena -1 and is in no segment.
 
 Suffixes: T rows, G segments, R rows in the order of their experts, E experts.
 """
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from populace.kernels.batches import Batches
 from populace.kernels.segments import Segments
-from populace.kernels.tiles import ArenaTiles, arena_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +26,6 @@ class SegmentPlan:
 
     num_rows: int
     segments: Segments
-    device: torch.device
-    """Where the rows are."""
     accumulates: bool = False
     """Backward adds to the gradients that are there instead of replacing them."""
 
@@ -39,11 +35,7 @@ class SegmentPlan:
 
     @functools.cached_property
     def batches(self) -> Batches:
-        return Batches.of(self.segments, self.num_rows, self.device)
-
-    @functools.cached_property
-    def tiles(self) -> tuple[ArenaTiles, ...]:
-        return tuple(arena_tiles(self.segments, self.device))
+        return Batches.of(self.segments, self.num_rows)
 
 
 def plan_segments(
@@ -52,7 +44,7 @@ def plan_segments(
     """Segments of rows of which those of one (arena, slot, expert) lie together; int64 [T].
     `arena_T` is -1 for rows without an adapter."""
     columns = [arena_T, slot_T] if expert_T is None else [arena_T, slot_T, expert_T]
-    key_3T = torch.stack(columns).cpu().numpy()
+    key_3T = torch.stack(columns).numpy()
     is_start_T = np.ones(key_3T.shape[1], np.bool_)
     is_start_T[1:] = (key_3T[:, 1:] != key_3T[:, :-1]).any(0)
     start_G = np.flatnonzero(is_start_T)
@@ -66,15 +58,13 @@ def plan_segments(
         slot_G=key_3T[1, start_G],
         expert_G=None if expert_T is None else key_3T[2, start_G],
     )
-    return SegmentPlan(
-        num_rows=key_3T.shape[1], segments=segments, device=arena_T.device, accumulates=accumulates
-    )
+    return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, accumulates=accumulates)
 
 
 def order_by_expert(expert_T: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor]:
     """(order_R, ends_E): row numbers by expert, otherwise in their order, each expert's part filled
     up with -1 to a multiple of `multiple` rows; int32 ends of the experts' parts."""
-    expert = expert_T.cpu().numpy()
+    expert = expert_T.numpy()
     order = np.argsort(expert, kind="stable")
     rows_E = np.bincount(expert, minlength=num_experts)
     padded_E = -(-rows_E // multiple) * multiple
@@ -82,6 +72,4 @@ def order_by_expert(expert_T: Tensor, num_experts: int, multiple: int) -> tuple[
     padded = np.full(int(ends_E[-1]), -1)
     shift_E = (ends_E - padded_E) - (np.cumsum(rows_E) - rows_E)
     padded[np.arange(len(order)) + np.repeat(shift_E, rows_E)] = order
-    return torch.from_numpy(padded).to(expert_T.device), torch.from_numpy(
-        ends_E.astype(np.int32)
-    ).to(expert_T.device)
+    return torch.from_numpy(padded), torch.from_numpy(ends_E.astype(np.int32))

@@ -27,11 +27,11 @@ class Segments:
     expert_G: Ints | None
     """None for dense modules."""
 
-    def index(self, segment_G: Ints, device: torch.device) -> slice | tuple[Tensor, ...]:
+    def index(self, segment_G: Ints) -> slice | tuple[Tensor, ...]:
         """Which tensors of an arena these segments use; a slice where dense ones use neighbouring
         slots in order."""
         slot_G = self.slot_G[segment_G]
         if self.expert_G is None and (np.diff(slot_G) == 1).all():
             return slice(int(slot_G[0]), int(slot_G[-1]) + 1)
         columns = (slot_G,) if self.expert_G is None else (slot_G, self.expert_G[segment_G])
-        return tuple(torch.from_numpy(column_G).to(device) for column_G in columns)
+        return tuple(torch.from_numpy(column_G) for column_G in columns)

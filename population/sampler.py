@@ -33,6 +33,7 @@ def shard_settings(
     return ShardSettings(
         base_folder=base.folder,
         dtype=settings.base.dtype,
+        device=settings.base.device,
         store_url=store_url,
         population=meta.name,
         slots=settings.scheduler.slots,

@@ -50,6 +50,18 @@ class Lru(Generic[Key]):
         self.size += size
         return going
 
+    def shrink(self, keep: Collection[Key] = ()) -> list[Key]:
+        """Drop what has to go, none of `keep`, for a capacity that became smaller."""
+        going: list[Key] = []
+        for key, size in list(self._sizes.items()):
+            if self.size <= self.capacity:
+                break
+            if key not in keep:
+                going.append(key)
+                self._sizes.pop(key)
+                self.size -= size
+        return going
+
     def drop(self, key: Key) -> None:
         """Remove `key`; no error if absent."""
         self.size -= self._sizes.pop(key, 0.0)

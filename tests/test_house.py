@@ -23,8 +23,8 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 FLOORS = {
     "kernels": [
-        ["segments"],
-        ["tiles", "batches"],
+        ["segments", "pointers", "route"],
+        ["batches", "triton_experts"],
         ["plan"],
         ["lora", "grouped", "reference", "triton_lora"],
     ],
@@ -38,7 +38,7 @@ FLOORS = {
     ],
     "configs": [["schema"], ["checks"], ["load"]],
     "workers": [
-        ["shapes"],
+        ["shapes", "device"],
         ["layout", "batch"],
         ["joins", "evidence", "interface", "shards"],
         ["adapters"],

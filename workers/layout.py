@@ -34,7 +34,8 @@ class TensorPlace:
 
 
 class AdapterLayout:
-    """Places of all tensors for ranks `rank` and `expert_rank`."""
+    """Places of all tensors for ranks `rank` and `expert_rank`; a rank of 0 has none of its
+    kind."""
 
     def __init__(self, dims: BaseDims, rank: int, expert_rank: int) -> None:
         self.dims, self.rank, self.expert_rank = dims, rank, expert_rank
@@ -48,9 +49,10 @@ class AdapterLayout:
         self, modules: tuple[str, ...], rank: int, first_layer: int
     ) -> tuple[dict[tuple[str, int, str], TensorPlace], int]:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
-        places, offset = {}, 0
+        places: dict[tuple[str, int, str], TensorPlace] = {}
+        offset = 0
         for layer in range(first_layer, self.dims.num_layers):
-            for module in modules:
+            for module in modules if rank else ():
                 out, inp = shapes[module]
                 for which, shape in (("a", (rank, inp)), ("b", (out, rank))):
                     places[module, layer, which] = TensorPlace(module, layer, which, offset, shape)
@@ -80,44 +82,18 @@ class AdapterLayout:
         return start, start + self.expert_size
 
 
-def stored_rank(rank: int, dtype: torch.dtype) -> int:
-    """Rank as a slab stores it: rows of 16 bytes, which grouped products need and which keeps rank
-    1 off the matrix-vector path whose bits depend on the number of rows."""
-    multiple = 16 // dtype.itemsize
-    return math.ceil(rank / multiple) * multiple
-
-
-def unpad(row_P: Tensor, stored: AdapterLayout, exact: AdapterLayout, dense: bool = True) -> Tensor:
-    """A row of a slab without what pads its ranks; the row itself where nothing does. `dense` False
-    leaves the dense part out, undefined."""
-    if exact is stored:
-        return row_P
-    flat = row_P.new_empty(exact.size)
-    for place in _places(exact, dense):
-        source = stored.view(row_P, place.module, place.layer, place.which)
-        exact.view(flat, place.module, place.layer, place.which).copy_(
-            source[..., : place.shape[0], : place.shape[1]]
-        )
-    return flat
-
-
-def pad_into(
-    row_P: Tensor, stored: AdapterLayout, flat: Tensor, exact: AdapterLayout, dense: bool = True
-) -> None:
-    """The inverse of `unpad`; what pads is not written."""
-    if exact is stored:
-        start = 0 if dense else exact.dense_size
-        row_P[start:].copy_(flat[start:])
-        return
-    for place in _places(exact, dense):
-        target = stored.view(row_P, place.module, place.layer, place.which)
+def pad_ranks(flat_P: Tensor, exact: AdapterLayout, padded: AdapterLayout) -> Tensor:
+    """An adapter of one layout in another whose ranks are no smaller, zeros between; itself where
+    the two are one."""
+    if exact is padded:
+        return flat_P
+    wide_P = flat_P.new_zeros(padded.size)
+    for place in (*exact.dense.values(), *exact.expert.values()):
+        target = padded.view(wide_P, place.module, place.layer, place.which)
         target[..., : place.shape[0], : place.shape[1]] = exact.view(
-            flat, place.module, place.layer, place.which
+            flat_P, place.module, place.layer, place.which
         )
-
-
-def _places(layout: AdapterLayout, dense: bool) -> list[TensorPlace]:
-    return [*(layout.dense.values() if dense else ()), *layout.expert.values()]
+    return wide_P
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,13 +21,25 @@ class AdapterSpec:
     alpha: float
     learning_rate: float
     b_learning_rate_ratio: float = 1.0
+    targets: str = "both"
+    """`attention`, `experts` or `both`: which modules carry LoRA. Specs that were written before
+    there was a choice name none, and mean both."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(on attention, on every expert), 0 where the adapter has nothing: what its layout follows
+        from."""
+        return (
+            0 if self.targets == "experts" else self.rank,
+            0 if self.targets == "attention" else self.expert_rank,
+        )
 
     def rank_of(self, module: str) -> int:
-        return self.expert_rank if module in EXPERT_MODULES else self.rank
+        return self.ranks[module in EXPERT_MODULES]
 
     def scale_of(self, module: str) -> float:
-        """s = alpha / r."""
-        return self.alpha / self.rank_of(module)
+        """s = alpha / r; 0 for a module that the adapter leaves alone."""
+        return self.alpha / self.rank_of(module) if self.rank_of(module) else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -59,6 +59,9 @@ DEVICES: Mapping[str, Device] = {
 }
 
 
+TARGETS = ("both", "attention", "experts")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What is to be planned."""
@@ -69,6 +72,8 @@ class Request:
     updates_per_user_and_day: float
     rank: int
     expert_rank: int
+    targets: str
+    """`both`, `attention` or `experts`; see `adapter.targets` in configs/schema.py."""
     events_per_update: int
     samples_per_event: int
     prompt_tokens: int
@@ -82,14 +87,24 @@ class Request:
     """Bytes per second that the object store takes and gives, all nodes together."""
     partitions: int
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """On attention and on experts, 0 where adapters have nothing."""
+        return (
+            0 if self.targets == "experts" else self.rank,
+            0 if self.targets == "attention" else self.expert_rank,
+        )
+
 
 def check(request: Request) -> None:
     """`InvalidInput` names the field, the value and the way out."""
     if request.device not in DEVICES:
         raise InvalidInput(f"device is {request.device!r}; use one of {', '.join(DEVICES)}")
+    if request.targets not in TARGETS:
+        raise InvalidInput(f"targets is {request.targets!r}; use one of {', '.join(TARGETS)}")
     for name in Request.__dataclass_fields__:
         value = getattr(request, name)
-        if name != "device" and not value > 0:
+        if name not in ("device", "targets") and not value > 0:
             raise InvalidInput(f"{name.replace('_', '-')} is {value}; use a number above zero")
     if request.efficiency > 1:
         raise InvalidInput(f"efficiency is {request.efficiency}; use a share of at most 1")

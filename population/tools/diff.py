@@ -38,7 +38,7 @@ def diff_revisions(population: Population, user: str, before: int, after: int) -
     population.ledger.follow()
     spec = AdapterSpec.from_dict(population.ledger.adapter(user).spec)
     base = base_of(population.meta, population.settings)
-    layout = layout_of(dims_of(Path(base.folder)), spec.rank, spec.expert_rank)
+    layout = layout_of(dims_of(Path(base.folder)), *spec.ranks)
     return norms_of(
         layout,
         spec,
@@ -52,6 +52,8 @@ def norms_of(
     """`diff_revisions` of two adapters in exact layout."""
     found = []
     for module, _, _ in layout.dims.shapes:
+        if not spec.rank_of(module):
+            continue
         first = layout.dims.num_dense_layers if module in EXPERT_MODULES else 0
         squares = torch.zeros(3, dtype=torch.float64)
         for layer in range(first, layout.dims.num_layers):

@@ -45,7 +45,7 @@ def export_peft(
         raise InvalidInput(f"folder {str(folder)!r} is there already and not empty; name a new one")
     spec = AdapterSpec.from_dict(adapter.spec)
     base = base_of(population.meta, population.settings)
-    layout = layout_of(dims_of(Path(base.folder)), spec.rank, spec.expert_rank)
+    layout = layout_of(dims_of(Path(base.folder)), *spec.ranks)
     flat = load_weights(population, layout, user, number)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(layout, flat), folder / "adapter_model.safetensors", {"format": "pt"})
@@ -103,16 +103,17 @@ def peft_config(
     """`adapter_config.json`. The stacked gate_up has twice the rank and twice the alpha: the same
     scale."""
     gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    rank, expert_rank = spec.ranks
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_folder,
-        "r": spec.rank,
+        "r": rank or expert_rank,
         "lora_alpha": spec.alpha,
-        "target_modules": list(dense_modules),
-        "target_parameters": [gate_up, down],
-        "rank_pattern": {gate_up: 2 * spec.expert_rank, down: spec.expert_rank},
-        "alpha_pattern": {gate_up: 2 * spec.alpha, down: spec.alpha},
+        "target_modules": list(dense_modules) if rank else [],
+        "target_parameters": [gate_up, down] if expert_rank else None,
+        "rank_pattern": {gate_up: 2 * expert_rank, down: expert_rank} if expert_rank else {},
+        "alpha_pattern": {gate_up: 2 * spec.alpha, down: spec.alpha} if expert_rank else {},
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -124,12 +125,12 @@ def peft_tensors(layout: AdapterLayout, flat: Tensor) -> dict[str, Tensor]:
     tensors = {}
     for layer in range(layout.dims.num_layers):
         prefix = f"base_model.model.model.layers.{layer}"
-        for module in layout.dims.dense_modules:
+        for module in layout.dims.dense_modules if layout.rank else ():
             for which, name in (("a", "lora_A"), ("b", "lora_B")):
                 tensors[f"{prefix}.self_attn.{module}.{name}.weight"] = layout.view(
                     flat, module, layer, which
                 )
-        if layer < layout.dims.num_dense_layers:
+        if layer < layout.dims.num_dense_layers or not layout.expert_rank:
             continue
         parts = {
             (module, which): layout.view(flat, module, layer, which)

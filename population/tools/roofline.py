@@ -11,10 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from populace.population.tools.devices import Device, Request
-from populace.workers.layout import layout_of, stored_rank
+from populace.workers.layout import layout_of
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.placement import is_expert, place_shards
 
@@ -135,7 +133,7 @@ def base_of(sheet: Sheet, dims: BaseDims, tensors: Mapping[str, int], request: R
 def adapter_of(sheet: Sheet, dims: BaseDims, request: Request) -> Adapter:
     """One adapter and one update of it."""
     sheet.begin("adapter")
-    layout = layout_of(dims, request.rank, request.expert_rank)
+    layout = layout_of(dims, *request.ranks)
     samples = request.samples_per_event
     tokens = request.events_per_update * (
         request.prompt_tokens + samples * request.completion_tokens
@@ -174,10 +172,10 @@ def room_of(
     sheet.begin("device")
     sheet.add("experts of the base (bf16)", base.expert_bytes, "B")
     sheet.add("dense part of the base, replicated (bf16)", base.dense_bytes, "B")
-    # A slab pads ranks, keeps room for the dense part on every device, and for its own experts.
-    ranks = (stored_rank(rank, torch.bfloat16) for rank in (request.rank, request.expert_rank))
-    stored = layout_of(dims, *ranks)
-    slot = FP32 * (stored.dense_size + base.most_experts * stored.expert_size)
+    # A slab keeps room for its own experts, at exact ranks; dense parts are shared out.
+    stored = layout_of(dims, *request.ranks)
+    dense = stored.dense_size / request.devices
+    slot = FP32 * (dense + base.most_experts * stored.expert_size)
     slab = sheet.add("slab: weights and gradients", 2 * slot * request.slots, "B")
     slab_moments = sheet.add("slab: moments", 2 * slot * request.slots, "B")
     left = device.memory_bytes * 0.95 - base.device_bytes - slab - slab_moments

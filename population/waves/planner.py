@@ -84,7 +84,8 @@ class Planner:
     def _load_bytes_per_rank(self) -> float:
         """Weights and two moments in fp32."""
         adapter = self.settings.adapter
-        return 12.0 * layout_of(self.dims, adapter.rank, adapter.expert_rank).size / adapter.rank
+        ranks = adapter_spec(self.settings, UserId("")).ranks
+        return 12.0 * layout_of(self.dims, *ranks).size / adapter.rank
 
     def _members(self, pseudonyms: Iterable[str], num_events: int) -> list[WaveMember]:
         found = [self._member(pseudonym, num_events) for pseudonym in pseudonyms]
@@ -161,6 +162,7 @@ def adapter_spec(settings: Settings, user: UserId) -> AdapterSpec:
     return AdapterSpec(
         rank=settings.user_ranks.get(user, adapter.rank),
         expert_rank=adapter.expert_rank,
+        targets=adapter.targets,
         alpha=adapter.alpha,
         learning_rate=adapter.learning_rate,
         b_learning_rate_ratio=adapter.b_learning_rate_ratio,

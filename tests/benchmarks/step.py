@@ -29,7 +29,6 @@ from transformers.utils import logging as transformers_logging
 from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
-from populace.workers.base.model import resolve_dtype
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -41,6 +40,7 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
+from populace.workers.device import device_of
 from populace.workers.shapes import AdapterSpec
 from populace.workers.step import train as train_step
 from populace.workers.step.optimizer import update_adapters
@@ -70,7 +70,7 @@ def build_base(folder: Path) -> None:
         max_position_embeddings=2048,
         initializer_range=0.05,
     )
-    MixtralForCausalLM(config).to(resolve_dtype("auto")).save_pretrained(folder)
+    MixtralForCausalLM(config).to(device_of("cpu", "auto").dtype).save_pretrained(folder)
 
 
 class Bench:
@@ -181,7 +181,7 @@ class Peft:
     """One user's step as `peft` runs it: LoRA on the same tensors, fused AdamW, clipping."""
 
     def __init__(self, folder: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype("auto"))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=device_of("cpu", "auto").dtype)
         model.set_experts_implementation("grouped_mm")
         config = LoraConfig(
             r=8,
@@ -378,7 +378,7 @@ def efficiency(folder: Path) -> Iterator[Figure]:
 
 def rollout(folder: Path) -> Iterator[Figure]:
     bench = Bench(folder, [8] * 64)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype("auto"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=device_of("cpu", "auto").dtype)
     model.set_experts_implementation("grouped_mm")
     prompt, new = 16, 48
     ids = torch.from_numpy(np.stack([token_ids(n, prompt - 1) for n in range(64)])).long()
@@ -431,7 +431,7 @@ def thousand(folder: Path) -> Iterator[Figure]:
     yield figure("1,000 rank-1 adapters x 16 tokens in one wave", seconds, "s")
     yield figure("the same, updates per second", [1000 / s for s in seconds], "1/s")
     slab = bench.engine.slab
-    row = slab.arenas[0].layout.size * 4 / 1e6
+    row = slab.memory.layout(slab.slots[bench.keys[0]].address).size * 4 / 1e6
     yield figure("memory of a slot that holds an adapter (weights)", [row], "MB")
     yield figure(
         "memory that 100 of 1,000 adapters' first step took, per adapter",
@@ -513,7 +513,7 @@ def main(names: Sequence[str]) -> None:
         folder = Path(name)
         build_base(folder)
         check(folder)
-        print(f"correct; {THREADS} threads, {resolve_dtype('auto')}", flush=True)
+        print(f"correct; {THREADS} threads, {device_of('cpu', 'auto').dtype}", flush=True)
         figures: list[Figure] = []
         parts = (
             against_peft,

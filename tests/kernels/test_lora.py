@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from populace.kernels.batches import HEIGHTS
 from populace.kernels.lora import BACKENDS
 from populace.kernels.plan import order_by_expert, plan_segments
-from populace.kernels.tiles import SHORT, TALL
 from tests.support.products import CASES, DTYPES, assert_accurate, make_case
 
 SLOW_IN_THE_INTERPRETER = {"64 experts", "256 adapters"}
@@ -45,36 +44,6 @@ segment_lists = st.lists(
     st.tuples(st.integers(0, 4), st.integers(-1, 2), st.integers(0, 3), st.integers(1, 90)),
     min_size=1, max_size=25, unique_by=lambda segment: segment[:3],
 )  # fmt: skip
-
-
-@given(segment_lists)
-@settings(deadline=None, max_examples=200)
-def test_every_row_with_an_adapter_is_in_exactly_one_tile_of_its_own_segment(
-    segments: list,
-) -> None:
-    rows = [segment[:3] for segment in sorted(segments) for _ in range(segment[3])]
-    expert, arena, slot = (torch.tensor(column) for column in zip(*rows, strict=True))
-    plan = plan_segments(arena, torch.where(arena < 0, -1, slot), expert)
-    if plan.is_empty:
-        return
-    seen: list[int] = []
-    for tiles in plan.tiles:
-        mine = [row for row, (_, arena, _) in enumerate(rows) if arena == tiles.arena]
-        assert tiles.num_rows == len(mine)
-        for height, table in [(len(rows), tiles.whole_G5), *tiles.by_height]:
-            assert table.data_ptr() % 16 == 0
-            for first, own, count, slot, expert in table.tolist():
-                assert 0 < count <= height
-                tile = list(range(first, first + count))
-                assert tile == mine[own : own + count]
-                assert {rows[row] for row in tile} == {(expert, tiles.arena, slot)}
-                seen += tile if table is not tiles.whole_G5 else []
-        whole, by_height = tiles.whole_G5.tolist(), dict(tiles.by_height)
-        assert [segment for segment in whole if segment[2] <= SHORT] == by_height.get(
-            SHORT, torch.empty(0, 5)
-        ).tolist()
-        assert by_height.keys() <= {SHORT, TALL}
-    assert sorted(seen) == [row for row in range(len(rows)) if rows[row][1] >= 0]
 
 
 @given(segment_lists)

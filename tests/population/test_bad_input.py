@@ -157,7 +157,12 @@ def test_a_bad_user_is_refused(settings: Settings, user: str, message: str) -> N
         ("nonsense=1", "unknown setting 'nonsense'"),
         ("adapter.rank=much", "adapter.rank"),
         ("adapter.rank=0", "adapter.rank is 0; use a number above zero"),
-        ("train.backend=cuda", "train.backend is 'cuda'; use one of grouped, triton, reference"),
+        (
+            "train.backend=cuda",
+            "train.backend is 'cuda'; use one of auto, grouped, triton, reference",
+        ),
+        ("base.device=gpu", "base.device is 'gpu'; use one of auto, cpu, cuda"),
+        ("adapter.targets=mlp", "adapter.targets is 'mlp'; use one of both, attention, experts"),
         ("evaluation.heldout_share=1", "use a number in [0, 1)"),
         ("scheduler.slots=3", "scheduler.slots is 3"),
         ("adapter.rank", "has no '='"),

@@ -14,19 +14,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from populace.kernels import triton_lora
-from populace.kernels.tiles import SHORT, TALL
+from populace.kernels import triton_experts, triton_lora
+from populace.kernels.route import SHORT, TALL
 from populace.kernels.triton_lora import CHUNK, block_of_rank, config_of
 
 ARCHITECTURES = (80, 90, 100)
 RANKS = (8, 16, 32, 64, 128)
 """Both kinds of rank that are computed as 16: strides of multiples of 16 are loaded otherwise."""
+EXPERTS = "Y = X Wᵀ of experts"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MAX_REGISTERS = 255
 MAX_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -61,16 +63,16 @@ class Result:
     problems: tuple[str, ...]
 
 
-# Which stride of the adapter's tensor is 1: A is [R, D], B is [F, R].
+# Which of the adapter's tensors: A is [R, D], B is [F, R].
 PRODUCTS = {
-    "S = X Aᵀ": ("reduce", "k"),
-    "dS = dY B": ("reduce", "r"),
-    "Y += S Bᵀ": ("spread", "r"),
-    "dX += dS A": ("spread", "k"),
-    "dA = dSᵀ X": ("outer", "k"),
-    "dA += dSᵀ X": ("outer", "k"),
-    "dB = dYᵀ S": ("outer", "r"),
-    "dB += dYᵀ S": ("outer", "r"),
+    "S = X Aᵀ": ("reduce", "a"),
+    "dS = dY B": ("reduce", "b"),
+    "Y += S Bᵀ": ("spread", "b"),
+    "dX += dS A": ("spread", "a"),
+    "dA = dSᵀ X": ("outer", "a"),
+    "dA += dSᵀ X": ("outer", "a"),
+    "dB = dYᵀ S": ("outer", "b"),
+    "dB += dYᵀ S": ("outer", "b"),
 }
 
 
@@ -81,31 +83,25 @@ def builds(architectures: Sequence[int], ranks: Sequence[int]) -> Iterator[Build
                 for rank in ranks:
                     for height in (TALL,) if kernel == "outer" else (SHORT, TALL):
                         yield Build(product, kernel, height, rank, dtype, architecture)
+    for architecture in architectures:
+        yield Build(EXPERTS, "experts", TALL, 0, "fp32", architecture)
 
 
 def compile_and_check(build: Build) -> Result:
-    config = config_of(build.kernel, build.height, block_of_rank(build.rank), DTYPES[build.dtype])
-    function = getattr(triton_lora, f"{build.kernel}_kernel")
-    unit = f"{'out' if build.kernel == 'outer' else 'w'}_stride_{PRODUCTS[build.product][1]}"
-    constants = {unit: 1, "BLOCK": config.block, "BLOCK_R": config.block_r}
-    if build.kernel == "outer":
-        constants |= {"ACCUMULATES": "+=" in build.product, "CHUNK": CHUNK}
-    else:
-        constants["HEIGHT"] = build.height
+    function, constants, options = _how(build)
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         else:
             signature[name] = _type_of(name, build)
-            is_rank = name == "rank" or (
-                name.endswith("stride_k") and PRODUCTS[build.product][1] == "r"
-            )
+            # Rows of S are as wide as the widest rank.
+            is_rank = name in ("s_stride", "out_stride", "most")
             attributes[place,] = [] if is_rank and build.rank % 16 else [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=GPUTarget("cuda", build.architecture, 32),
-        options=config.options,
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -129,14 +125,33 @@ def compile_and_check(build: Build) -> Result:
     )
 
 
+def _how(build: Build) -> tuple[Any, dict[str, object], dict[str, object]]:
+    """The kernel, its constants and the compiler's options."""
+    if build.kernel == "experts":
+        constants: dict[str, object] = {
+            "w_stride_k": 1, "HEIGHT": TALL, "BLOCK": triton_experts.BLOCK,
+            "STEP": triton_experts.STEP,
+        }  # fmt: skip
+        return triton_experts.experts_kernel, constants, triton_experts.OPTIONS
+    config = config_of(build.kernel, build.height, block_of_rank(build.rank), DTYPES[build.dtype])
+    constants = {
+        "IS_B": PRODUCTS[build.product][1] == "b", "BLOCK": config.block, "BLOCK_R": config.block_r
+    }  # fmt: skip
+    if build.kernel == "outer":
+        constants |= {"ACCUMULATES": "+=" in build.product, "CHUNK": CHUNK}
+    else:
+        constants["HEIGHT"] = build.height
+    return getattr(triton_lora, f"{build.kernel}_kernel"), constants, config.options
+
+
 def _type_of(name: str, build: Build) -> str:
-    if name in ("x", "s", "y", "p"):
+    if name in ("x", "s", "y", "p", "out", "w"):
         return f"*{build.dtype}"
-    if name == "out":
-        return "*fp32" if build.kernel == "outer" else f"*{build.dtype}"
-    if name in ("w", "scale_S"):
+    if name == "scale_S":
         return "*fp32"
-    return "*i64" if name == "tiles" else "i32"
+    if name == "tiles":
+        return "*i32"
+    return "*i64" if name in ("addresses_S", "rank_S") else "i32"
 
 
 def expected_mma(build: Build) -> str:

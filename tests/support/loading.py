@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from populace.workers.base.model import BaseModel
+from populace.workers.device import Device
 
 
 def measure(folder: Path, rank: int, num_shards: int, tiny: Path) -> dict[str, int]:
@@ -42,10 +43,11 @@ def _status(field: str) -> int:
 
 
 def _main(folder: str, rank: str, num_shards: str, tiny: str) -> None:
-    BaseModel(Path(tiny), torch.float32)  # code and allocator, before anything is counted
+    device = Device(torch.float32)
+    BaseModel(Path(tiny), device)  # code and allocator, before anything is counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    model = BaseModel(Path(folder), torch.float32, int(rank), int(num_shards))
+    model = BaseModel(Path(folder), device, int(rank), int(num_shards))
     tensors = [*model.decoder.parameters(), model.head_VD, model.embeddings_VD]
     for layer in model.decoder.layers:
         tensors += [layer.mlp.experts.gate_up_EOD, layer.mlp.experts.down_EDI]

@@ -11,6 +11,8 @@ import torch
 
 from populace.kernels.lora import FrozenProduct, LoraWeights, lora_product
 from populace.kernels.plan import plan_segments
+from populace.kernels.pointers import LoraPointers
+from populace.kernels.route import RoutePlan, plan_routes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,6 +51,8 @@ class Case:
 
     def run(self, backend: str, *, accumulates: bool = False) -> list[torch.Tensor]:
         """Y, dX, and dA, dB of every module and arena."""
+        if backend == "triton":
+            return self._run_on_slots(accumulates)
         plan = plan_segments(
             self.arena,
             self.slot,
@@ -63,6 +67,106 @@ class Case:
             x.grad,
             *(g.clone() for m in self.modules for w in m for g in (w.grad_a, w.grad_b)),
         ]
+
+    def _run_on_slots(self, accumulates: bool) -> list[torch.Tensor]:
+        """As a device does it: rows ordered by the plan, and slots with memory of their own."""
+        plan, slots = self.routes(accumulates=accumulates), SlotsOf(self.modules)
+        x = self.x[plan.row_R].clone().requires_grad_()
+        base = self.base
+        if self.has_experts:
+            base = dataclasses.replace(base, ends_E=plan.ends_E, tile_I4=plan.experts_I4)
+        y = lora_product(x, base, slots.pointers, plan, "triton")
+        y.backward(self.dy[plan.row_R])
+        place = plan.place_TK.squeeze(1)
+        grads = slots.grads()
+        for module, own in zip(self.modules, grads, strict=True):
+            for w, (grad_a, grad_b) in zip(module, own, strict=True):
+                w.grad_a.copy_(grad_a)
+                w.grad_b.copy_(grad_b)
+        return [
+            y.detach()[place],
+            x.grad[place],
+            *(grad for own in grads for pair in own for grad in pair),
+        ]
+
+    @property
+    def num_slots(self) -> int:
+        """Of each arena."""
+        return len(self.modules[0][0].scale_S)
+
+    def routes(self, *, accumulates: bool = False) -> RoutePlan:
+        """The plan of a device; the slots of arena i come behind those of the arenas before."""
+        lane = torch.where(self.arena < 0, -1, self.arena * self.num_slots + self.slot)
+        return plan_routes(
+            lane,
+            self.expert.unsqueeze(1) if self.has_experts else None,
+            len(self.base.w) if self.has_experts else 1,
+            len(self.modules[0]) * self.num_slots,
+            is_empty=bool((self.arena < 0).all()),
+            accumulates=accumulates,
+        )
+
+
+class SlotsOf:
+    """Memory of its own for every slot of every arena, filled from the arenas' tensors."""
+
+    def __init__(self, modules: list[list[LoraWeights]]) -> None:
+        self.modules = modules
+        self.flats = [
+            [
+                [_flat(a, b) for a, b in zip(first, second, strict=True)]
+                for arena in module
+                for first, second in ((arena.a, arena.b), (arena.grad_a, arena.grad_b))
+            ]
+            for module in modules
+        ]
+        self.pointers = [
+            self._pointers(module, own) for module, own in zip(modules, self.flats, strict=True)
+        ]
+
+    def _pointers(self, module: list[LoraWeights], flats: list[list[torch.Tensor]]) -> LoraPointers:
+        device, inner, outer = module[0].a.device, module[0].a.shape[-1], module[0].b.shape[-2]
+
+        def addresses(which: int) -> torch.Tensor:
+            own = [flat.data_ptr() for arena in flats[which::2] for flat in arena]
+            return torch.tensor(own, dtype=torch.int64, device=device)
+
+        ranks = [w.a.shape[-2] for w in module for _ in w.scale_S]
+        return LoraPointers(
+            weights_S=addresses(0),
+            grads_S=addresses(1),
+            rank_S=torch.tensor(ranks, device=device),
+            scale_S=torch.cat([w.scale_S for w in module]),
+            ranks=tuple(sorted(set(ranks))),
+            inner=inner,
+            offset=0,
+            expert_step=inner + outer if module[0].a.ndim == 4 else 0,
+        )
+
+    def grads(self) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Gradients of A and B by module and arena, shaped as the arenas' are."""
+        found = []
+        for module, flats in zip(self.modules, self.flats, strict=True):
+            own = []
+            for w, arena in zip(module, flats[1::2], strict=True):
+                flat_SP = torch.stack(arena)
+                if w.a.ndim == 4:
+                    flat_SP = flat_SP.view(*w.a.shape[:2], -1)
+                size = w.a.shape[-1] * w.a.shape[-2]
+                own.append(
+                    (
+                        flat_SP[..., :size].reshape(w.a.shape).clone(),
+                        flat_SP[..., size:].reshape(w.b.shape).clone(),
+                    )
+                )
+            found.append(own)
+        return found
+
+
+def _flat(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A slot's A and B, expert by expert where there are some."""
+    lead = a.ndim - 2
+    return torch.cat([a.flatten(lead), b.flatten(lead)], dim=lead).flatten()
 
 
 def make_case(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import transformers
 
@@ -24,10 +25,9 @@ from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
 from populace.workers.adapters.residency import Residency
 from populace.workers.adapters.slab import Slab
-from populace.workers.base.attention import PackedAttention
 from populace.workers.base.forward import ForwardPass, Kernels
 from populace.workers.base.logprobs import token_logprobs
-from populace.workers.base.model import BaseModel, resolve_dtype
+from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import (
     AdapterKey,
@@ -40,6 +40,7 @@ from populace.workers.batch import (
     StepResult,
     WaveBatch,
 )
+from populace.workers.device import Device, device_of
 from populace.workers.joins import join_steps
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ALONE, Exchange
@@ -71,6 +72,8 @@ class ShardSettings:
     residency: ResidencySettings = field(default_factory=ResidencySettings)
     num_shards: int = 1
     dense: str = "replicated"
+    device: str = "auto"
+    """See `base.device` in configs/schema.py."""
 
 
 def keep_freed_memory() -> None:
@@ -86,12 +89,6 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def _interprets_triton() -> bool:
-    from triton import knobs  # not installed everywhere
-
-    return bool(knobs.runtime.interpret)
-
-
 class ShardEngine:
     """The methods of a shard group, in this process."""
 
@@ -103,31 +100,27 @@ class ShardEngine:
         exchange: Exchange = ALONE,
     ) -> None:
         """One of `settings.num_shards`; the others are reached through `exchange`."""
-        if settings.train.backend == "triton" and not _interprets_triton():
-            raise InvalidInput(
-                "train.backend is 'triton', whose kernels run on CUDA devices; shards compute on "
-                "CPUs for now, "
-                "use grouped"
-            )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
+        device = device_of(settings.device, settings.dtype)
+        self.kernels = Kernels.of(settings.train, device)
+        _check_device(settings, device)
         self.base = BaseModel(
             Path(settings.base_folder),
-            resolve_dtype(settings.dtype),
+            device,
             rank,
             settings.num_shards,
             exchange,
             dense=settings.dense,
         )
-        self.kernels = Kernels.of(settings.train)
         self._counted = CountedStore(open_store(settings.store_url)) if store is None else None
         self._store: ObjectStore = store or self._counted  # type: ignore[assignment]  # one of the two
         self.reset()
 
     def reset(self) -> None:
         """Forget everything hot."""
-        self.slab = Slab(self.base.dims, self.settings.slots, self.base.dtype, self.base.shard)
+        self.slab = Slab(self.base.dims, self.settings.slots, self.base.device, self.base.shard)
         keys = UserKeys(self._store, self.settings.population, Keyring())
         self.residency = Residency(self.slab, self._store, keys, self.settings.residency)
 
@@ -144,8 +137,7 @@ class ShardEngine:
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
         """Shapes of the base, and the numerics fingerprint of this shard."""
         return self.base.dims, {
-            "device": "cpu",
-            "cpu": torch.backends.cpu.get_cpu_capability(),
+            **self.base.device.fingerprint(),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -202,11 +194,12 @@ class ShardEngine:
             own = [number for number in part if number % shard.num_shards == shard.rank]
             sequences = [_without_adapter(groups[number]) for number in own]
             rows = pack_rows(sequences, row_multiple=self.kernels.row_multiple)
-            forward_pass = ForwardPass.of(rows, PackedAttention(rows), None, self.kernels)
+            forward_pass = ForwardPass.packed(rows, None, self.kernels)
             logprob_N = token_logprobs(self.base, self.base.hidden(forward_pass), forward_pass)
-            pieces = iter(torch.split(logprob_N, list(rows.target_counts)))
+            (scored_N,) = self.kernels.device.download(logprob_N).arrays()
+            pieces = iter(np.split(scored_N, np.cumsum(rows.target_counts)[:-1]))
             for number, sequence in zip(own, sequences, strict=True):
-                scores[number] = tuple(next(pieces).numpy() for _ in sequence.branches)
+                scores[number] = tuple(next(pieces) for _ in sequence.branches)
         return scores
 
     def train_wave(
@@ -218,15 +211,28 @@ class ShardEngine:
         """One fused step of a group of one shard; see `train_share`. Replays give settings other
         than this shard's own."""
         own = self.settings
-        step = train_wave(
-            self.base, self.slab, batch, train or own.train, optimizer or own.optimizer
-        )
+        train, optimizer = train or own.train, optimizer or own.optimizer
+        step = train_wave(self.base, self.slab, batch, train, optimizer, self.kernels)
         return join_steps([step])
 
     def train_share(self, batch: WaveBatch) -> ShardStep:
         """This shard's part of a wave."""
         own = self.settings
-        return train_wave(self.base, self.slab, batch, own.train, own.optimizer)
+        return train_wave(self.base, self.slab, batch, own.train, own.optimizer, self.kernels)
+
+
+def _check_device(settings: ShardSettings, device: Device) -> None:
+    """`InvalidInput` for what only CPUs do."""
+    if device.is_cuda and settings.optimizer.offload:
+        raise InvalidInput(
+            "optimizer.offload is true, which updates moments where a CPU computes; base.device is "
+            "'cuda', set it to false"
+        )
+    if device.is_cuda and settings.dense == "zero3":
+        raise InvalidInput(
+            "shard.dense is 'zero3', which cuts parameters on CPUs alone; base.device is 'cuda', "
+            "use replicated"
+        )
 
 
 def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:

@@ -92,10 +92,12 @@ class Residency:
         verified."""
         refs = list({ref.key: ref for ref in refs}.values())
         wanted = {ref.key for ref in refs}
-        staying = wanted | set(keep)
-        if (
-            needed := len(wanted | {key for key in keep if key in self.slab.slots})
-        ) > self.slab.capacity:
+        read = self.slab.being_read
+        staying = wanted | set(keep) | set(read)
+        # What is read is copied before it is trained, which takes a slot too.
+        beside = self.slab.num_beside + (len(wanted & set(read)) if with_moments else 0)
+        needed = len({key for key in staying if key in wanted or key in self.slab.slots}) + beside
+        if needed > self.slab.capacity:
             raise InvalidInput(
                 f"{needed} adapters are needed at once but scheduler.slots is "
                 f"{self.slab.capacity}; raise it"
@@ -110,6 +112,9 @@ class Residency:
             [ref for ref in missing if ref.weights is not None], with_moments, found
         )
         waited_s = time.monotonic() - started
+        self._hot.capacity = self.slab.capacity - beside
+        for victim in self._hot.shrink(staying):
+            self._cool(victim)
         for ref in missing:
             self._drop_hot(ref.key)
             for victim in self._hot.put(ref.key, 1, staying):
@@ -145,7 +150,8 @@ class Residency:
         for future in list(self._loading.values()):
             future.exception()
         self._loading.clear()
-        self.evict([key for key in self.slab.slots if key.pseudonym in gone])
+        for key in [key for key in self.slab.slots if key.pseudonym in gone]:
+            self._drop_hot(key)
         for key in [key for key in self._blobs if key.pseudonym in gone]:
             self._drop_warm(key)
         if self.near is not None:
@@ -153,16 +159,18 @@ class Residency:
         self.keys.drop(gone)
 
     def evict(self, keys: Iterable[AdapterKey]) -> None:
-        """Drop slots whose content may be no revision: nothing of it is kept."""
+        """Drop slots whose content may be no revision: nothing of it is kept. A revision that was
+        copied to be trained, because somebody reads it, stays."""
         for key in list(keys):
-            self._drop_hot(key)
+            if not self.slab.drop_trained(key):
+                self._drop_hot(key)
 
     def committed(self, old: AdapterKey, new: AdapterKey) -> None:
         """What was trained in the slot of `old` is now revision `new`."""
-        self.slab.rename(old, new)
-        self._hot.drop(old)
+        if not self.slab.rename(old, new):
+            self._hot.drop(old)
+            self._has_moments.pop(old, None)
         self._hot.put(new, 1)
-        self._has_moments.pop(old, None)
         self._has_moments[new] = True
         self._drop_warm(old)
 
@@ -260,8 +268,7 @@ class Residency:
         them."""
         if key.revision and key not in self._blobs and self.slab.shard.num_shards == 1:
             has_moments = self._has_moments.get(key, False)
-            weights, moments = self.slab.blobs(key)
-            self._warm_up(key, WarmBlobs(weights, moments if has_moments else None))
+            self._warm_up(key, WarmBlobs(*self.slab.blobs(key, with_moments=has_moments)))
         self.slab.drop(key)
         self._has_moments.pop(key, None)
 

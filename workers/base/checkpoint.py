@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from populace.storage.errors import InvalidInput
+from populace.workers.device import Device
 
 _INDEX = "model.safetensors.index.json"
 
@@ -24,8 +25,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class SafetensorsFolder:
     """Names and places of a folder's tensors."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: Device | None = None) -> None:
+        """`device`: where tensors are read to; needed to read any."""
+        self.folder, self._device = folder, device
         self.bytes_read = 0
         """Size on disk of everything that was read."""
         self._file_of: dict[str, str] = {}
@@ -42,9 +44,10 @@ class SafetensorsFolder:
 
     def read(self, wanted: Mapping[str, torch.dtype]) -> list[Tensor]:
         """Copies of these tensors in these dtypes; `InvalidInput` names one that isn't there."""
+        assert self._device is not None
         found: dict[str, Tensor] = {}
         for name, mapped in self._mapped(wanted):
-            found[name] = mapped.to(wanted[name], copy=True)
+            found[name] = self._device.place(mapped, wanted[name])
         return [found[name] for name in wanted]
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from populace.configs.schema import TrainSettings
-from populace.kernels.lora import LoraWeights
-from populace.kernels.plan import SegmentPlan, plan_segments
+from populace.kernels.lora import Modules, Plan
+from populace.kernels.plan import plan_segments
+from populace.kernels.route import plan_routes
+from populace.storage.errors import InvalidInput
 from populace.workers.adapters.slab import Slab
-from populace.workers.base.attention import Attention
+from populace.workers.base.attention import Attention, AttentionPlan, PackedAttention
 from populace.workers.base.rows import PackedRows
+from populace.workers.device import Device
 
 ROW_MULTIPLE = {"invariant": 8, "fast": 1}
 """Row counts of every product of the base are multiples of this: MKL and oneDNN take other paths,
@@ -23,16 +26,24 @@ with other bits, for a few odd small counts only."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """How products are computed."""
+    """How products are computed, and where."""
 
+    device: Device
     backend: str
     row_multiple: int
     """Row counts of the base's products are multiples of this."""
 
     @staticmethod
-    def of(train: TrainSettings) -> Kernels:
-        """The backend and the row multiple that the settings ask for."""
-        return Kernels(backend=train.backend, row_multiple=ROW_MULTIPLE[train.numerics])
+    def of(train: TrainSettings, device: Device) -> Kernels:
+        """The backend and the row multiple that the settings ask for, on this device.
+        `InvalidInput` for a backend that doesn't run on it."""
+        backend = device.backend if train.backend == "auto" else train.backend
+        if (backend == "triton") != device.is_cuda:
+            raise InvalidInput(
+                f"train.backend is {train.backend!r}, which doesn't run on base.device "
+                f"{device.kind!r}; use auto"
+            )
+        return Kernels(device=device, backend=backend, row_multiple=ROW_MULTIPLE[train.numerics])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +55,8 @@ class ForwardPass:
     slab: Slab | None
     """None runs the base alone."""
     kernels: Kernels
-    plan: SegmentPlan
+    plan: Plan
+    """Of attention's LoRA; experts' is planned layer by layer."""
     routing: list[Tensor] | None = field(default=None)
     """Where given, every MoE block appends its selection, [T, K] int16, in layer order."""
     route_counts: list[Tensor] = field(default_factory=list)
@@ -61,16 +73,26 @@ class ForwardPass:
         record_routing: bool = False,
         accumulates: bool = False,
     ) -> ForwardPass:
-        """A pass over `rows`. `record_routing`: every MoE block tells which experts it chose;
-        `accumulates`: backward adds to the adapters' gradients instead of replacing them."""
+        """A pass over `rows`, which were uploaded. `record_routing`: every MoE block tells which
+        experts it chose; `accumulates`: backward adds to the adapters' gradients instead of
+        replacing them."""
         return ForwardPass(
             rows=rows,
             attention=attention,
             slab=slab,
             kernels=kernels,
-            plan=plan_segments(rows.arena_T, rows.slot_T, accumulates=accumulates),
+            plan=_plan_dense(rows, slab, kernels, accumulates),
             routing=[] if record_routing else None,
         )
+
+    @staticmethod
+    def packed(
+        rows: PackedRows, slab: Slab | None, kernels: Kernels, *, keep: bool = False, **flags: bool
+    ) -> ForwardPass:
+        """A pass over whole groups, packed on the host. `keep`: attention keeps keys and values;
+        other `flags` as in `of`."""
+        there, plan = kernels.device.upload(rows, AttentionPlan.of(rows))
+        return ForwardPass.of(there, PackedAttention(plan, keep), slab, kernels, **flags)
 
     def count_out_of_route(self, is_recorded_T: Tensor, differs_T: Tensor) -> None:
         """Note how many rows of a block have a recorded selection, and how many differ."""
@@ -78,14 +100,28 @@ class ForwardPass:
             torch.stack([is_recorded_T.sum(), (is_recorded_T & differs_T).sum()])
         )
 
-    def lora(self, module: str, layer: int) -> Sequence[LoraWeights]:
-        """A module's tensors by arena; empty for the base alone."""
-        return () if self.slab is None else self.slab.lora(module, layer)
+    def lora(self, modules: Sequence[str], layer: int) -> Modules:
+        """What adapters have on these modules; nothing for the base alone."""
+        return () if self.slab is None else [self.slab.lora(name, layer) for name in modules]  # type: ignore[return-value]
 
     def recorded_TLK(self) -> Tensor:
         """The selections of every MoE block, [T, L, K]."""
         assert self.routing is not None
         return torch.stack(self.routing, dim=1)
+
+
+def _plan_dense(rows: PackedRows, slab: Slab | None, kernels: Kernels, accumulates: bool) -> Plan:
+    if kernels.device.is_cuda:
+        return plan_routes(
+            rows.slot_T,
+            None,
+            1,
+            1 if slab is None else slab.capacity,
+            is_empty=slab is None or not rows.has_adapters,
+            accumulates=accumulates,
+        )
+    arena_T = rows.arena_T if slab is None else slab.covered(rows.arena_T, is_expert=False)
+    return plan_segments(arena_T, rows.slot_T, accumulates=accumulates)
 
 
 class PassHolder:

@@ -32,7 +32,7 @@ class _TokenLogprobs(torch.autograd.Function):
         num_targets, wants_grad = len(rows.target_row_N), ctx.needs_input_grad[0]
         # Dividing the hidden state is dividing the logits by the temperature.
         inverse_N1 = (1 / rows.temperature_N)[:, None].to(hidden_TD.dtype)
-        logprob_N = torch.empty(num_targets)
+        logprob_N = hidden_TD.new_empty(num_targets, dtype=torch.float32)
         slope_ND = hidden_TD.new_empty(num_targets if wants_grad else 0, hidden_TD.shape[1])
         logits_CV = head_VD.new_empty(_TokenLogprobs.CHUNK, len(head_VD))
         logsoft_CV = torch.empty_like(logits_CV, dtype=torch.float32)
@@ -53,18 +53,20 @@ class _TokenLogprobs(torch.autograd.Function):
                 slope = head_VD.index_select(0, rows.target_token_N[part]).sub_(mean_CD[:size])
                 torch.mul(slope, inverse_N1[part], out=slope_ND[part])
         ctx.save_for_backward(slope_ND)
-        ctx.num_rows, ctx.row_N = len(hidden_TD), rows.target_row_N
+        ctx.num_rows, ctx.rows = len(hidden_TD), rows
         return logprob_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope_ND,) = ctx.saved_tensors
         grad_ND = (slope_ND * grads[0].unsqueeze(1)).to(slope_ND.dtype)
-        # A prompt's last row predicts the first token of every branch: index_add_ adds them in
-        # order.
-        grad_TD = slope_ND.new_zeros(ctx.num_rows, slope_ND.shape[1]).index_add_(
-            0, ctx.row_N, grad_ND
-        )
+        # A prompt's last row predicts the first token of every branch. A CPU adds them in order, by
+        # sums of fp32; a CUDA device would in any order, so there each row gets one at a time.
+        grad_TD = slope_ND.new_zeros(ctx.num_rows, slope_ND.shape[1])
+        if not grad_ND.is_cuda:
+            return grad_TD.index_add_(0, ctx.rows.target_row_N, grad_ND), None, None, None
+        for row_M, target_M in ctx.rows.target_rounds:
+            grad_TD.index_add_(0, row_M, grad_ND.index_select(0, target_M))
         return grad_TD, None, None, None
 
 

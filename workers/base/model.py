@@ -23,24 +23,11 @@ from populace.workers.base.checkpoint import SafetensorsFolder
 from populace.workers.base.families import FAMILIES, Family, check_checkpoint, dims_of
 from populace.workers.base.forward import ForwardPass, PassHolder
 from populace.workers.base.moe import Experts, MoeBlock
+from populace.workers.device import Device
 from populace.workers.shards.exchange import ALONE, Exchange, partition_dense
 from populace.workers.shards.placement import place_shards
 
 _INTERFACE = "populace"
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """`auto`: bfloat16 where the CPU multiplies it natively; elsewhere it is emulated, at an
-    eighth of the speed of fp32 forward and less than a hundredth backward (docs/decisions/0001)."""
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    native = any(
-        bool(torch.cpu.get_capabilities().get(flag))
-        for flag in ("avx512_bf16", "amx_bf16", "arm_bf16")
-    )
-    return torch.bfloat16 if native else torch.float32
 
 
 class LoraLinear(nn.Module):
@@ -57,7 +44,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., T, D] -> [..., T, F], with leading dimensions of 1."""
         forward_pass = self.holder.current
-        weights = [forward_pass.lora(self.module, self.layer)]
+        weights = forward_pass.lora([self.module], self.layer)
         y_TF = lora_product(
             x.flatten(0, -2), self.base, weights, forward_pass.plan, forward_pass.kernels.backend
         )
@@ -71,7 +58,7 @@ class BaseModel:
     def __init__(
         self,
         folder: Path,
-        dtype: torch.dtype,
+        device: Device,
         rank: int = 0,
         num_shards: int = 1,
         exchange: Exchange = ALONE,
@@ -82,13 +69,13 @@ class BaseModel:
         family, self.dims = FAMILIES[check_checkpoint(folder)["model_type"]], dims_of(folder)
         self.placement = place_shards(self.dims.num_experts, num_shards)
         self.shard = self.placement.shards[rank]
-        self.exchange, self.dtype = exchange, dtype
+        self.exchange, self.device, self.dtype = exchange, device, device.dtype
         AttentionInterface.register(_INTERFACE, _attend)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        files = SafetensorsFolder(folder)
+        files = SafetensorsFolder(folder, device)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=_INTERFACE
+                config, dtype=device.dtype, attn_implementation=_INTERFACE
             )
         model.requires_grad_(False)
         model.eval()
@@ -96,6 +83,8 @@ class BaseModel:
         self.decoder = model.model
         # Its buffers are computed, not stored.
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=model.config)
+        for name, buffer in self.decoder.rotary_emb.named_buffers():
+            setattr(self.decoder.rotary_emb, name, device.place(buffer))
         for layer, block in enumerate(self.decoder.layers):
             self._load_layer(files, family, config, layer, block)
         _fill(files, family, "model.embed_tokens", self.decoder.embed_tokens)
@@ -144,7 +133,7 @@ class BaseModel:
             block.mlp = MoeBlock(
                 experts, gate, shared, layer=layer, moe_layer=moe_layer, placement=self.placement,
                 rank=self.shard.rank,
-                exchange=self.exchange, holder=self._holder,
+                exchange=self.exchange, holder=self._holder, device=self.device,
             )  # fmt: skip
 
     def _read_experts(
@@ -153,8 +142,8 @@ class BaseModel:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
         inner, hidden = shapes["gate_proj"]
         num_own = len(self.shard.experts)
-        gate_up_EOD = torch.empty(num_own, 2 * inner, hidden, dtype=self.dtype)
-        down_EDI = torch.empty(num_own, hidden, inner, dtype=self.dtype)
+        gate_up_EOD = self.device.empty(num_own, 2 * inner, hidden)
+        down_EDI = self.device.empty(num_own, hidden, inner)
         for place, expert in enumerate(self.shard.experts):
             names = family.expert_on_disk(layer, expert)
             targets = (gate_up_EOD[place, :inner], gate_up_EOD[place, inner:], down_EDI[place])

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from populace.kernels.lora import FrozenProduct, lora_product
-from populace.kernels.plan import SegmentPlan, order_by_expert, plan_segments
+from populace.kernels.lora import FrozenProduct, Plan, lora_product
+from populace.kernels.plan import order_by_expert, plan_segments
+from populace.kernels.route import plan_routes
 from populace.workers.base.forward import ForwardPass, PassHolder
 from populace.workers.base.gates import Gate
+from populace.workers.device import Device
 from populace.workers.shards.exchange import Exchange
 from populace.workers.shards.placement import Placement
 
@@ -49,10 +51,14 @@ class Copies:
     @staticmethod
     def of(order_Y: Tensor, num_rows: int, top_k: int) -> Copies:
         """`order_Y`: which of the T·K (row, k) pairs lies at each place; -1 is padding."""
-        is_padding_Y = order_Y < 0
-        place_Q = torch.empty(num_rows * top_k, dtype=torch.int64)
-        place_Q[order_Y[~is_padding_Y]] = (~is_padding_Y).nonzero().squeeze(1)
-        return Copies(row_Y=order_Y.clamp(min=0) // top_k, place_TK=place_Q.view(num_rows, top_k))
+        num_pairs = num_rows * top_k
+        number_Y = torch.arange(len(order_Y), device=order_Y.device)
+        # Padding writes behind the pairs.
+        place_Q = order_Y.new_empty(num_pairs + 1)
+        place_Q.scatter_(0, torch.where(order_Y < 0, num_pairs, order_Y), number_Y)
+        return Copies(
+            row_Y=order_Y.clamp(min=0) // top_k, place_TK=place_Q[:-1].view(num_rows, top_k)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,28 +68,49 @@ class Routes:
 
     copies: Copies
     ends_E: Tensor
-    plan: SegmentPlan
+    plan: Plan
+    tile_I4: Tensor | None = None
+    """See `FrozenProduct`."""
 
     @staticmethod
     def of(
-        expert_Q: Tensor,
-        arena_Q: Tensor,
-        slot_Q: Tensor,
-        top_k: int,
+        expert_TK: Tensor,
+        arena_T: Tensor,
+        slot_T: Tensor,
         num_experts: int,
         forward_pass: ForwardPass,
     ) -> Routes:
-        """Routes of `top_k` (row, k) pairs per row, each with its expert, counted from this shard's
-        first."""
-        order_Y, ends_E = order_by_expert(expert_Q, num_experts, forward_pass.kernels.row_multiple)
+        """Routes of rows, each with its experts, counted from this shard's first."""
+        slab, kernels = forward_pass.slab, forward_pass.kernels
+        accumulates = forward_pass.plan.accumulates
+        if kernels.device.is_cuda:
+            plan = plan_routes(
+                slot_T,
+                expert_TK,
+                num_experts,
+                1 if slab is None else slab.capacity,
+                is_empty=slab is None,
+                accumulates=accumulates,
+            )
+            # Torch's grouped product asks the host in every dtype but this.
+            tile_I4 = None if kernels.device.dtype == torch.bfloat16 else plan.experts_I4
+            copies = Copies(row_Y=plan.row_R, place_TK=plan.place_TK)
+            return Routes(copies=copies, ends_E=plan.ends_E, plan=plan, tile_I4=tile_I4)
+        num_rows, top_k = expert_TK.shape
+        if slab is not None:
+            arena_T = slab.covered(arena_T, is_expert=True)
+        expert_Q, arena_Q, slot_Q = (
+            expert_TK.reshape(-1),
+            arena_T.repeat_interleave(top_k),
+            slot_T.repeat_interleave(top_k),
+        )
+        order_Y, ends_E = order_by_expert(expert_Q, num_experts, kernels.row_multiple)
         pair_Y = order_Y.clamp(min=0)
         arena_Y = torch.where(order_Y < 0, -1, arena_Q[pair_Y])
         return Routes(
-            copies=Copies.of(order_Y, len(expert_Q) // top_k, top_k),
+            copies=Copies.of(order_Y, num_rows, top_k),
             ends_E=ends_E,
-            plan=plan_segments(
-                arena_Y, slot_Q[pair_Y], expert_Q[pair_Y], accumulates=forward_pass.plan.accumulates
-            ),
+            plan=plan_segments(arena_Y, slot_Q[pair_Y], expert_Q[pair_Y], accumulates=accumulates),
         )
 
 
@@ -102,6 +129,7 @@ class MoeBlock(nn.Module):
         rank: int,
         exchange: Exchange,
         holder: PassHolder,
+        device: Device,
     ) -> None:
         """`shared`: experts that every row goes through, without LoRA. `moe_layer`: `layer` counted
         among those with experts."""
@@ -109,7 +137,7 @@ class MoeBlock(nn.Module):
         self.experts, self.gate, self.shared_experts = experts, gate, shared
         self.layer, self.moe_layer, self.exchange, self.holder = layer, moe_layer, exchange, holder
         self.own, self.num_shards = placement.shards[rank].experts, len(placement.shards)
-        self.owner_E = torch.tensor(placement.owners)
+        self.owner_E = device.place(torch.tensor(placement.owners))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[1, T, D] -> [1, T, D]."""
@@ -117,14 +145,8 @@ class MoeBlock(nn.Module):
         x_TD = hidden_states[0]
         ids_TK, score_TK = self._route(x_TD, forward_pass)
         if self.num_shards == 1:
-            top_k = ids_TK.shape[1]
-            arena_Q, slot_Q = (
-                rows_T.repeat_interleave(top_k)
-                for rows_T in (forward_pass.rows.arena_T, forward_pass.rows.slot_T)
-            )
-            routes = Routes.of(
-                ids_TK.reshape(-1), arena_Q, slot_Q, top_k, len(self.own), forward_pass
-            )
+            rows = forward_pass.rows
+            routes = Routes.of(ids_TK, rows.arena_T, rows.slot_T, len(self.own), forward_pass)
             out_YD = self._through_experts(_dispatch(x_TD, routes.copies), routes, forward_pass)
             out_TD = _combine(out_YD, score_TK, routes.copies)
         else:
@@ -141,7 +163,9 @@ class MoeBlock(nn.Module):
         owner_Q = self.owner_E[ids_TK.reshape(-1)]
         order_Q = torch.argsort(owner_Q, stable=True)
         sent = Copies.of(order_Q, num_rows, top_k)
-        send_J = torch.bincount(owner_Q, minlength=self.num_shards).tolist()
+        shard_J = torch.arange(self.num_shards, device=owner_Q.device)
+        # The host has to know how much is sent: one wait a layer.
+        send_J = (owner_Q.unsqueeze(1) == shard_J).sum(0).tolist()
         receive_J = self.exchange.counts(send_J)
         columns = (
             ids_TK.reshape(-1)[order_Q],
@@ -151,9 +175,8 @@ class MoeBlock(nn.Module):
         label_Z3 = self.exchange.all_to_all(torch.stack(columns, 1), send_J, receive_J)
         expert_Z, arena_Z, slot_Z = (column_Z.contiguous() for column_Z in label_Z3.unbind(1))
         x_ZD = _send(_dispatch(x_TD, sent), self.exchange, send_J, receive_J)
-        routes = Routes.of(
-            expert_Z - self.own.start, arena_Z, slot_Z, 1, len(self.own), forward_pass
-        )
+        expert_Z1 = (expert_Z - self.own.start).unsqueeze(1)
+        routes = Routes.of(expert_Z1, arena_Z, slot_Z, len(self.own), forward_pass)
         out_YD = self._through_experts(_dispatch(x_ZD, routes.copies), routes, forward_pass)
         out_QD = _send(_collect(out_YD, routes.copies), self.exchange, receive_J, send_J)
         return _combine(out_QD, score_TK, sent)
@@ -175,9 +198,14 @@ class MoeBlock(nn.Module):
         routes: Routes,
         forward_pass: ForwardPass,
     ) -> Tensor:
-        weights = [forward_pass.lora(module, self.layer) for module in modules]
-        base = FrozenProduct(w=w_EFD, ends_E=routes.ends_E)
-        return lora_product(x_YD, base, weights, routes.plan, forward_pass.kernels.backend)
+        base = FrozenProduct(w=w_EFD, ends_E=routes.ends_E, tile_I4=routes.tile_I4)
+        return lora_product(
+            x_YD,
+            base,
+            forward_pass.lora(modules, self.layer),
+            routes.plan,
+            forward_pass.kernels.backend,
+        )
 
     def _route(self, x_TD: Tensor, forward_pass: ForwardPass) -> tuple[Tensor, Tensor]:
         affinity_TE = self.gate.affinity(x_TD)

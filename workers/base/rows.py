@@ -9,7 +9,7 @@ Suffixes: T rows, N targets (tokens whose log-probability is wanted), L layers, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class SequenceGroup:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
     """Rows sorted by (address, group, branch, position). Padding to a multiple of rows comes last,
-    as one more group without an adapter."""
+    as one more group without an adapter. Packed on the host, uploaded by `ForwardPass.of`."""
 
     token_T: Tensor
     position_T: Tensor
@@ -64,14 +64,19 @@ class PackedRows:
     branch_T: Tensor
     """-1 for prompt rows."""
     group_lengths: tuple[int, ...]
+    has_adapters: bool
+    """Whether any row has one."""
     expert_ids_TLK: Tensor | None
-    """Selection to replay; -1 routes natively."""
+    """Selection to replay, int16; -1 routes natively."""
     target_row_N: Tensor
     target_token_N: Tensor
     target_masked_N: Tensor
     """True where the row that predicts this token had routing that couldn't be mapped (R3: out of
     the loss)."""
     temperature_N: Tensor
+    target_rounds: tuple[tuple[Tensor, Tensor], ...]
+    """(rows, targets): targets whose rows differ, first each row's first, then its second: what is
+    added to rows in this order has one order of additions."""
     target_counts: tuple[int, ...]
     """Targets of each branch, in the order of the groups' branches."""
 
@@ -160,8 +165,12 @@ class _Columns:
             slot_T=slot_T2[:, 1].contiguous(),
             branch_T=_ints(self._branches),
             group_lengths=tuple(self._lengths),
-            expert_ids_TLK=None if self._routing_shape is None else _ints(self._expert_ids),
+            has_adapters=bool((slot_T2 >= 0).any()),
+            expert_ids_TLK=None
+            if self._routing_shape is None
+            else torch.from_numpy(np.concatenate(self._expert_ids).astype(np.int16)),
             target_row_N=target_row_N,
+            target_rounds=tuple(_rounds(target_row_N.numpy())),
             target_token_N=_ints(self._target_tokens),
             target_masked_N=masked_T[target_row_N],
             temperature_N=torch.from_numpy(np.concatenate(temperatures)),
@@ -171,6 +180,17 @@ class _Columns:
 
 def _ints(arrays: Sequence[Column]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays or [np.zeros(0)]).astype(np.int64))
+
+
+def _rounds(row_N: Column) -> Iterator[tuple[Tensor, Tensor]]:
+    """See `PackedRows.target_rounds`."""
+    order_N = np.argsort(row_N, kind="stable")
+    sorted_N = row_N[order_N]
+    first_N = np.searchsorted(sorted_N, sorted_N)
+    round_N = np.arange(len(row_N)) - first_N
+    for number in range(int(round_N.max(initial=-1)) + 1):
+        target_M = np.sort(order_N[round_N == number])
+        yield torch.from_numpy(row_N[target_M]), torch.from_numpy(target_M)
 
 
 def _ids_or_native(

@@ -56,9 +56,9 @@ class Share:
 
 
 def lesson_of(slab: Slab, batch: AdapterBatch, train: TrainSettings) -> Lesson:
-    """An adapter's groups with signal. Clears the adapter's gradient."""
-    slot = slab.slots[batch.adapter]
-    slab.clear_gradient(batch.adapter)
+    """An adapter's groups with signal. Holds the slot that it is trained in, with its gradient at
+    zero."""
+    slot = slab.hold_for_training(batch.adapter)
     before = Baseline(value=slot.state.baseline, num_rewards=slot.state.num_rewards)
     weighted, baseline = weigh_groups(batch.groups, before, train)
     num_targets = [_sequence(group, slot.address).num_targets for group in weighted]

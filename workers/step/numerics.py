@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from populace.kernels.lora import FrozenProduct
-from populace.workers.adapters.slab import Slab
-from populace.workers.base.attention import PackedAttention
+from populace.workers.adapters.slab import GRADS, Slab
 from populace.workers.base.forward import ROW_MULTIPLE, ForwardPass, Kernels
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel
@@ -38,7 +37,7 @@ def probe_invariance(base: BaseModel, kernels: Kernels) -> str:
 
 def _broken(base: BaseModel, kernels: Kernels) -> Iterator[str]:
     for name, product in _products(base):
-        rows_TD = _noise(2 * _COUNTS[-1], product.w.shape[-1], base.dtype)
+        rows_TD = base.device.place(_noise(2 * _COUNTS[-1], product.w.shape[-1]), base.dtype)
         whole_TF = product.forward(rows_TD)
         dwhole_TD = product.backward(whole_TF)
         for count in _COUNTS:
@@ -79,7 +78,7 @@ def _gradient(
 ) -> Tensor:
     """This shard's part of the gradient of one adapter beside mates of its own rank and of
     another."""
-    slab = Slab(base.dims, mates + 1, base.dtype, base.shard)
+    slab = Slab(base.dims, mates + 1, base.device, base.shard)
     groups = []
     for number in range(mates + 1):
         key = AdapterKey(str(number), 0)
@@ -90,8 +89,9 @@ def _gradient(
             learning_rate=1e-3,
         )
         slot = slab.take(key, spec, seed=number)
-        noise_P = _noise(1, slab.exact_layout(spec).size, torch.float32, seed=number)[0] * 0.02
+        noise_P = _noise(1, slab.exact_layout(spec).size, seed=number)[0] * 0.02
         slab.load(key, noise_P.numpy().tobytes(), None, tuple(range(base.dims.num_experts)))
+        slab.hold_for_training(key)
         random = np.random.default_rng(number)
         prompt, *branches = (
             random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in lengths
@@ -103,13 +103,13 @@ def _gradient(
     rows = pack_rows(
         sorted(groups, key=lambda group: group.address), row_multiple=kernels.row_multiple
     )
-    forward_pass = ForwardPass.of(rows, PackedAttention(rows), slab, kernels)
+    forward_pass = ForwardPass.packed(rows, slab, kernels)
     token_logprobs(base, base.hidden(forward_pass), forward_pass).square().sum().backward()  # type: ignore[no-untyped-call]
     mine = slab.slots[AdapterKey("0", 0)]
-    return slab.arenas[mine.address.arena].grads[mine.address.row].clone()
+    return slab.memory.part(mine.address, GRADS).clone()
 
 
-def _noise(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def _noise(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(
         np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
-    ).to(dtype)
+    )

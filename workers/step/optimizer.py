@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from populace.configs.schema import OptimizerSettings
+from populace.kernels.grouped import padded_rank
 from populace.storage.errors import PopulaceError
-from populace.workers.adapters.slab import Slab, Slot
+from populace.workers.adapters.slab import GRADS, MOMENTS, WEIGHTS, Slab, Slot
 from populace.workers.batch import AdapterKey
-from populace.workers.layout import AdapterLayout
+from populace.workers.device import Device
+from populace.workers.layout import AdapterLayout, layout_of, pad_ranks
 from populace.workers.shards.exchange import ALONE, Exchange
 
 BLOCK = 4096
@@ -40,15 +44,14 @@ def update_adapters(
 ) -> dict[AdapterKey, float]:
     """Clip and step every adapter whose gradient is finite, in place; returns all gradient norms. A
     norm that is not finite means that its adapter was left as it was, on every shard."""
-    norms = {}
-    apply = _cpu_adam if settings.offload else _fused_adamw
+    norms, updates = {}, []
     squares_A1E = torch.zeros(len(keys), 1 + slab.dims.num_experts, dtype=torch.float64)
-    for number, key in enumerate(keys):
-        for part, square in part_squares(slab, slab.slots[key]).items():
+    for number, squares in enumerate(part_squares(slab, [slab.trained(key) for key in keys])):
+        for part, square in squares.items():
             squares_A1E[number, 1 + part] = square
     # Every part lies on one shard, so this sum is exact.
     for key, squares_E1 in zip(keys, exchange.all_reduce(squares_A1E).tolist(), strict=True):
-        slot = slab.slots[key]
+        slot = slab.trained(key)
         norm = norms[key] = (
             math.sqrt(math.fsum(squares_E1)) if all(map(math.isfinite, squares_E1)) else math.nan
         )
@@ -60,51 +63,83 @@ def update_adapters(
         reached = {expert for expert, square in enumerate(squares_E1[1:]) if square > 0}
         slot.state.experts |= reached
         scale = min(1.0, settings.max_grad_norm / (norm + 1e-12))
-        for rate, pieces in _pieces(slab, slot):
-            apply(pieces, slot.state.step, rate, scale, settings)
+        updates += [
+            _Update(pieces=pieces, step=slot.state.step, rate=rate, scale=scale)
+            for rate, pieces in _pieces(slab, slot)
+        ]
+    (_cpu_adam if settings.offload else _fused_adamw)(updates, settings, slab.device)
     return norms
 
 
-def part_squares(slab: Slab, slot: Slot) -> dict[int, float]:
-    """Sums of squares of what this shard has of an adapter's gradient: the dense part's under -1,
-    each expert's under its number."""
-    arena = slab.arenas[slot.address.arena]
-    grad_P, dense = arena.grads[slot.address.row], arena.layout.dense_size
-    parts = [(list(slab.shard.experts), grad_P[dense:].view(len(slab.shard.experts), -1))]
+def part_squares(slab: Slab, slots: Sequence[Slot]) -> list[dict[int, float]]:
+    """Sums of squares of what this shard has of each adapter's gradient: the dense part's under -1,
+    each expert's under its number. On a device the host waits once for all of them: it decides who
+    is updated."""
+    names, norms = [], []
+    for slot in slots:
+        parts = list(_grad_parts(slab, slot))
+        names.append([own for own, _ in parts])
+        norms += [_block_norms(part_EP) for _, part_EP in parts]
+    blocks = iter(slab.device.download(*norms).arrays())
+    return [
+        {
+            part: math.fsum(row)
+            for own in parts
+            for part, row in zip(own, np.square(next(blocks), dtype=np.float64), strict=True)
+        }
+        for parts in names
+    ]
+
+
+def _grad_parts(slab: Slab, slot: Slot) -> Iterator[tuple[list[int], Tensor]]:
+    """(names, [names, P]) of the experts' parts of a gradient, and of the dense part."""
+    exact, experts = slab.memory.layout(slot.address), slab.shard.experts
+    layout, grad_P = exact, slab.memory.part(slot.address, GRADS)
+    if not slab.device.is_cuda:
+        # Blocks are of ranks as products take them: the order of additions that replays count on.
+        ranks = (padded_rank(rank, slab.device.dtype) for rank in (exact.rank, exact.expert_rank))
+        layout = layout_of(slab.own_dims, *ranks)
+        grad_P = pad_ranks(grad_P, exact, layout)
+    dense = layout.dense_size
+    yield list(experts), grad_P[dense:].view(len(experts), layout.expert_size)
     if slab.shard.is_home(slot.address):
-        parts.append(([-1], grad_P[:dense].unsqueeze(0)))
-    squares: dict[int, float] = {}
-    for names, part_EP in parts:
-        whole = part_EP.shape[1] // BLOCK * BLOCK
-        norms = (
-            [torch.linalg.vector_norm(part_EP[:, :whole].view(len(part_EP), -1, BLOCK), dim=2)]
-            if whole
-            else []
-        )
-        norms.append(torch.linalg.vector_norm(part_EP[:, whole:], dim=1, keepdim=True))
-        sums = [math.fsum(row) for row in torch.cat(norms, 1).double().square().tolist()]
-        squares |= dict(zip(names, sums, strict=True))
-    return squares
+        yield [-1], grad_P[:dense].unsqueeze(0)
+
+
+def _block_norms(part_EP: Tensor) -> Tensor:
+    """[E, B] norms of blocks."""
+    whole = part_EP.shape[1] // BLOCK * BLOCK
+    norms = [torch.linalg.vector_norm(part_EP[:, whole:], dim=1, keepdim=True)]
+    if whole:
+        blocks_EBP = part_EP[:, :whole].view(len(part_EP), -1, BLOCK)
+        norms.insert(0, torch.linalg.vector_norm(blocks_EBP, dim=2))
+    return torch.cat(norms, 1)
 
 
 Pieces = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 """(weights, gradient, m, v) of parts of an adapter."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
+    """What is moved at one learning rate."""
+
+    pieces: Pieces
+    step: int
+    rate: float
+    scale: float
+    """What the gradient is multiplied by."""
+
+
 def _pieces(slab: Slab, slot: Slot) -> list[tuple[float, Pieces]]:
     """What this step moves, by learning rate. Where A and B have the same, few large pieces instead
     of hundreds."""
-    arena, spec = slab.arenas[slot.address.arena], slot.spec
-    flats = (
-        arena.weights[slot.address.row],
-        arena.grads[slot.address.row],
-        arena.m[slot.address.row],
-        arena.v[slot.address.row],
-    )
+    spec, layout = slot.spec, slab.memory.layout(slot.address)
+    flats = [slab.memory.part(slot.address, name) for name in (WEIGHTS, GRADS, *MOMENTS)]
     own = slab.shard.experts
     places = tuple(expert - own.start for expert in sorted(slot.state.experts) if expert in own)
     is_home = slab.shard.is_home(slot.address)
-    ranges = _ranges(arena.layout, places, is_home, spec.b_learning_rate_ratio != 1.0)
+    ranges = _ranges(layout, places, is_home, spec.b_learning_rate_ratio != 1.0)
     rates = {"a": spec.learning_rate, "b": spec.learning_rate * spec.b_learning_rate_ratio}
     return [
         (
@@ -135,58 +170,55 @@ def _ranges(
     return found
 
 
-def _fused_adamw(
-    pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings
-) -> None:
+def _fused_adamw(updates: Sequence[_Update], settings: OptimizerSettings, device: Device) -> None:
     """AdamW (https://arxiv.org/abs/1711.05101) by torch's fused kernel, which corrects the bias in
     fp64."""
-    weights, grads, m, v = (list(column) for column in zip(*pieces, strict=True))
-    torch._fused_adamw_(
-        weights,
-        grads,
-        m,
-        v,
-        [],
-        [torch.tensor(float(step))] * len(pieces),
-        lr=rate,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        weight_decay=settings.weight_decay,
-        eps=settings.epsilon,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=None if scale == 1.0 else torch.tensor(1 / scale),
-    )
+    numbers = torch.tensor([[float(own.step), 1 / own.scale] for own in updates])
+    (there_U2,) = device.upload(numbers)
+    for own, (step, inverse) in zip(updates, there_U2.unbind(0), strict=True):
+        weights, grads, m, v = (list(column) for column in zip(*own.pieces, strict=True))
+        torch._fused_adamw_(
+            weights,
+            grads,
+            m,
+            v,
+            [],
+            [step] * len(own.pieces),
+            lr=own.rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            eps=settings.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None if own.scale == 1.0 else inverse,
+        )
 
 
-def _cpu_adam(
-    pieces: Pieces, step: int, rate: float, scale: float, settings: OptimizerSettings
-) -> None:
+def _cpu_adam(updates: Sequence[_Update], settings: OptimizerSettings, device: Device) -> None:
     """AdamW by DeepSpeed's CPUAdam, on host memory. Its own bias correction depends on the
     history of its calls: it is off, and the correction moves into rate and epsilon,
 
         m̂ / (√v̂ + ε) = (√c₂ / c₁) · m / (√v + ε √c₂),    cᵢ = 1 - βᵢ^step.
     """
-    root = math.sqrt(1 - settings.beta2**step)
-    corrected = rate * root / (1 - settings.beta1**step)
-    for weights, grads, m, v in pieces:
-        host, gradient = weights.cpu(), grads.cpu() * scale
-        _cpu_adam_library().adam_update(
-            0,
-            step,
-            corrected,
-            settings.beta1,
-            settings.beta2,
-            settings.epsilon * root,
-            settings.weight_decay * rate / corrected,
-            False,
-            host,
-            gradient,
-            m,
-            v,
-        )
-        if host is not weights:
-            weights.copy_(host)
+    for own in updates:
+        root = math.sqrt(1 - settings.beta2**own.step)
+        corrected = own.rate * root / (1 - settings.beta1**own.step)
+        for weights, grads, m, v in own.pieces:
+            _cpu_adam_library().adam_update(
+                0,
+                own.step,
+                corrected,
+                settings.beta1,
+                settings.beta2,
+                settings.epsilon * root,
+                settings.weight_decay * own.rate / corrected,
+                False,
+                weights,
+                grads * own.scale,
+                m,
+                v,
+            )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ Suffixes: B sequences that still run, T rows, V vocabulary, L layers, K experts 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 from populace.workers.adapters.slab import Slab
 from populace.workers.base.attention import PackedAttention
 from populace.workers.base.forward import ForwardPass, Kernels
-from populace.workers.base.kv_cache import CachedAttention, KvCache
+from populace.workers.base.kv_cache import CachedAttention, DecodePlan, KvCache
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import PackedRows, SequenceGroup, pack_rows
 from populace.workers.batch import RolloutGroup, RolloutRequest, Sample
@@ -57,86 +58,104 @@ def roll_out(
     group decode in step, because each one's rows need the others' experts."""
     own = [index for index, request in enumerate(requests) if slab.is_home(request.adapter)]
     ordered = sorted(own, key=lambda index: _address(slab, requests[index]))
+    prompts = [(_address(slab, requests[i]), requests[i].prompt_ids) for i in ordered]
     rows = pack_rows(
-        [
-            SequenceGroup(
-                address=_address(slab, requests[i]), prompt_ids=requests[i].prompt_ids, branches=()
-            )
-            for i in ordered
-        ],
+        [SequenceGroup(address=at, prompt_ids=ids, branches=()) for at, ids in prompts],
         row_multiple=kernels.row_multiple,
     )
-    attention = PackedAttention(rows, keep=True)
-    forward_pass = ForwardPass.of(rows, attention, slab, kernels, record_routing=True)
+    forward_pass = ForwardPass.packed(rows, slab, kernels, keep=True, record_routing=True)
+    attention = forward_pass.attention
+    assert isinstance(attention, PackedAttention)
     hidden_TD = base.hidden(forward_pass)
-    prompt_ids = torch.split(forward_pass.recorded_TLK(), list(rows.group_lengths))[: len(ordered)]
-    prompt_expert_ids = dict(zip(ordered, (ids.numpy() for ids in prompt_ids), strict=True))
+    routing = [forward_pass.recorded_TLK()]
+    """Of the prompts, then of every step; downloaded at the end."""
 
-    running = [
-        _Sequence(number, i, _address(slab, requests[i]), uniforms_of(slab, requests[i], sample))
-        for number, (i, sample) in enumerate(
-            (i, k) for i in ordered for k in range(requests[i].num_samples)
-        )
-    ]
+    running = _sequences(slab, requests, ordered)
     sequences = list(running)
-    samples_G = torch.tensor([requests[i].num_samples for i in ordered], dtype=torch.int64)
-    new_G = torch.tensor([requests[i].max_new_tokens for i in ordered], dtype=torch.int64)
-    cache = KvCache(attention, samples_G, new_G)
-    last_G = torch.tensor(rows.group_lengths[: len(ordered)], dtype=torch.int64).cumsum(0) - 1
-    hidden_BD = torch.repeat_interleave(hidden_TD[last_G], samples_G, dim=0)
+    lengths_G = np.array(rows.group_lengths[: len(ordered)], np.int64)
+    samples_G = np.array([requests[i].num_samples for i in ordered], np.int64)
+    new_G = np.array([requests[i].max_new_tokens for i in ordered], np.int64)
+    cache = KvCache(attention, lengths_G, samples_G, new_G, kernels.device)
+    last_B = np.repeat(lengths_G.cumsum() - 1, samples_G)
+    (last_there_B,) = kernels.device.upload(torch.from_numpy(last_B))
+    hidden_BD = hidden_TD.index_select(0, last_there_B)
+    steps: list[list[_Sequence]] = []
     while True:
         if running:
-            _choose(
-                _logits(base, hidden_BD, running, requests, kernels), running, requests, eos_ids
-            )
+            _choose(base, hidden_BD, running, requests, eos_ids, kernels)
         running = [item for item in running if not item.finished]
         if not base.exchange.any(bool(running)):
             break
-        attention_now = CachedAttention(cache, [item.number for item in running])
+        there, plan = kernels.device.upload(
+            _decode_rows(running, cache, kernels),
+            DecodePlan.of(cache, [item.number for item in running]),
+        )
         forward_pass = ForwardPass.of(
-            _decode_rows(running, cache, kernels), attention_now, slab, kernels, record_routing=True
+            there, CachedAttention(cache, plan), slab, kernels, record_routing=True
         )
         hidden_BD = base.hidden(forward_pass)[: len(running)]
-        for item, ids in zip(
-            running, forward_pass.recorded_TLK()[: len(running)].numpy(), strict=True
-        ):
-            item.expert_ids.append(ids)
-        cache.length_U[torch.tensor([item.number for item in running], dtype=torch.int64)] += 1
+        routing.append(forward_pass.recorded_TLK())
+        steps.append(running)
+        cache.length_U[[item.number for item in running]] += 1
+    prompts_TLK, *decoded = kernels.device.download(*routing).arrays()
+    for step, ids_BLK in zip(steps, decoded, strict=True):
+        for item, ids_LK in zip(step, ids_BLK[: len(step)], strict=True):
+            item.expert_ids.append(ids_LK)
+    prompt_ids = np.split(prompts_TLK, lengths_G.cumsum())[: len(ordered)]
+    prompt_expert_ids = dict(zip(ordered, prompt_ids, strict=True))
     return _groups(requests, sequences, prompt_expert_ids, eos_ids, base.routing_shape)
 
 
-def _logits(
+def _sequences(
+    slab: Slab, requests: Sequence[RolloutRequest], ordered: Sequence[int]
+) -> list[_Sequence]:
+    """All samples of all requests, in the order of their prompts."""
+    samples = ((i, k) for i in ordered for k in range(requests[i].num_samples))
+    return [
+        _Sequence(number, i, _address(slab, requests[i]), uniforms_of(slab, requests[i], k))
+        for number, (i, k) in enumerate(samples)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draw:
+    """What one token of every running sequence is drawn with."""
+
+    temperature_B: Tensor
+    """In the base's dtype; greedy counts as 1."""
+    is_greedy_B: Tensor
+    uniform_B: Tensor
+
+
+def _choose(
     base: BaseModel,
     hidden_BD: Tensor,
     running: Sequence[_Sequence],
     requests: Sequence[RolloutRequest],
-    kernels: Kernels,
-) -> Tensor:
-    """[B, V] fp32, divided by each sequence's temperature; greedy counts as 1."""
-    temperature_B = torch.tensor(
-        [requests[item.request].temperature or 1.0 for item in running], dtype=base.dtype
-    )
-    # Dividing the hidden state is dividing the logits, at a hundredth of the cost.
-    scaled_BD = hidden_BD / temperature_B[:, None]
-    return base.logits(pad(scaled_BD, (0, 0, 0, -len(scaled_BD) % kernels.row_multiple)))[
-        : len(running)
-    ]
-
-
-def _choose(
-    logits_BV: Tensor,
-    running: Sequence[_Sequence],
-    requests: Sequence[RolloutRequest],
     eos_ids: frozenset[int],
+    kernels: Kernels,
 ) -> None:
     """Append one token to every sequence: inverse transform sampling with the sequence's own
     number."""
-    greedy_B = torch.tensor([requests[item.request].temperature == 0 for item in running])
+    temperatures = [requests[item.request].temperature for item in running]
+    (draw,) = kernels.device.upload(
+        _Draw(
+            temperature_B=torch.tensor([value or 1.0 for value in temperatures], dtype=base.dtype),
+            is_greedy_B=torch.tensor([value == 0 for value in temperatures]),
+            uniform_B=torch.tensor([item.uniforms[len(item.tokens)] for item in running]),
+        )
+    )
+    # Dividing the hidden state is dividing the logits, at a hundredth of the cost.
+    scaled_BD = hidden_BD / draw.temperature_B[:, None]
+    padded = pad(scaled_BD, (0, 0, 0, -len(scaled_BD) % kernels.row_multiple))
+    logits_BV = base.logits(padded)[: len(running)]
     prob_BV = torch.softmax(logits_BV, dim=1)
-    uniform_B = torch.tensor([item.uniforms[len(item.tokens)] for item in running])
-    token_B = torch.where(greedy_B, logits_BV.argmax(1), inverse_transform(prob_BV, uniform_B))
+    drawn_B = inverse_transform(prob_BV, draw.uniform_B)
+    token_B = torch.where(draw.is_greedy_B, logits_BV.argmax(1), drawn_B)
     chosen_B = prob_BV.gather(1, token_B[:, None]).squeeze(1).log()
-    for item, token, logprob in zip(running, token_B.tolist(), chosen_B.tolist(), strict=True):
+    # The host has to know who is done, and writes the next step's rows: one wait a token.
+    tokens, logprobs = (own.tolist() for own in kernels.device.download(token_B, chosen_B).arrays())
+    for item, token, logprob in zip(running, tokens, logprobs, strict=True):
         item.tokens.append(token)
         item.logprobs.append(logprob)
         item.finished = (
@@ -150,7 +169,7 @@ def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels)
     num_rows = len(running) + padding
     slots = [item.address for item in running] + [NO_SLOT] * padding
     slot_T2 = torch.tensor(slots)
-    positions = cache.length_U[torch.tensor([item.number for item in running], dtype=torch.int64)]
+    positions = torch.from_numpy(cache.length_U[[item.number for item in running]])
     return PackedRows(
         token_T=torch.tensor([item.tokens[-1] for item in running] + [0] * padding),
         position_T=pad(positions, (0, padding)),
@@ -158,11 +177,13 @@ def _decode_rows(running: Sequence[_Sequence], cache: KvCache, kernels: Kernels)
         slot_T=slot_T2[:, 1].contiguous(),
         branch_T=torch.full((num_rows,), -1),
         group_lengths=(1,) * num_rows,
+        has_adapters=bool(running),
         expert_ids_TLK=None,
         target_row_N=torch.zeros(0, dtype=torch.int64),
         target_token_N=torch.zeros(0, dtype=torch.int64),
         target_masked_N=torch.zeros(0, dtype=torch.bool),
         temperature_N=torch.zeros(0),
+        target_rounds=(),
         target_counts=(),
     )
 

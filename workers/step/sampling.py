@@ -31,7 +31,7 @@ def inverse_transform(prob_BV: Tensor, uniform_B: Tensor) -> Tensor:
     draw_B1 = (uniform_B * blocks_BK[:, -1]).unsqueeze(1)
     block_B1 = torch.searchsorted(blocks_BK, draw_B1, right=True).clamp(max=blocks_BK.shape[1] - 1)
     before_B1 = torch.where(block_B1 > 0, blocks_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    inside_BW = prob_BKW[torch.arange(len(prob_BV)), block_B1.squeeze(1)].double().cumsum(1)
+    inside_BW = prob_BKW.take_along_dim(block_B1.unsqueeze(2), 1).squeeze(1).double().cumsum(1)
     # Rounding between the two levels must not step onto a token of probability zero.
     draw_B1 = torch.minimum(draw_B1 - before_B1, inside_BW[:, -1:] * (1 - 1e-12))
     place_B1 = torch.searchsorted(inside_BW, draw_B1, right=True).clamp(max=_BLOCK - 1)

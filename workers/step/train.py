@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from populace.configs.schema import OptimizerSettings, TrainSettings
-from populace.workers.adapters.slab import Slab
-from populace.workers.base.attention import PackedAttention
+from populace.workers.adapters.slab import Dump, Slab
 from populace.workers.base.forward import ForwardPass, Kernels
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel
-from populace.workers.base.rows import PackedRows, pack_rows
+from populace.workers.base.rows import pack_rows
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -35,6 +34,7 @@ from populace.workers.batch import (
     UpdateStatus,
     WaveBatch,
 )
+from populace.workers.device import Download
 from populace.workers.step.lessons import Lesson, Share, lesson_of, plan_passes
 from populace.workers.step.losses import WeightedGroup, token_losses
 from populace.workers.step.optimizer import update_adapters
@@ -62,8 +62,21 @@ class _Passes:
     tallies: dict[AdapterKey, _Tally] = field(default_factory=dict)
     """Tallies of the adapters whose home is here."""
     num_rows: int = 0
-    route_counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    """Replayed selections, and those of them that the trainer would have made otherwise."""
+    said: list[_PassResult] = field(default_factory=list)
+    """What is on its way from the device, read once the last pass is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PassResult:
+    """What a pass says of its tokens and of its routing."""
+
+    shares: Sequence[Share]
+    masked_N: NDArray[np.bool_]
+    download: Download
+    """Loss [N], trainer's log-probability minus the rollout's [N] (NaN where unknown), and per MoE
+    layer replayed selections and those of them that the trainer would have made otherwise [L, 2];
+    nothing of tokens where there are none, nothing of routing where none is replayed."""
+    has_tokens: bool
 
 
 def train_wave(
@@ -72,6 +85,7 @@ def train_wave(
     batch: WaveBatch,
     train: TrainSettings,
     optimizer: OptimizerSettings,
+    kernels: Kernels,
 ) -> ShardStep:
     """Update every adapter of the batch in its slot and return what is new on this shard (it may
     share the slab's memory).
@@ -84,20 +98,28 @@ def train_wave(
     done = _Passes()
     homes = {lesson.key: slab.shard.home_of(lesson.address) for lesson in taught}
     for turn, shares in plan_passes(taught, train.max_rows_per_pass, homes):
-        own = [share for share in shares if slab.is_home(share.lesson.key)]
-        _forward_backward(base, slab, own, train, done, accumulates=turn > 0)
+        own = [share for share in shares if slab.shard.is_home(share.lesson.address)]
+        _forward_backward(base, slab, own, train, kernels, done, accumulates=turn > 0)
     norms = update_adapters(slab, [lesson.key for lesson in taught], optimizer, base.exchange)
+    dumps = {
+        item.adapter: _take_over(slab, lessons[item.adapter], norms.get(item.adapter))
+        for item in batch.adapters
+    }
+    for key in lessons:
+        slab.let_go_of_gradient(key)
+    route_counts = sum((_add_up(done, said) for said in done.said), np.zeros(2))
     updates = tuple(
         _update(
             slab,
             item,
-            lessons[item.adapter],
+            *dumps[item.adapter],
             done.tallies.get(item.adapter),
             norms.get(item.adapter),
         )
         for item in batch.adapters
     )
-    replayed, otherwise = base.exchange.all_reduce(done.route_counts).tolist()
+    counts = base.exchange.all_reduce(torch.from_numpy(route_counts))
+    replayed, otherwise = counts.tolist()
     return ShardStep(
         updates=updates, num_rows=done.num_rows, out_of_route=(int(otherwise), int(replayed))
     )
@@ -108,57 +130,97 @@ def _forward_backward(
     slab: Slab,
     shares: Sequence[Share],
     train: TrainSettings,
+    kernels: Kernels,
     done: _Passes,
     *,
     accumulates: bool,
 ) -> None:
-    """One pass with this shard's shares; leaves gradients in the slab and its sums in `done`."""
-    kernels = Kernels.of(train)
+    """One pass with this shard's shares; leaves gradients in the slab and its sums in `done`. The
+    host waits for nothing in it."""
     sequences = [sequence for share in shares for sequence in share.sequences]
     rows = pack_rows(sequences, base.routing_shape, kernels.row_multiple)
-    forward_pass = ForwardPass.of(
-        rows, PackedAttention(rows), slab, kernels, accumulates=accumulates
-    )
+    forward_pass = ForwardPass.packed(rows, slab, kernels, accumulates=accumulates)
     logprob_N = token_logprobs(base, base.hidden(forward_pass), forward_pass)
-    if forward_pass.route_counts:
-        done.route_counts += torch.stack(forward_pass.route_counts).sum(0)
+    said = [torch.stack(forward_pass.route_counts)] if forward_pass.route_counts else []
     done.num_rows += rows.num_rows
     if not sequences:
         logprob_N.sum().backward()  # type: ignore[no-untyped-call]
-        return
+    else:
+        # Every token's loss over its own adapter's denominator; masked tokens count nothing.
+        (columns,) = kernels.device.upload(_columns_of(shares))
+        loss_N = token_losses(
+            logprob_N,
+            columns.advantage_N,
+            columns.behaviour_N,
+            columns.base_N,
+            columns.is_policy_gradient_N,
+            train,
+        )
+        loss_N = loss_N / columns.denominator_N
+        loss_N = torch.where(forward_pass.rows.target_masked_N, 0.0, loss_N)
+        loss_N.sum().backward()  # type: ignore[no-untyped-call]
+        said += [loss_N.detach(), logprob_N.detach() - columns.behaviour_N]
+    done.said.append(
+        _PassResult(
+            shares=shares,
+            masked_N=rows.target_masked_N.numpy(),
+            download=kernels.device.download(*said),
+            has_tokens=bool(sequences),
+        )
+    )
 
-    # Every token's loss over its own adapter's denominator; masked tokens count nothing.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenColumns:
+    """What the loss of each target token depends on besides its log-probability."""
+
+    advantage_N: Tensor
+    behaviour_N: Tensor
+    base_N: Tensor
+    is_policy_gradient_N: Tensor
+    denominator_N: Tensor
+
+
+def _columns_of(shares: Sequence[Share]) -> _TokenColumns:
     groups = [group for share in shares for group in share.groups]
-    advantage_N, behaviour_N, base_N, policy_N = (
+    columns = [
         torch.from_numpy(np.concatenate(column))
         for column in zip(*map(_token_columns, groups), strict=True)
-    )
-    counts_A = [share.num_tokens for share in shares]
+    ]
     denominators_A = torch.tensor([share.lesson.denominator for share in shares])
-    loss_N = token_losses(logprob_N, advantage_N, behaviour_N, base_N, policy_N, train)
-    loss_N = loss_N / torch.repeat_interleave(denominators_A, torch.tensor(counts_A))
-    loss_N = torch.where(rows.target_masked_N, 0.0, loss_N)
-    loss_N.sum().backward()  # type: ignore[no-untyped-call]
-    _add_up(done, shares, rows, loss_N.detach(), logprob_N.detach() - behaviour_N)
-
-
-def _add_up(
-    done: _Passes, shares: Sequence[Share], rows: PackedRows, loss_N: Tensor, gap_N: Tensor
-) -> None:
-    """Sums over each adapter's tokens into its tally. `gap_N`: log-probability of the trainer minus
-    that of the rollout, NaN where unknown."""
-    counts_A = [share.num_tokens for share in shares]
-    starts_A = np.cumsum([0, *counts_A[:-1]])
-    is_compared_N = ~(gap_N.isnan() | rows.target_masked_N)
-    divergence_N = torch.where(is_compared_N, _divergence(gap_N.double()), 0.0)
-    columns = (
-        np.add.reduceat(loss_N.double().numpy(), starts_A),
-        np.maximum.reduceat(torch.where(is_compared_N, gap_N.abs(), -torch.inf).numpy(), starts_A),
-        np.add.reduceat(divergence_N.numpy(), starts_A),
-        np.add.reduceat(is_compared_N.numpy(), starts_A, dtype=np.int64),
-        np.add.reduceat(rows.target_masked_N.numpy(), starts_A, dtype=np.int64),
+    counts_A = torch.tensor([share.num_tokens for share in shares])
+    return _TokenColumns(
+        advantage_N=columns[0],
+        behaviour_N=columns[1],
+        base_N=columns[2],
+        is_policy_gradient_N=columns[3],
+        denominator_N=torch.repeat_interleave(denominators_A, counts_A),
     )
-    for share, loss, gap, kl, num_compared, num_masked in zip(shares, *columns, strict=True):
+
+
+def _add_up(done: _Passes, said: _PassResult) -> NDArray[np.float64]:
+    """Sums over each adapter's tokens into its tally; returns the sums over layers of the pass's
+    routing."""
+    arrays = said.download.arrays()
+    routing = arrays[: len(arrays) - 2] if said.has_tokens else arrays
+    route_counts = routing[0].sum(0).astype(np.float64) if routing else np.zeros(2)
+    if not said.has_tokens:
+        return route_counts
+    loss_N, gap_N = arrays[-2:]
+    counts_A = [share.num_tokens for share in said.shares]
+    starts_A = np.cumsum([0, *counts_A[:-1]])
+    is_compared_N = ~(np.isnan(gap_N) | said.masked_N)
+    divergence_N = np.where(
+        is_compared_N, _divergence(torch.from_numpy(gap_N).double()).numpy(), 0.0
+    )
+    columns = (
+        np.add.reduceat(loss_N.astype(np.float64), starts_A),
+        np.maximum.reduceat(np.where(is_compared_N, np.abs(gap_N), -np.inf), starts_A),
+        np.add.reduceat(divergence_N, starts_A),
+        np.add.reduceat(is_compared_N, starts_A, dtype=np.int64),
+        np.add.reduceat(said.masked_N, starts_A, dtype=np.int64),
+    )
+    for share, loss, gap, kl, num_compared, num_masked in zip(said.shares, *columns, strict=True):
         tally = done.tallies.setdefault(share.lesson.key, _Tally())
         tally.loss += float(loss)
         tally.largest_gap = max(tally.largest_gap, float(gap))
@@ -166,6 +228,7 @@ def _add_up(
         tally.num_compared += int(num_compared)
         tally.num_masked += int(num_masked)
         tally.num_tokens += share.num_tokens
+    return route_counts
 
 
 def _divergence(gap_N: Tensor) -> Tensor:
@@ -197,28 +260,37 @@ def _token_columns(item: WeightedGroup) -> tuple[Column, Column, Column, Column]
     )
 
 
-def _update(
-    slab: Slab, batch: AdapterBatch, lesson: Lesson, tally: _Tally | None, norm: float | None
-) -> ShardUpdate:
-    """What became of one adapter. Takes over the new baseline where there is an update."""
-    key, state, baseline = batch.adapter, slab.slots[batch.adapter].state, lesson.baseline
-    metrics = _metrics(batch, tally, norm) if slab.is_home(key) else {}
-    status = UpdateStatus.UPDATED
+def _take_over(slab: Slab, lesson: Lesson, norm: float | None) -> tuple[UpdateStatus, Dump | None]:
+    """What became of one adapter, and its new bytes on their way to the host, if there are any.
+    Takes over the new baseline where there is an update."""
+    slot, baseline = slab.trained(lesson.key), lesson.baseline
+    state = slot.state
     if norm is not None and not np.isfinite(norm):
-        status = UpdateStatus.NON_FINITE
-    elif norm is None and baseline.num_rewards == state.num_rewards:
+        return UpdateStatus.NON_FINITE, None
+    if norm is None and baseline.num_rewards == state.num_rewards:
         # A first logged reward moves no weight, but the baseline that it sets is learnt state too.
-        status = UpdateStatus.NO_SIGNAL
-    is_updated = status is UpdateStatus.UPDATED
-    if is_updated:
-        state.baseline, state.num_rewards = baseline.value, baseline.num_rewards
+        return UpdateStatus.NO_SIGNAL, None
+    state.baseline, state.num_rewards = baseline.value, baseline.num_rewards
+    return UpdateStatus.UPDATED, slab.dump(slot)
+
+
+def _update(
+    slab: Slab,
+    batch: AdapterBatch,
+    status: UpdateStatus,
+    dump: Dump | None,
+    tally: _Tally | None,
+    norm: float | None,
+) -> ShardUpdate:
+    key, slot = batch.adapter, slab.trained(batch.adapter)
+    state = slot.state
     return ShardUpdate(
         adapter=key,
         status=status,
         state=(state.step, state.baseline, state.num_rewards),
-        experts=tuple(sorted(state.experts)) if is_updated else (),
-        parts=slab.dump(key) if is_updated else None,
-        metrics=metrics,
+        experts=() if dump is None else tuple(sorted(state.experts)),
+        parts=None if dump is None else dump.parts(),
+        metrics=_metrics(batch, tally, norm) if slab.shard.is_home(slot.address) else {},
     )
 
 

@@ -19,6 +19,7 @@ from populace.workers.shapes import BaseDims
 
 REQUEST = Request(
     device="h100", devices=8, users=1e6, updates_per_user_and_day=1.0, rank=8, expert_rank=1,
+    targets="both",
     events_per_update=4,
     samples_per_event=8, prompt_tokens=256, completion_tokens=256, slots=64, kept_revisions=8,
     efficiency=0.4,
@@ -50,8 +51,8 @@ def test_the_figures_of_qwen3_30b_are_those_worked_out_by_hand() -> None:
     )
     assert found.value("evidence of a revision") == 4 * 8 * (256 + 256) * (12 + 2 * layers * 8)
     assert found.value("experts of the base (bf16)") == 2 * layers * 16 * 3 * hidden * inner
-    # A bf16 slab stores rank 1 as 8; every device has room for the dense part and for 16 experts.
-    assert found.value("slab: moments") == 2 * 4 * 64 * (dense + 16 * 8 * expert)
+    # Exact ranks: every device has its share of the dense parts, and all of 16 experts.
+    assert found.value("slab: moments") == 2 * 4 * 64 * (dense / 8 + 16 * expert)
     assert found.value("KV cache of one user's rollouts") == 32 * 512 * 2 * layers * 1024
     assert (
         found.value("bytes on the wire per layer and row, there and back")

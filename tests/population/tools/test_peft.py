@@ -19,7 +19,6 @@ from populace.population.tools.peft import export_peft, peft_config, peft_tensor
 from populace.storage.errors import InvalidInput
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.adapters.slab import Slab
-from populace.workers.base.attention import PackedAttention
 from populace.workers.base.forward import ForwardPass
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterKey
@@ -32,7 +31,7 @@ def logits_of(controller: Controller, key: AdapterKey, ids: np.ndarray) -> torch
     engine = controller.workers
     slot = engine.slab.slots[key]  # type: ignore[attr-defined]
     rows = pack_rows([SequenceGroup(address=slot.address, prompt_ids=ids, branches=())])
-    forward = ForwardPass.of(rows, PackedAttention(rows), engine.slab, engine.kernels)  # type: ignore[attr-defined]
+    forward = ForwardPass.packed(rows, engine.slab, engine.kernels)  # type: ignore[attr-defined]
     return engine.base.logits(engine.base.hidden(forward))  # type: ignore[attr-defined]
 
 

@@ -216,11 +216,13 @@ def make_overflow(engine: ShardEngine, number: int, expert: int) -> None:
     slot = engine.slab.slots[key]
     if expert not in engine.base.shard.experts:
         return
-    arena, place = engine.slab.arenas[slot.address.arena], expert - engine.base.shard.experts.start
+    place = expert - engine.base.shard.experts.start
+    layout = engine.slab.memory.layout(slot.address)
+    weights_P = engine.slab.memory.part(slot.address, "weights")
     for layer in range(engine.base.dims.num_layers):
         for module in ("gate_proj", "up_proj", "down_proj"):
-            arena.layout.view(arena.weights[slot.address.row], module, layer, "a")[place] = 1e30
-            arena.layout.view(arena.weights[slot.address.row], module, layer, "b")[place] = 0.0
+            layout.view(weights_P, module, layer, "a")[place] = 1e30
+            layout.view(weights_P, module, layer, "b")[place] = 0.0
 
 
 def test_a_gradient_that_overflows_on_one_shard_skips_its_adapter_on_all(
@@ -268,12 +270,10 @@ def test_dense_tensors_are_touched_at_home_only(
 def dense_rows_in_use(engine: ShardEngine) -> list[str]:
     found = []
     for key, slot in engine.slab.slots.items():
-        arena = engine.slab.arenas[slot.address.arena]
-        dense = slice(0, arena.layout.dense_size)
-        if any(
-            bool(flat[slot.address.row, dense].any())
-            for flat in (arena.weights, arena.grads, arena.m, arena.v)
-        ):
+        memory = engine.slab.memory
+        dense = slice(0, memory.layout(slot.address).dense_size)
+        names = ("weights", "grads", "m", "v")
+        if any(bool(memory.part(slot.address, name)[dense].any()) for name in names):
             found.append(key.pseudonym)
     return found
 

@@ -73,7 +73,7 @@ def residency_of(population: Population, store: CountingStore, **budget: object)
 
 
 def bytes_in(residency: Residency, refs: list[AdapterRef]) -> list[tuple[bytes, bytes]]:
-    return [residency.slab.blobs(ref.key) for ref in refs]
+    return [residency.slab.blobs(ref.key, with_moments=True) for ref in refs]
 
 
 def test_an_adapter_has_the_same_bytes_from_every_tier(

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from populace.storage.errors import InvalidInput
 from populace.workers.actors.engine import ShardEngine
-from populace.workers.base.attention import PackedAttention
 from populace.workers.base.checkpoint import SafetensorsFolder
 from populace.workers.base.families import dims_of, dims_of_config
 from populace.workers.base.footprint import PRESETS, config_of, tensors_of
 from populace.workers.base.forward import ForwardPass
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
+from populace.workers.device import Device
 from populace.workers.shards.placement import NO_SLOT, place_shards
 from tests.support import tiny
 from tests.support.loading import measure
@@ -43,7 +43,7 @@ def test_packed_logits_are_those_of_transformers(
         [SequenceGroup(address=NO_SLOT, prompt_ids=ids, branches=()) for ids in sequences],
         row_multiple=8,
     )
-    forward_pass = ForwardPass.of(rows, PackedAttention(rows), None, engine.kernels)
+    forward_pass = ForwardPass.packed(rows, None, engine.kernels)
     ours = torch.split(
         engine.base.logits(engine.base.hidden(forward_pass)).detach(), list(rows.group_lengths)
     )
@@ -58,7 +58,7 @@ def test_packed_logits_are_those_of_transformers(
 def test_a_footprint_names_exactly_the_tensors_that_are_on_disk(
     bases: dict[str, Path], family: str
 ) -> None:
-    checkpoint = SafetensorsFolder(bases[family])
+    checkpoint = SafetensorsFolder(bases[family], Device(torch.float32))
     expected = {
         name: checkpoint.read({name: torch.float32})[0].numel() for name in checkpoint.names
     }
@@ -164,11 +164,11 @@ def test_a_missing_or_unreadable_tensor_is_named(bases: dict[str, Path], tmp_pat
     whole = tensors.pop(name)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InvalidInput, match=f"has no tensor '{name}'"):
-        BaseModel(folder, torch.float32)
+        BaseModel(folder, Device(torch.float32))
     save_file(
         {**tensors, name: whole.to(torch.float8_e4m3fn)},
         folder / "model.safetensors",
         {"format": "pt"},
     )
     with pytest.raises(InvalidInput, match=r"is torch.float8_e4m3fn; convert the checkpoint"):
-        BaseModel(folder, torch.float32)
+        BaseModel(folder, Device(torch.float32))

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from populace.workers.actors.engine import ShardEngine
-from populace.workers.base.attention import PackedAttention
 from populace.workers.base.forward import ForwardPass
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.rows import SequenceGroup, pack_rows
@@ -67,7 +66,7 @@ def trainer_logprobs(
             ],
             engine.base.routing_shape,
         )
-        forward_pass = ForwardPass.of(rows, PackedAttention(rows), engine.slab, engine.kernels)
+        forward_pass = ForwardPass.packed(rows, engine.slab, engine.kernels)
         pieces.append(
             token_logprobs(engine.base, engine.base.hidden(forward_pass), forward_pass).numpy()
         )

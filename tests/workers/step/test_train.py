@@ -90,13 +90,13 @@ def admit(engine: ShardEngine, numbers: list[int]) -> list[AdapterKey]:
 
 
 def tensors(engine: ShardEngine, key: AdapterKey) -> dict[tuple[str, str, int, str], torch.Tensor]:
-    """Every gradient, weight and moment tensor of an adapter, by name, without padding."""
-    slot = engine.slab.slots[key]
-    arena, exact = engine.slab.arenas[slot.address.arena], engine.slab.exact_layout(slot.spec)
-    flats = {"grad": arena.grads, "weight": arena.weights, "m": arena.m, "v": arena.v}
+    """Every gradient, weight and moment tensor of an adapter, by name."""
+    slab, slot = engine.slab, engine.slab.slots[key]
+    exact = slab.exact_layout(slot.spec)
+    names = {"grad": "grads", "weight": "weights", "m": "m", "v": "v"}
     return {
-        (name, *where): exact.view(engine.slab.exact(slot, flat[slot.address.row]), *where).clone()
-        for name, flat in flats.items()
+        (name, *where): exact.view(slab.memory.part(slot.address, part), *where).clone()
+        for name, part in names.items()
         for where in (*exact.dense, *exact.expert)
     }
 
@@ -159,8 +159,9 @@ def test_a_non_finite_adapter_is_skipped_whole_and_its_neighbours_go_on(make_eng
     engine = make_engine()
     keys = admit(engine, [0, 1, 2])
     broken = engine.slab.slots[keys[1]]
-    arena = engine.slab.arenas[broken.address.arena]
-    arena.layout.view(arena.weights[broken.address.row], "q_proj", 1, "b")[0, 0] = torch.inf
+    layout = engine.slab.memory.layout(broken.address)
+    weights_P = engine.slab.memory.part(broken.address, "weights")
+    layout.view(weights_P, "q_proj", 1, "b")[0, 0] = torch.inf
     before = {name: value for name, value in tensors(engine, keys[1]).items() if name[0] != "grad"}
     state = (broken.state.step, broken.state.baseline)
     result = engine.train_wave(
