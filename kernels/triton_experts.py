@@ -27,8 +27,9 @@ def experts_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """y[row + i, f] = Σ_k x[row + i, k] · w[expert, f, k]."""
     tile = tiles + tl.program_id(0) * 4
-    row, count = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    count = tl.load(tile + 1)
     if count > 0:
+        row = tl.load(tile).to(tl.int64)
         own = w + tl.load(tile + 3).to(tl.int64) * w_stride_e
         i = tl.arange(0, HEIGHT)
         f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -105,8 +105,9 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     """out[row + i, r] = scale[slot] · Σ_k x[row + i, k] · w[r, k], for the tiles of slots with a
     rank above `above` and at most `most`; w is A, or the transpose of B."""
     tile = tiles + tl.program_id(0) * 4
-    row, count, slot = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    count = tl.load(tile + 1)
     if count > 0:
+        row, slot = tl.load(tile).to(tl.int64), tl.load(tile + 2)
         rank, w = _tensor(addresses_S, rank_S, slot, tl.load(tile + 3), offset, expert_step)
         first = tl.program_id(1) * BLOCK_R
         if (rank > above) & (rank <= most) & (first < rank):
@@ -137,8 +138,9 @@ def spread_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """y[row + i, k] += Σ_r s[row + i, r] · w[r, k]; tiles and w as in `reduce_kernel`."""
     tile = tiles + tl.program_id(0) * 4
-    row, count, slot = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    count = tl.load(tile + 1)
     if count > 0:
+        row, slot = tl.load(tile).to(tl.int64), tl.load(tile + 2)
         rank, w = _tensor(addresses_S, rank_S, slot, tl.load(tile + 3), offset, expert_step)
         if (rank > above) & (rank <= most):
             i = tl.arange(0, HEIGHT)
@@ -169,8 +171,9 @@ def outer_kernel(  # type: ignore[no-untyped-def]
     """w[r, k] = Σ_t p[row + t, k] · s[row + t, r], chunk after chunk of rows, or that much more; w
     as in `reduce_kernel`, among the gradients. A tile is a whole segment."""
     tile = tiles + tl.program_id(0) * 4
-    row, count, slot = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
+    count = tl.load(tile + 1)
     if count > 0:
+        row, slot = tl.load(tile).to(tl.int64), tl.load(tile + 2)
         rank, w = _tensor(addresses_S, rank_S, slot, tl.load(tile + 3), offset, expert_step)
         first = tl.program_id(2) * BLOCK_R
         if (rank > above) & (rank <= most) & (first < rank):

@@ -58,7 +58,8 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
     def make(
         family: str = "mixtral",
         *,
-        backend: str = "grouped",
+        device: str = "cpu",
+        backend: str = "auto",
         dtype: str = "float32",
         slots: int = 32,
         max_rows: int = 4096,
@@ -72,6 +73,7 @@ def make_engine(bases: dict[str, Path]) -> Callable[..., ShardEngine]:
         settings = ShardSettings(
             base_folder=str(bases[family]),
             dtype=dtype,
+            device=device,
             store_url="memory://",
             population="test",
             slots=slots,

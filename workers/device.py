@@ -35,11 +35,15 @@ class Download:
     def __init__(self, hosts: Sequence[Tensor], arrived: Any = None) -> None:
         self._hosts, self._arrived = hosts, arrived
 
-    def arrays(self) -> list[Array]:
-        """NumPy arrays of them, once they have arrived. On a CPU they share the tensors' memory."""
+    def tensors(self) -> Sequence[Tensor]:
+        """They, on the host, once they have arrived; on a CPU, themselves."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [host.numpy() for host in self._hosts]
+        return self._hosts
+
+    def arrays(self) -> list[Array]:
+        """NumPy arrays of them, once they have arrived. On a CPU they share the tensors' memory."""
+        return [host.numpy() for host in self.tensors()]
 
 
 class Device:

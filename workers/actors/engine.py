@@ -98,12 +98,14 @@ class ShardEngine:
         store: ObjectStore | None = None,
         rank: int = 0,
         exchange: Exchange = ALONE,
+        device: Device | None = None,
     ) -> None:
-        """One of `settings.num_shards`; the others are reached through `exchange`."""
+        """One of `settings.num_shards`; the others are reached through `exchange`. `device`: what
+        the settings ask for, if it was opened already."""
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings = settings
-        device = device_of(settings.device, settings.dtype)
+        device = device or device_of(settings.device, settings.dtype)
         self.kernels = Kernels.of(settings.train, device)
         _check_device(settings, device)
         self.base = BaseModel(

@@ -11,6 +11,7 @@ import torch
 
 from populace.storage.errors import PopulaceError
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
+from populace.workers.device import device_of
 from populace.workers.shards.exchange import ALONE, DeepSpeedExchange, Rendezvous
 from populace.workers.step.numerics import NUMERICS_REVISION
 
@@ -48,12 +49,13 @@ class ShardActor(ShardEngine):
         """Meet the others and load this shard's part of the base. Without a rendezvous it is the
         only shard."""
         settings, rank = self._start
+        device = device_of(settings.device, settings.dtype)
         exchange = (
             ALONE
             if rendezvous is None
-            else DeepSpeedExchange(rank, settings.num_shards, rendezvous)
+            else DeepSpeedExchange(rank, settings.num_shards, rendezvous, device)
         )
-        super().__init__(settings, None, rank, exchange)
+        super().__init__(settings, None, rank, exchange, device)
         self._is_loaded = True
 
     def call(self, token: str, method: str, *arguments: Any) -> Any:

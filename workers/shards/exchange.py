@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from populace.storage.errors import PopulaceError
+from populace.workers.device import Device
 
 
 class ExchangeBroken(PopulaceError):
@@ -77,9 +78,10 @@ class Rendezvous:
 
 
 class DeepSpeedExchange:
-    """`deepspeed.comm` between processes, by gloo: shards compute on CPUs."""
+    """`deepspeed.comm` between processes, by gloo: rows of CUDA devices go through host memory."""
 
-    def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous) -> None:
+    def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous, device: Device) -> None:
+        self._device = device
         self._comm = _deepspeed_comm()
         os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = (
             str(rank),
@@ -105,15 +107,19 @@ class DeepSpeedExchange:
         return [int(count) for count in received.tolist()]
 
     def all_to_all(self, x_QD: Tensor, send_J: list[int], receive_J: list[int]) -> Tensor:
-        received_ZD = x_QD.new_empty(sum(receive_J), *x_QD.shape[1:])
+        # On the host, whatever the rows were: the host waits for them.
+        (sent_QD,) = self._device.download(x_QD.contiguous()).tensors()
+        received_ZD = sent_QD.new_empty(sum(receive_J), *x_QD.shape[1:])
         with _broken_if_it_fails():
             self._comm.all_to_all_single(
                 received_ZD,
-                x_QD.contiguous(),
+                sent_QD,
                 output_split_sizes=receive_J,
                 input_split_sizes=send_J,
             )
-        return received_ZD
+        there_ZD: Tensor
+        (there_ZD,) = self._device.upload(received_ZD)
+        return there_ZD
 
     def any(self, flag: bool) -> bool:
         return bool(self.all_reduce(torch.tensor([float(flag)])))

@@ -1,0 +1,378 @@
+"""The CUDA shard on a pretended device: what it computes is what a CPU computes, nothing of it
+mixes host and device, and the host waits where it is said to and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from populace.storage.errors import InvalidInput
+from populace.workers.actors.engine import ShardEngine
+from populace.workers.batch import (
+    AdapterBatch,
+    AdapterKey,
+    AdapterRef,
+    ExperienceKind,
+    RolloutGroup,
+    RolloutRequest,
+    Sample,
+    ScoredSample,
+    StepResult,
+    TrainGroup,
+    WaveBatch,
+)
+from populace.workers.layout import AdapterLayout
+from populace.workers.shapes import AdapterSpec
+from populace.workers.step import train
+from tests.support import tiny
+from tests.support.pretend import Pretended
+
+Make = Callable[..., ShardEngine]
+
+WAITS = {
+    "optimizer.py:part_squares": "once a wave: the host decides who is updated",
+    "train.py:_add_up": "once a wave, behind the last pass: what passes said",
+    "slab.py:parts": "once a wave: new revisions, for the store",
+}
+DECODING = {
+    "rollout.py:_choose": "once a token: the host knows who is done",
+    "rollout.py:roll_out": "once a rollout: the record of its routing",
+}
+SCORING = {"engine.py:score_base_share": "once a pass: scores, for rewards"}
+SPECS = (
+    AdapterSpec(rank=1, expert_rank=1, alpha=32, learning_rate=1e-3),
+    AdapterSpec(rank=5, expert_rank=2, alpha=32, learning_rate=2e-3, b_learning_rate_ratio=4.0),
+    AdapterSpec(rank=20, expert_rank=3, alpha=16, learning_rate=1e-3, targets="attention"),
+    AdapterSpec(rank=4, expert_rank=3, alpha=16, learning_rate=1e-3, targets="experts"),
+)
+
+
+@pytest.fixture
+def device() -> Pretended:
+    return Pretended()
+
+
+def admit(engine: ShardEngine) -> list[AdapterKey]:
+    """Adapters of every kind, with a non-zero B."""
+    keys = [AdapterKey(f"user-{number}", 0) for number in range(len(SPECS))]
+    refs = [
+        AdapterRef(key=k, spec=s, seed=n) for n, (k, s) in enumerate(zip(keys, SPECS, strict=True))
+    ]
+    engine.page_in(refs, True)
+    for number, (key, spec) in enumerate(zip(keys, SPECS, strict=True)):
+        size = engine.slab.exact_layout(spec).size
+        values = np.random.default_rng(number).normal(0, 0.05, size).astype(np.float32)
+        experts = range(engine.base.dims.num_experts) if spec.ranks[1] else ()
+        engine.slab.load(key, values.tobytes(), None, tuple(experts))
+    return keys
+
+
+def requests(keys: list[AdapterKey]) -> list[RolloutRequest]:
+    return [
+        RolloutRequest(
+            adapter=key,
+            event_id="task",
+            prompt_ids=np.arange(2, 5 + number, dtype=np.int32),
+            num_samples=2,
+            max_new_tokens=2 + number % 2,
+            temperature=(0.8, 0.0)[number % 2],
+        )
+        for number, key in enumerate(keys)
+    ]
+
+
+def lessons(groups: list[RolloutGroup], scores: list[tuple[np.ndarray, ...]]) -> WaveBatch:
+    """The rollouts as tasks, with their routing, and a demonstration for each user."""
+    batches = []
+    for number, (group, own) in enumerate(zip(groups, scores, strict=True)):
+        task = TrainGroup(
+            event_id="task",
+            kind=ExperienceKind.TASK,
+            prompt_ids=group.prompt_ids,
+            prompt_expert_ids=group.prompt_expert_ids,
+            samples=tuple(
+                ScoredSample(sample=sample, reward=float(place), base_logprobs=score)
+                for place, (sample, score) in enumerate(zip(group.samples, own, strict=True))
+            ),
+            temperature=group.temperature,
+        )
+        shown = Sample(
+            completion_ids=np.arange(7, 11 + number, dtype=np.int32),
+            logprobs=None,
+            expert_ids=None,
+            finished=True,
+        )
+        demonstration = TrainGroup(
+            event_id="shown",
+            kind=ExperienceKind.DEMONSTRATION,
+            prompt_ids=np.arange(3, 6, dtype=np.int32),
+            prompt_expert_ids=None,
+            samples=(ScoredSample(sample=shown, reward=1.0, base_logprobs=None),),
+        )
+        batches.append(AdapterBatch(adapter=group.adapter, groups=(task, demonstration)))
+    return WaveBatch(adapters=tuple(batches))
+
+
+@dataclasses.dataclass
+class Told:
+    """What two steps said."""
+
+    groups: list[list[RolloutGroup]]
+    scores: list[list[tuple[np.ndarray, ...]]]
+    steps: list[StepResult]
+
+
+def two_steps(engine: ShardEngine) -> Iterator[Told]:
+    """Roll out, score, train, twice; yields after every call, and what there is so far."""
+    told, keys = Told([], [], []), admit(engine)
+    yield told
+    for turn in range(2):
+        told.groups.append(engine.roll_out(requests(keys)))
+        yield told
+        told.scores.append(engine.score_base(told.groups[-1]))
+        yield told
+        told.steps.append(engine.train_wave(lessons(told.groups[-1], told.scores[-1])))
+        yield told
+        pairs = [(key, AdapterKey(key.pseudonym, turn + 1)) for key in keys]
+        engine.committed(pairs)
+        keys = [new for _, new in pairs]
+
+
+def assert_same(engine: ShardEngine, there: Told, here: Told) -> None:
+    """fp32 log-probabilities within 1e-4, the same tokens and experts, and weights and moments
+    within 1e-5 of their norm, tensor by tensor."""
+    for one, other in zip(there.groups, here.groups, strict=True):
+        for group, twin in zip(one, other, strict=True):
+            assert np.array_equal(group.prompt_expert_ids, twin.prompt_expert_ids)
+            for sample, same in zip(group.samples, twin.samples, strict=True):
+                assert np.array_equal(sample.completion_ids, same.completion_ids)
+                assert np.array_equal(sample.expert_ids, same.expert_ids)
+                np.testing.assert_allclose(sample.logprobs, same.logprobs, rtol=0, atol=1e-4)
+    for one, other in zip(there.scores, here.scores, strict=True):
+        for scores, twins in zip(one, other, strict=True):
+            for score, twin in zip(scores, twins, strict=True):
+                np.testing.assert_allclose(score, twin, rtol=0, atol=1e-4)
+    for step, twin_step in zip(there.steps, here.steps, strict=True):
+        assert step.out_of_route == twin_step.out_of_route
+        for update, twin_update, spec in zip(step.updates, twin_step.updates, SPECS, strict=True):
+            assert update.status == twin_update.status == "updated"
+            assert update.experts == twin_update.experts
+            layout = engine.slab.exact_layout(spec)
+            for got, want in (
+                (update.weights, twin_update.weights),
+                (update.moments[24:], twin_update.moments[24:]),
+            ):
+                assert_close(layout, got, want)
+            assert update.metrics == pytest.approx(twin_update.metrics, rel=1e-4, abs=1e-5)
+
+
+def assert_close(layout: AdapterLayout, got: bytes, want: bytes) -> None:
+    """Within 1e-5 of the whole adapter's norm, and within 1e-4 of every tensor's: Adam gives an
+    element whose gradient is about epsilon a full step either way."""
+    flats, twins = (
+        torch.frombuffer(bytearray(own), dtype=torch.float32).view(-1, layout.size)
+        for own in (got, want)
+    )
+    for flat_P, twin_P in zip(flats, twins, strict=True):
+        assert torch.linalg.vector_norm(flat_P - twin_P) <= 1e-5 * torch.linalg.vector_norm(twin_P)
+        for where in (*layout.dense, *layout.expert):
+            tensor, twin = layout.view(flat_P, *where), layout.view(twin_P, *where)
+            gap, size = (float(torch.linalg.vector_norm(x)) for x in (tensor - twin, twin))
+            assert gap <= 1e-4 * size, (where, gap, size)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_two_steps_on_the_device_are_those_of_a_cpu(
+    device: Pretended, make_engine: Make, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    *_, here = two_steps(make_engine(family, slots=4))
+    one_pass, waits_in_passes = train._forward_backward, []
+
+    def counted(*args: object, **kwargs: object) -> None:
+        before = device.report.waits.total()
+        one_pass(*args, **kwargs)  # type: ignore[arg-type]
+        waits_in_passes.append(device.report.waits.total() - before)
+
+    monkeypatch.setattr(train, "_forward_backward", counted)
+    with device.here() as report:
+        engine = make_engine(family, slots=4, device="cuda")
+    assert not report.mixes and not report.hazards
+    with device.here() as report:
+        *_, there = two_steps(engine)
+    report.assert_clean({**WAITS, **DECODING, **SCORING})
+    assert waits_in_passes == [0, 0]
+    assert_same(engine, there, here)
+
+
+def wave_of(keys: list[AdapterKey]) -> WaveBatch:
+    """A demonstration for each user, made up."""
+    shown = Sample(
+        completion_ids=np.arange(7, 12, dtype=np.int32),
+        logprobs=None,
+        expert_ids=None,
+        finished=True,
+    )
+    group = TrainGroup(
+        event_id="shown",
+        kind=ExperienceKind.DEMONSTRATION,
+        prompt_ids=np.arange(3, 6, dtype=np.int32),
+        prompt_expert_ids=None,
+        samples=(ScoredSample(sample=shown, reward=1.0, base_logprobs=None),),
+    )
+    return WaveBatch(adapters=tuple(AdapterBatch(adapter=k, groups=(group,)) for k in keys))
+
+
+def test_a_split_wave_adds_up_to_the_whole_one(device: Pretended, make_engine: Make) -> None:
+    here = make_engine(slots=6, max_rows=16)
+    expected = here.train_wave(wave_of(admit(here)))
+    with device.here() as report:
+        there = make_engine(slots=4, device="cuda", max_rows=16)
+        report.waits.clear()
+        got = there.train_wave(wave_of(admit(there)))
+    report.assert_clean(WAITS)
+    assert_same(there, Told([], [], [got]), Told([], [], [expected]))
+
+
+def test_what_is_loaded_comes_back_bit_for_bit(device: Pretended, make_engine: Make) -> None:
+    with device.here() as report:
+        engine = make_engine(slots=4, device="cuda")
+        report.waits.clear()
+        keys, random = admit(engine), np.random.default_rng(0)
+        for key, spec in zip(keys, SPECS, strict=True):
+            size = engine.slab.exact_layout(spec).size
+            weights = random.normal(size=size).astype(np.float32).tobytes()
+            moments = np.array([3, 0.5, 2], np.float64).tobytes()
+            moments += random.normal(size=2 * size).astype(np.float32).tobytes()
+            experts = tuple(range(4)) if spec.ranks[1] else ()
+            engine.slab.load(key, weights, moments, experts)
+            assert engine.slab.blobs(key, with_moments=True) == (weights, moments)
+        # Another set of adapters drives them out, and they come back from host memory.
+        new = [AdapterKey(f"user-{n}", 1) for n in range(4)]
+        engine.committed(list(zip(keys, new, strict=True)))
+        kept = [engine.slab.blobs(key, with_moments=True) for key in new]
+        others = [AdapterKey(f"other-{n}", 0) for n in range(4)]
+        engine.page_in([AdapterRef(key=k, spec=SPECS[0], seed=9) for k in others], True)
+        assert set(engine.slab.slots) == set(others)
+        assert [tuple(vars_of(engine, key)) for key in new] == kept
+    assert not report.mixes and not report.hazards
+    assert all("slab.py:parts" in place for place in report.waits)
+
+
+def vars_of(engine: ShardEngine, key: AdapterKey) -> tuple[object, object]:
+    """A warm revision's bytes."""
+    blobs = engine.residency._blobs[key]
+    return blobs.weights, blobs.moments
+
+
+def test_the_probe_runs_on_the_device(device: Pretended, make_engine: Make) -> None:
+    with device.here() as report:
+        engine = make_engine(device="cuda", slots=2)
+        _, fingerprint = engine.describe()
+    assert not report.mixes and not report.hazards and not report.cpu_code
+    assert fingerprint["device"] == "cuda" and fingerprint["backend"] == "triton"
+    assert fingerprint["gpu"] == "pretended" and fingerprint["compute_capability"] == "9.0"
+    assert "cpu" not in fingerprint and fingerprint["numerics"] == "invariant"
+
+
+def held(engine: ShardEngine, key: AdapterKey) -> dict[str, torch.Tensor]:
+    memory = engine.slab.memory
+    return memory._buffers[engine.slab.slots[key].address.row].parts  # type: ignore[union-attr]
+
+
+def test_gradient_and_moments_have_memory_only_while_somebody_holds_them(
+    device: Pretended, make_engine: Make
+) -> None:
+    with device.here():
+        engine = make_engine(slots=4, device="cuda")
+        spec, key = SPECS[0], AdapterKey("user", 0)
+        engine.page_in([AdapterRef(key=key, spec=spec, seed=1)], False)
+        size = engine.slab.exact_layout(spec).size * 4
+        assert set(held(engine, key)) == {"weights"}
+        assert engine.slab.memory.held_bytes == size  # type: ignore[union-attr]
+        engine.train_wave(wave_of([key]))
+        assert set(held(engine, key)) == {"weights", "m", "v"}
+        assert engine.slab.memory.held_bytes == 3 * size  # type: ignore[union-attr]
+
+
+def test_a_slots_gradient_can_wait_on_the_host(device: Pretended, make_engine: Make) -> None:
+    with device.here() as report:
+        engine = make_engine(slots=4, device="cuda")
+        (key, *_) = admit(engine)
+        slab = engine.slab
+        address = slab.hold_for_training(key).address
+        values = torch.arange(float(slab.memory.layout(address).size))
+        slab.device.fill(slab.memory.part(address, "grads"), values)
+        slab.memory.page_out(address, "grads")  # type: ignore[union-attr]
+        assert "grads" not in held(engine, key)
+        slab.memory.hold(address, ("grads",))
+        (back,) = slab.device.download(slab.memory.part(address, "grads")).tensors()
+        assert torch.equal(back, values)
+    assert not report.mixes and not report.hazards
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_training_a_revision_that_is_read_copies_it_first(
+    device: Pretended, make_engine: Make, where: str
+) -> None:
+    def run() -> None:
+        engine = make_engine(slots=6, device=where)
+        slab, key, alone = engine.slab, AdapterKey("user", 0), make_engine(slots=6, device=where)
+        ref = AdapterRef(key=key, spec=SPECS[0], seed=1)
+        for own in (engine, alone):
+            own.page_in([ref], True)
+        before = slab.blobs(key, with_moments=False)
+        slot = slab.read(key, "a request")
+        (update,) = engine.train_wave(wave_of([key])).updates
+        (expected,) = alone.train_wave(wave_of([key])).updates
+        assert update == expected and update.status == "updated"
+        assert slab.slots[key] is slot and slab.trained(key).address != slot.address
+        # The reader's revision stays hot beside the new one, as it was.
+        new = AdapterKey("user", 1)
+        engine.committed([(key, new)])
+        assert slab.blobs(key, with_moments=False) == before
+        assert slab.blobs(new, with_moments=False)[0] == update.weights
+        # A step that isn't committed goes; what is read stays.
+        reader = slab.read(new, "another request")
+        engine.train_wave(wave_of([new]))
+        engine.evict([new])
+        assert slab.slots[new] is reader and slab.num_beside == 0
+        # A revision that leaves while it is read keeps its slot until the reader is done.
+        slab.drop(key)
+        assert slab.num_beside == 1
+        slab.done_reading("a request")
+        assert slab.num_beside == 0
+        slab.done_reading("another request")
+        assert slab.trained(new).address == reader.address
+        slab.hold_for_training(new)
+        assert slab.trained(new) is reader, "nobody reads it any more: no copy"
+
+    if where == "cpu":
+        return run()
+    with device.here() as report:
+        run()
+    assert not report.mixes and not report.hazards and not report.cpu_code
+
+
+def test_copies_and_readers_count_among_the_slots(make_engine: Make) -> None:
+    engine = make_engine(slots=3)
+    refs = [AdapterRef(key=AdapterKey(f"u{n}", 0), spec=SPECS[0], seed=n) for n in range(3)]
+    engine.page_in(refs[:2], True)
+    engine.slab.read(refs[0].key, "a request")
+    engine.page_in(refs[:1], True)
+    engine.train_wave(wave_of([refs[0].key]))
+    # Its revision, the copy and the other one take all three.
+    with pytest.raises(InvalidInput, match=r"4 adapters are needed .* scheduler.slots is 3"):
+        engine.page_in(refs[1:], False)
+    engine.page_in(refs[2:], False)
+    assert set(engine.slab.slots) == {refs[0].key, refs[2].key}
+    full = make_engine(slots=1)
+    full.page_in(refs[:1], True)
+    full.slab.read(refs[0].key, "a request")
+    with pytest.raises(InvalidInput, match=r"2 adapters are needed .* scheduler.slots is 1"):
+        full.page_in(refs[:1], True)
+    with pytest.raises(InvalidInput, match="is copied before it is trained: raise it"):
+        full.train_wave(wave_of([refs[0].key]))
