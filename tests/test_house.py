@@ -41,7 +41,7 @@ FLOORS = {
         ["shapes", "device"],
         ["layout", "batch"],
         ["joins", "evidence", "interface", "shards"],
-        ["adapters"],
+        ["adapters", "memory"],
         ["base"],
         ["step"],
         ["actors"],

@@ -45,7 +45,7 @@ def plan(
     base: Annotated[
         str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")
     ],
-    device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    device: Annotated[str, typer.Option(help="a100, h100, h200, b200 or cpu.")] = "h100",
     devices: Annotated[int, typer.Option(help="Of one shard group.")] = 8,
     users: Annotated[float, typer.Option(help="1e6 is a million.")] = 1e6,
     updates_per_user_and_day: float = 1.0,

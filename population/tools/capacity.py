@@ -24,6 +24,7 @@ from populace.population.tools.roofline import (
     room_of,
     times_of,
 )
+from populace.workers.memory import RESERVE
 from populace.workers.shapes import BaseDims
 
 DAYS_PER_YEAR = 365.25
@@ -44,10 +45,10 @@ class Plan:
 
 
 def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
-    """What `request` needs. `tensors`: name on disk -> elements, of the whole base in bf16."""
+    """What `request` needs. `tensors`: name on disk -> elements, of the whole base."""
     check(request)
     device, sheet = DEVICES[request.device], Sheet()
-    base = base_of(sheet, dims, tensors, request)
+    base = base_of(sheet, dims, tensors, request, device)
     adapter = adapter_of(sheet, dims, request)
     room = room_of(sheet, dims, request, device, base, adapter)
     times = times_of(sheet, dims, request, device, base, adapter, room)
@@ -102,7 +103,7 @@ _KNOBS = {
 def _bottleneck(
     fits: bool, base: float, slab: float, device: Device, costs: Mapping[str, float]
 ) -> tuple[str, str]:
-    if base > device.memory_bytes * 0.95:
+    if base > device.memory_bytes * (1 - RESERVE):
         return (
             "the base does not fit",
             "more devices: experts are split over all of them; the dense part is not",

@@ -10,7 +10,8 @@ from populace.storage.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One accelerator, from its data sheet: dense bf16 rate, memory, wires per direction."""
+    """What a shard computes on. An accelerator from its data sheet: dense bf16 rate, memory, wires
+    per direction."""
 
     flops: float
     memory_bytes: float
@@ -21,9 +22,23 @@ class Device:
     network: float
     """Bytes per second to other nodes."""
     per_node: int
+    kind: str = "cuda"
+    weight_bytes: int = 2
+    """Of an element of the base."""
 
 
 DEVICES: Mapping[str, Device] = {
+    # Two cores of a server CPU with 24 GB, in fp32; measured where this project is tested.
+    "cpu": Device(
+        flops=0.2e12,
+        memory_bytes=24e9,
+        memory_bandwidth=20e9,
+        links=2e9,
+        network=1e9,
+        per_node=1,
+        kind="cpu",
+        weight_bytes=4,
+    ),
     "a100": Device(
         flops=312e12,
         memory_bytes=80e9,

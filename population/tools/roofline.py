@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from populace.population.tools.devices import Device, Request
 from populace.workers.layout import layout_of
+from populace.workers.memory import RESERVE, Held, Load, cache_bytes, held_of, plan_memory
 from populace.workers.shapes import BaseDims
-from populace.workers.shards.placement import is_expert, place_shards
+from populace.workers.shards.placement import is_expert
 
-FP32, BF16 = 4, 2
+FP32 = 4
 """Bytes."""
 
 
@@ -56,16 +57,13 @@ class Sheet:
 class Base:
     """The base as one device holds it."""
 
-    dense_bytes: float
-    expert_bytes: float
-    """Experts on the device that holds most of them."""
-    most_experts: int
+    held: Held
     active: float
     """Parameters that a token meets."""
 
     @property
     def device_bytes(self) -> float:
-        return self.dense_bytes + self.expert_bytes
+        return self.held.dense_bytes + self.held.expert_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,22 +110,18 @@ class Times:
     """What may be the bottleneck -> seconds."""
 
 
-def base_of(sheet: Sheet, dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Base:
+def base_of(
+    sheet: Sheet, dims: BaseDims, tensors: Mapping[str, int], request: Request, device: Device
+) -> Base:
     """The base, and what the fullest device holds of it."""
     sheet.begin("base")
-    placement = place_shards(dims.num_experts, request.devices)
     experts = sum(size for name, size in tensors.items() if is_expert(name))
     dense = sum(tensors.values()) - experts
     sheet.add("parameters", sum(tensors.values()), "")
     active = dense + experts * dims.experts_per_token / dims.num_experts
     sheet.add("active parameters per token", active, "")
-    most_experts = max(len(shard.experts) for shard in placement.shards)
-    return Base(
-        dense_bytes=BF16 * dense,
-        expert_bytes=BF16 * experts / dims.num_experts * most_experts,
-        most_experts=most_experts,
-        active=active,
-    )
+    held = held_of(dims, tensors, request.devices, device.weight_bytes)
+    return Base(held=held, active=active)
 
 
 def adapter_of(sheet: Sheet, dims: BaseDims, request: Request) -> Adapter:
@@ -140,7 +134,7 @@ def adapter_of(sheet: Sheet, dims: BaseDims, request: Request) -> Adapter:
     )
     # Uniform routing: an expert is left out only if no token of any layer meets it.
     choices = tokens * dims.num_moe_layers * dims.experts_per_token / dims.num_experts
-    reached = 1 - math.exp(-choices)
+    reached = 1 - math.exp(-choices) if layout.expert_rank else 0.0
     elements = layout.dense_size + reached * dims.num_experts * layout.expert_size
     sheet.add("parameters of an adapter", layout.size, "")
     sheet.add("tokens per update", tokens, "tokens")
@@ -168,35 +162,52 @@ def room_of(
     base: Base,
     adapter: Adapter,
 ) -> Room:
-    """What fits on a device, and how large waves can be."""
+    """What fits on a device, and how large waves can be: as many slots as were asked for, half of
+    them in a wave."""
     sheet.begin("device")
-    sheet.add("experts of the base (bf16)", base.expert_bytes, "B")
-    sheet.add("dense part of the base, replicated (bf16)", base.dense_bytes, "B")
-    # A slab keeps room for its own experts, at exact ranks; dense parts are shared out.
-    stored = layout_of(dims, *request.ranks)
-    dense = stored.dense_size / request.devices
-    slot = FP32 * (dense + base.most_experts * stored.expert_size)
-    slab = sheet.add("slab: weights and gradients", 2 * slot * request.slots, "B")
-    slab_moments = sheet.add("slab: moments", 2 * slot * request.slots, "B")
-    left = device.memory_bytes * 0.95 - base.device_bytes - slab - slab_moments
-    row_bytes = sheet.add("activations per row", _activations_per_row(dims), "B")
-    cache_row = BF16 * dims.num_layers * _cache_width(dims)
-    length = request.prompt_tokens + request.completion_tokens
-    cache = adapter.sequences * length * cache_row
+    name = {2: "bf16", 4: "fp32"}[device.weight_bytes]
+    sheet.add(f"experts of the base ({name})", base.held.expert_bytes, "B")
+    sheet.add(f"dense part of the base, replicated ({name})", base.held.dense_bytes, "B")
+    most = Load(
+        ranks=request.ranks,
+        slots=request.slots,
+        adapters=request.slots / 2,
+        rows=0,
+        sequences=0,
+        length=request.prompt_tokens + request.completion_tokens,
+    )
+    fixed = plan_memory(dims, base.held, most, device.kind)
+    parts = {part.name: part.size_bytes for own in fixed.phases.values() for part in own}
+    slab = [sheet.add(name, parts[name], "B") for name in ("weights of slots", "moments of slots")]
+    slab.append(sheet.add("gradients", parts["gradients"], "B"))
+    sheet.add("context", parts["context"], "B", "assumed" if device.kind == "cuda" else "derived")
+    usable = device.memory_bytes * (1 - RESERVE)
+    row = sheet.add("activations per row", _row_bytes(dims, base, request, device), "B")
+    cache = cache_bytes(dims, device.weight_bytes) * adapter.sequences * most.length
     sheet.add("KV cache of one user's rollouts", cache, "B")
-    group_left = max(left, 0.0) * request.devices
-    adapters = float(math.floor(min(request.slots / 2, group_left / max(cache, 1.0))))
-    sheet.add("free for activations or KV cache", left, "B")
-    sheet.add("memory", device.memory_bytes, "B", "sheet")
-    rows = group_left / row_bytes
+    activations = sheet.add("free for activations", usable - fixed.needed("training"), "B")
+    pages = sheet.add("free for KV cache", usable - fixed.needed("rollout"), "B")
+    sheet.add("memory", device.memory_bytes, "B", "sheet" if device.kind == "cuda" else "assumed")
+    group_pages = max(pages, 0.0) * request.devices
+    adapters = float(math.floor(min(request.slots / 2, group_pages / max(cache, 1.0))))
+    rows = max(activations, 0.0) * request.devices / row
     return Room(
-        slab=slab + slab_moments,
+        slab=sum(slab),
         cache=cache,
-        stored_size=stored.size,
+        stored_size=layout_of(dims, *request.ranks).size,
         adapters=adapters,
         rows=rows,
-        fits=left > 0 and adapters >= 1 and rows >= 1,
+        fits=activations > 0 and pages > 0 and adapters >= 1 and rows >= 1,
     )
+
+
+def _row_bytes(dims: BaseDims, base: Base, request: Request, device: Device) -> float:
+    """Of one row of a training pass: activations, and its target's slope."""
+    one, none = (
+        plan_memory(dims, base.held, Load(ranks=request.ranks, rows=rows), device.kind)
+        for rows in (1, 0)
+    )
+    return one.needed("training") - none.needed("training")
 
 
 def times_of(
@@ -220,7 +231,7 @@ def times_of(
     wire = (device.links if devices <= device.per_node else device.network) * request.efficiency
     sheet.add("efficiency of rates", request.efficiency, "", "assumed")
     away = (devices - 1) / devices
-    layer_row = dims.experts_per_token * _hidden(dims) * BF16 * away
+    layer_row = dims.experts_per_token * _hidden(dims) * device.weight_bytes * away
     sheet.add("bytes on the wire per layer and row, there and back", 2 * layer_row, "B")
 
     # A pass of the base alone for its log-probabilities, then forward and backward (a frozen base:
@@ -263,20 +274,3 @@ def times_of(
 
 def _hidden(dims: BaseDims) -> int:
     return next(inp for module, _, inp in dims.shapes if module == "gate_proj")
-
-
-def _cache_width(dims: BaseDims) -> int:
-    """Width of a token's keys and values as the cache keeps them: per head, also where attention is
-    latent."""
-    outs, inputs = ({module: size[place] for module, *size in dims.shapes} for place in (0, 1))
-    if "k_proj" in outs:
-        return outs["k_proj"] + outs["v_proj"]
-    return outs.get("q_b_proj", outs.get("q_proj", 0)) + inputs["o_proj"]
-
-
-def _activations_per_row(dims: BaseDims) -> float:
-    """What backward needs of a row, bf16: inputs and outputs of the projections that carry LoRA, of
-    all its experts."""
-    dense = sum(inp + out for module, out, inp in dims.shapes if module in dims.dense_modules)
-    expert = sum(inp + out for module, out, inp in dims.shapes if module not in dims.dense_modules)
-    return BF16 * (dims.num_layers * dense + dims.num_moe_layers * dims.experts_per_token * expert)

@@ -88,7 +88,15 @@ class Pretended:
         with ExitStack() as stack:
             for patch in (*self._cuda(), *self._cpu_only(), self._kernels()):
                 stack.enter_context(patch)
-            stack.enter_context(_Functions(self))
+            functions, run_backward = _Functions(self), torch.autograd._engine_run_backward
+
+            def backward(*args: Any, **kwargs: Any) -> Any:
+                # The mode is off inside of what it sees; backward runs code of ours.
+                with functions:
+                    return run_backward(*args, **kwargs)
+
+            stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
+            stack.enter_context(functions)
             stack.enter_context(_Operations(self))
             yield self.report
             self.hazards.sweep()

@@ -4,14 +4,20 @@ mixes host and device, and the host waits where it is said to and nowhere else."
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from populace.configs.schema import TrainSettings
 from populace.storage.errors import InvalidInput
-from populace.workers.actors.engine import ShardEngine
+from populace.storage.objects.cloud import MemoryStore
+from populace.workers.actors.engine import ShardEngine, ShardSettings, join_shares
+from populace.workers.actors.group import check_devices
 from populace.workers.batch import (
     AdapterBatch,
     AdapterKey,
@@ -21,12 +27,16 @@ from populace.workers.batch import (
     RolloutRequest,
     Sample,
     ScoredSample,
+    ShardStep,
     StepResult,
     TrainGroup,
     WaveBatch,
 )
+from populace.workers.device import Cuda
+from populace.workers.joins import join_steps
 from populace.workers.layout import AdapterLayout
 from populace.workers.shapes import AdapterSpec
+from populace.workers.shards.exchange import DeepSpeedExchange, Rendezvous
 from populace.workers.step import train
 from tests.support import tiny
 from tests.support.pretend import Pretended
@@ -41,6 +51,10 @@ WAITS = {
 DECODING = {
     "rollout.py:_choose": "once a token: the host knows who is done",
     "rollout.py:roll_out": "once a rollout: the record of its routing",
+}
+EXCHANGING = {
+    "moe.py:_on_all_shards": "once a layer and shard: how many rows go where",
+    "exchange.py:all_to_all": "rows of other shards go through host memory",
 }
 SCORING = {"engine.py:score_base_share": "once a pass: scores, for rewards"}
 SPECS = (
@@ -376,3 +390,68 @@ def test_copies_and_readers_count_among_the_slots(make_engine: Make) -> None:
         full.page_in(refs[:1], True)
     with pytest.raises(InvalidInput, match="is copied before it is trained: raise it"):
         full.train_wave(wave_of([refs[0].key]))
+
+
+def run_shard(
+    rank: int, rendezvous: Rendezvous, folder: str
+) -> tuple[ShardStep, list[RolloutGroup | None]]:
+    """One of two shards on pretended devices, in a process of its own."""
+    torch.set_num_threads(1)
+    device = Pretended()
+    with device.here() as report:
+        cuda = Cuda(torch.float32)
+        settings = ShardSettings(
+            base_folder=folder,
+            dtype="float32",
+            device="cuda",
+            store_url="memory://",
+            population="test",
+            slots=4,
+            threads=1,
+            eos_ids=frozenset({1}),
+            train=TrainSettings(kl_coefficient=0.05),
+            num_shards=2,
+        )
+        exchange = DeepSpeedExchange(rank, 2, rendezvous, cuda)
+        engine = ShardEngine(settings, MemoryStore(), rank, exchange, cuda)
+        keys = admit(engine)
+        report.waits.clear()
+        step = engine.train_share(wave_of(keys))
+        report.assert_clean({**WAITS, **EXCHANGING})
+        groups = engine.roll_out_share(requests(keys))
+    return step, groups
+
+
+def test_two_shards_on_devices_give_what_one_cpu_gives(
+    make_engine: Make, bases: dict[str, Path]
+) -> None:
+    here = make_engine("qwen3_moe", slots=4)
+    keys = admit(here)
+    expected, rolled = here.train_wave(wave_of(keys)), here.roll_out(requests(keys))
+    meeting, folder = Rendezvous.at("127.0.0.1", 120.0), str(bases["qwen3_moe"])
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        shards = [pool.submit(run_shard, rank, meeting, folder) for rank in range(2)]
+        steps, groups = zip(*(shard.result() for shard in shards), strict=True)
+    assert all(any(group is not None for group in own) for own in groups), "both have users"
+    got = Told([join_shares(groups)], [], [join_steps(steps)])
+    assert_same(here, got, Told([rolled], [], [expected]))
+
+
+def test_the_devices_of_a_group_must_be_of_one_kind() -> None:
+    check_devices(["cuda in bfloat16"] * 3)
+    with pytest.raises(InvalidInput, match=r"compute on cpu in float32, cuda in bf"):
+        check_devices(["cuda in bfloat16", "cpu in float32"])
+
+
+def test_what_a_device_can_not_do_is_refused_in_one_line(
+    device: Pretended, make_engine: Make
+) -> None:
+    with pytest.raises(InvalidInput, match=r"base.device is 'cuda', but torch .* finds no CUDA"):
+        make_engine(device="cuda")
+    with pytest.raises(InvalidInput, match=r"train.backend is 'triton', which doesn't run on"):
+        make_engine(backend="triton")
+    with device.here():
+        with pytest.raises(InvalidInput, match=r"'grouped', which doesn't run on base"):
+            make_engine(device="cuda", backend="grouped")
+        with pytest.raises(InvalidInput, match=r"optimizer.offload is true"):
+            make_engine(device="cuda", offload=True)

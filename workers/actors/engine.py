@@ -25,6 +25,8 @@ from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
 from populace.workers.adapters.residency import Residency
 from populace.workers.adapters.slab import Slab
+from populace.workers.base.families import dims_of_config
+from populace.workers.base.footprint import config_of, tensors_of
 from populace.workers.base.forward import ForwardPass, Kernels
 from populace.workers.base.logprobs import token_logprobs
 from populace.workers.base.model import BaseModel
@@ -42,6 +44,7 @@ from populace.workers.batch import (
 )
 from populace.workers.device import Device, device_of
 from populace.workers.joins import join_steps
+from populace.workers.memory import Load, MemoryPlan, held_of, plan_memory
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ALONE, Exchange
 from populace.workers.shards.placement import NO_SLOT
@@ -74,6 +77,8 @@ class ShardSettings:
     dense: str = "replicated"
     device: str = "auto"
     """See `base.device` in configs/schema.py."""
+    load: Load = field(default_factory=Load)
+    """What waves may ask of a shard's memory at most."""
 
 
 def keep_freed_memory() -> None:
@@ -235,6 +240,17 @@ def _check_device(settings: ShardSettings, device: Device) -> None:
             "shard.dense is 'zero3', which cuts parameters on CPUs alone; base.device is 'cuda', "
             "use replicated"
         )
+    if device.is_cuda:
+        _memory_plan(settings, device).require(device.free_bytes(), "the CUDA device")
+
+
+def _memory_plan(settings: ShardSettings, device: Device) -> MemoryPlan:
+    """What this shard will need, from the base's config alone."""
+    config = config_of(settings.base_folder)
+    dims = dims_of_config(config)
+    held = held_of(dims, tensors_of(config), settings.num_shards, device.dtype.itemsize)
+    load = replace(settings.load, slots=settings.slots, rows=settings.train.max_rows_per_pass)
+    return plan_memory(dims, held, load, device.kind)
 
 
 def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:

@@ -97,6 +97,7 @@ class ShardGroup:
             self._get(ready)
             if tick is not None:
                 tick(len(self._loading) - len(waiting), len(self._loading))
+        check_devices(self._get(self._loading))
 
     def start_again(self, tick: Callable[[int, int], None] | None = None) -> None:
         """After `ShardGroupLost`: a new group in its place, with nothing hot; once more if it dies
@@ -310,6 +311,15 @@ class ShardGroup:
             raise
         except RayError as error:
             raise ShardGroupLost(f"a shard died: {_last_line(error)}") from error
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """`InvalidInput` unless all shards compute on one kind of device, in one dtype."""
+    if len(set(devices)) > 1:
+        raise InvalidInput(
+            f"the shards of one group compute on {', '.join(sorted(set(devices)))}; set "
+            "base.device and base.dtype to what every node has"
+        )
 
 
 def _last_line(error: Exception) -> str:

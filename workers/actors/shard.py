@@ -45,9 +45,9 @@ class ShardActor(ShardEngine):
         """Where the group can meet on this shard's node."""
         return Rendezvous.at(str(ray.util.get_node_ip_address()), timeout_s)
 
-    def load(self, rendezvous: Rendezvous | None) -> None:
-        """Meet the others and load this shard's part of the base. Without a rendezvous it is the
-        only shard."""
+    def load(self, rendezvous: Rendezvous | None) -> str:
+        """Meet the others and load this shard's part of the base; says what it computes on and in
+        which dtype. Without a rendezvous it is the only shard."""
         settings, rank = self._start
         device = device_of(settings.device, settings.dtype)
         exchange = (
@@ -57,6 +57,7 @@ class ShardActor(ShardEngine):
         )
         super().__init__(settings, None, rank, exchange, device)
         self._is_loaded = True
+        return f"{device.kind} in {str(device.dtype).removeprefix('torch.')}"
 
     def call(self, token: str, method: str, *arguments: Any) -> Any:
         """Run a method of `ShardEngine` for the group that owns this shard."""
