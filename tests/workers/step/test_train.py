@@ -24,6 +24,8 @@ from tests.support import tiny
 
 Make = Callable[..., ShardEngine]
 RANKS = (1, 4, 8, 16)
+TARGETS = {3: "attention", 4: "experts"}
+"""Of a number modulo 7; both where it isn't here."""
 TENSOR_TOLERANCE = 1e-5
 
 
@@ -33,6 +35,7 @@ def spec_of(number: int) -> AdapterSpec:
         expert_rank=1 + number % 3,
         alpha=32,
         learning_rate=1e-3 * (1 + number),
+        targets=TARGETS.get(number % 7, "both"),
     )
 
 
