@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from populace.kernels.lora import FrozenProduct, LoraWeights, lora_product
-from populace.kernels.plan import SegmentPlan, plan_segments
+from populace.kernels.route import RoutePlan, plan_routes
 from tests.benchmarks.figures import Figure, figure, publish
+from tests.support.products import SlotsOf
 
 HIDDEN, QUERIES, INNER, EXPERTS, TOP_K = 2048, 4096, 768, 128, 8
 ROWS = 4096
@@ -33,30 +34,30 @@ class Product:
     """One product of a layer with everything that it needs, forward and backward."""
 
     base: FrozenProduct
-    modules: list[list[LoraWeights]]
-    plan: SegmentPlan
-    empty: SegmentPlan
+    slots: SlotsOf
+    plan: RoutePlan
     x: Tensor
     dy: Tensor
 
-    def run(self, backend: str) -> None:
-        x = self.x.detach().requires_grad_()
-        lora_product(x, self.base, self.modules, self.plan, backend).backward(self.dy)
+    def run(self) -> None:
+        self._run(self.plan)
 
     def run_base(self) -> None:
+        self._run(replace(self.plan, is_empty=True))
+
+    def _run(self, plan: RoutePlan) -> None:
         x = self.x.detach().requires_grad_()
-        lora_product(x, self.base, self.modules, self.empty, "triton").backward(self.dy)
+        lora_product(x, self.base, self.slots.pointers, plan, "triton").backward(self.dy)
 
     def least_bytes(self) -> int:
         """Of deltas and gradients alone: each input read once, each output written once. Forward
         reads x and adds into y; backward reads dy and x and adds into dx; adapters (fp32) are read
         twice and their gradients written."""
         rows = 4 * self.x.numel() + 3 * self.dy.numel()
-        arena_G = self.plan.segments.arena_G
+        slot_G = self.plan.whole_G4[self.plan.whole_G4[:, 1] > 0, 2].long()
+        outer = self.dy.shape[1] // len(self.slots.pointers)
         touched = sum(
-            int((arena_G == arena).sum()) * (w.a.shape[-1] + w.b.shape[-2]) * w.a.shape[-2]
-            for module in self.modules
-            for arena, w in enumerate(module)
+            int(own.rank_S[slot_G].sum()) * (own.inner + outer) for own in self.slots.pointers
         )
         return 2 * rows + 4 * 3 * touched
 
@@ -83,38 +84,28 @@ def dense(users: int, ranks: Sequence[int] = (16,), rows: int = ROWS) -> Product
     """Queries of `users` with as many rows each; as many users of each rank, one rank after
     another."""
     user_T = torch.arange(rows, device=DEVICE) * users // rows
-    arena_T, slot_T = (user_T * len(ranks)) // users, user_T
+    slot_T = (user_T * len(ranks)) // users * users + user_T
     base = FrozenProduct(w=random(QUERIES, HIDDEN) / 45)
-    none = plan_segments(torch.full_like(arena_T, -1), slot_T)
-    return Product(
-        base, [weights(ranks, users, 0, HIDDEN, QUERIES)], plan_segments(arena_T, slot_T), none,
-        random(rows, HIDDEN), random(rows, QUERIES),
-    )  # fmt: skip
+    plan = plan_routes(slot_T, None, 1, len(ranks) * users, is_empty=False)
+    slots = SlotsOf([weights(ranks, users, 0, HIDDEN, QUERIES)])
+    return Product(base, slots, plan, random(rows, HIDDEN), random(rows, QUERIES))
 
 
 def experts(users: int, rank: int = 4, rows: int = ROWS) -> Product:
     """Gate and up of all experts for rows routed at random, sorted by (expert, user)."""
     user_T = torch.arange(rows, device=DEVICE) * users // rows
     expert_TK = torch.rand(rows, EXPERTS, device=DEVICE).topk(TOP_K).indices
-    expert_R, user_R = expert_TK.reshape(-1), user_T.repeat_interleave(TOP_K)
-    order_R = torch.argsort(expert_R * users + user_R, stable=True)
-    expert_R, user_R = expert_R[order_R], user_R[order_R]
-    ends_E = torch.bincount(expert_R, minlength=EXPERTS).cumsum(0).to(torch.int32)
-    base = FrozenProduct(w=random(EXPERTS, 2 * INNER, HIDDEN) / 45, ends_E=ends_E)
-    arena_R = torch.zeros_like(user_R)
-    none = plan_segments(arena_R - 1, user_R, expert_R)
-    modules = [weights((rank,), users, EXPERTS, HIDDEN, INNER) for _ in range(2)]
-    return Product(
-        base, modules, plan_segments(arena_R, user_R, expert_R), none,
-        random(len(user_R), HIDDEN), random(len(user_R), 2 * INNER),
-    )  # fmt: skip
+    plan = plan_routes(user_T, expert_TK, EXPERTS, users, is_empty=False)
+    base = FrozenProduct(w=random(EXPERTS, 2 * INNER, HIDDEN) / 45, ends_E=plan.ends_E)
+    slots = SlotsOf([weights((rank,), users, EXPERTS, HIDDEN, INNER) for _ in range(2)])
+    return Product(base, slots, plan, random(rows * TOP_K, HIDDEN), random(rows * TOP_K, 2 * INNER))
 
 
 def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(torch.bfloat16)
 
 
-def milliseconds(run: Callable[[], None]) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     """Of one pass, many in a row: what the device or the host takes, whichever takes longer."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -125,7 +116,7 @@ def milliseconds(run: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / PASSES
 
 
-def in_turn(runs: Sequence[Callable[[], None]]) -> list[list[float]]:
+def in_turn(runs: Sequence[Callable[[], object]]) -> list[list[float]]:
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
@@ -160,6 +151,21 @@ def device_milliseconds(run: Callable[[], None]) -> float:
     )
 
 
+def planning() -> list[Figure]:
+    """A layer's routing plan, made where the routing is."""
+    figures = []
+    for users, rows in ((64, 64 * 64), (256, 256 * 16), (64, 64), (256, 256)):
+        user_T = torch.arange(rows, device=DEVICE) * users // rows
+        expert_TK = torch.rand(rows, EXPERTS, device=DEVICE).topk(TOP_K).indices
+
+        def plan(slot_T: Tensor = user_T, ids_TK: Tensor = expert_TK, users: int = users) -> None:
+            plan_routes(slot_T, ids_TK, EXPERTS, users, is_empty=False)
+
+        (times,) = in_turn([plan])
+        figures.append(figure(f"routing plan, {users} users, {rows} rows x 8", times, "ms"))
+    return figures
+
+
 def measure() -> list[Figure]:
     bandwidth = copy_bytes_per_second()
     figures = [figure("copy", [bandwidth / 1e12], "TB/s")]
@@ -172,29 +178,24 @@ def measure() -> list[Figure]:
         "queries, 256 users x 1 row, rank 16": dense(256, rows=256),
     }
     for name, product in products.items():
-        base, triton, grouped = in_turn(
-            [
-                product.run_base,
-                lambda p=product: p.run("triton"),
-                lambda p=product: p.run("grouped"),
-            ]
-        )
+        base, triton = in_turn([product.run_base, product.run])
         figures += [
             figure(f"{name}: base alone", base, "ms"),
             figure(f"{name}: with Triton", triton, "ms"),
             figure(f"{name}: with Triton over base", ratio(triton, base), "x"),
-            figure(f"{name}: with grouped over with Triton", ratio(grouped, triton), "x"),
         ]
     lone, together = dense(1), dense(64)
-    one, many = in_turn([lambda: lone.run("triton"), lambda: together.run("triton")])
+    one, many = in_turn([lone.run, together.run])
     figures.append(figure("queries, 4,096 rows of 64 adapters over one", ratio(many, one), "x"))
-    slow = in_turn([lambda: together.run("reference"), lambda: together.run("triton")])
+    single = dense(1, rows=ROWS // 64)
+    slow = in_turn([lambda: [single.run() for _ in range(64)], together.run])
     figures.append(
         figure("queries, 64 adapters one after another over together", ratio(*slow), "x")
     )
+    figures += planning()
     for name, product in products.items():
         floor = product.least_bytes() / bandwidth * 1000
-        times = [device_milliseconds(lambda p=product: p.run("triton")) for _ in range(3)]
+        times = [device_milliseconds(product.run) for _ in range(3)]
         figures += [
             figure(f"{name}: Triton's kernels on the device", times, "ms"),
             figure(f"{name}: the same over its bytes' time", [time / floor for time in times], "x"),

@@ -3,14 +3,23 @@ no more."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import triton
 
 from populace.kernels import triton_lora
-from populace.kernels.plan import plan_segments
-from tests.support.products import CASES, DTYPES, Case, assert_accurate, make_case, random_counts
+from tests.support.products import (
+    CASES,
+    DTYPES,
+    Case,
+    SlotsOf,
+    assert_accurate,
+    make_case,
+    random_counts,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -44,42 +53,63 @@ BIG = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["triton", "grouped"])
 @pytest.mark.parametrize("name", [*CASES, *BIG])
-def test_values_and_gradients_match_fp64(name: str, backend: str, dtype: str) -> None:
+def test_values_and_gradients_match_fp64(name: str, dtype: str) -> None:
     case = make_case(**(CASES | BIG)[name], dtype=DTYPES[dtype])
-    got = case.to("cuda").run(backend)
+    got = case.to("cuda").run("triton")
     assert_accurate([value.cpu() for value in got], case, DTYPES[dtype])
 
 
-@pytest.mark.parametrize("backend", ["triton", "grouped"])
-def test_gradients_are_added_when_the_plan_says_so(backend: str) -> None:
+def test_gradients_are_added_when_the_plan_says_so() -> None:
     case = make_case(**BIG["experts"], dtype=torch.float32).to("cuda")
-    once = case.run(backend)[2:]
-    for total, grad in zip(case.run(backend, accumulates=True)[2:], once, strict=True):
+    once = case.run("triton")[2:]
+    for total, grad in zip(case.run("triton", accumulates=True)[2:], once, strict=True):
         torch.testing.assert_close(total, 2 * grad, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_a_plan_is_the_one_that_a_cpu_makes_and_asks_nothing(name: str) -> None:
+    case = make_case(**BIG[name], dtype=torch.float32)
+    there = case.to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = there.routes()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = case.routes()
+    heights = zip(plan.by_height, expected.by_height, strict=True)
+    pairs = [(table, twin) for (_, table), (_, twin) in heights]
+    for name in ("place_TK", "row_R", "ends_E", "experts_I4", "whole_G4"):
+        pairs.append((getattr(plan, name), getattr(expected, name)))
+    # What stands behind the tiles is nobody's.
+    for got, want in pairs:
+        got = got.cpu()
+        if want.shape[-1:] == (4,):
+            got, want = got[got[:, 1] > 0], want[want[:, 1] > 0]
+        assert torch.equal(got, want)
 
 
 def run_rows(
     case: Case, row_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """What Triton adds for these rows, in this order, to a y (here: dy) and a dX (here: x) that are
-    there, and the gradients of every module and arena, NaN where none is."""
-    expert_R = case.expert[row_R] if case.has_experts else None
-    plan = plan_segments(case.arena[row_R], case.slot[row_R], expert_R)
-    for module in case.modules:
+    """What Triton adds for these rows to a y (here: dy) and a dX (here: x) that are there, and the
+    gradients of every module and arena, NaN where none is."""
+    rows = dataclasses.replace(
+        case,
+        **{name: getattr(case, name)[row_R] for name in ("arena", "slot", "expert", "x", "dy")},
+    )
+    for module in rows.modules:
         for w in module:
             w.grad_a.fill_(torch.nan)
             w.grad_b.fill_(torch.nan)
-    x, y, dy = case.x[row_R], case.dy[row_R], case.dy[row_R]
+    plan, slots = rows.routes(), SlotsOf(rows.modules)
+    x, y, dy = (own[plan.row_R] for own in (rows.x, rows.dy, rows.dy))
     dx = x.clone()
-    shrunk = triton_lora.add_deltas(y, x, case.modules, plan)
-    triton_lora.add_gradients(dx, dy, x, shrunk, case.modules, plan)
-    return (
-        y,
-        dx,
-        [grad.clone() for module in case.modules for w in module for grad in (w.grad_a, w.grad_b)],
-    )
+    shrunk = triton_lora.add_deltas(y, x, slots.pointers, plan)
+    triton_lora.add_gradients(dx, dy, x, shrunk, slots.pointers, plan)
+    place = plan.place_TK.squeeze(1)
+    return y[place], dx[place], [grad for own in slots.grads() for pair in own for grad in pair]
 
 
 def only(case: Case, grads: list[torch.Tensor], row_R: torch.Tensor) -> list[torch.Tensor]:
