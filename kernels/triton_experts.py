@@ -38,7 +38,7 @@ def experts_kernel(  # type: ignore[no-untyped-def]
         for start in range(0, num_k, STEP):
             k = start + tl.arange(0, STEP)
             x_ik = tl.load(
-                x + (row + i)[:, None] * x_stride + k[None, :],
+                x + row * x_stride + i[:, None] * x_stride + k[None, :],
                 mask=in_rows & (k < num_k)[None, :],
                 other=0.0,
             )
@@ -48,7 +48,7 @@ def experts_kernel(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             total = tl.dot(x_ik, w_kf, total, input_precision="ieee")
-        places = y + (row + i)[:, None] * y_stride + f[None, :]
+        places = y + row * y_stride + i[:, None] * y_stride + f[None, :]
         tl.store(places, total.to(y.dtype.element_ty), mask=in_rows & in_f)
 
 

@@ -65,6 +65,8 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
         case "reduce" if is_half:
             block = 128 if block_r <= 32 else 64 if block_r == 64 else 32
             num_warps = 2 if height == SHORT and block_r <= 32 else 4
+            if height == SHORT and block_r == WIDEST:
+                block = 16
             stages = 3 if block_r <= 64 else 2
             return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=stages)
         case "reduce":
@@ -73,11 +75,13 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
             )
         case "spread":
             if not is_half:
-                return Config(block=32, block_r=16, num_warps=num_warps, num_stages=1)
+                block = 16 if height == TALL else 32
+                return Config(block=block, block_r=16, num_warps=num_warps, num_stages=1)
             block = 128 if height == SHORT or block_r == 16 else 64
             return Config(block=block, block_r=min(block_r, 64), num_warps=num_warps, num_stages=1)
         case _:
             block = 32 if not is_half else 128 if block_r <= 64 else 64
+            num_warps = 8 if block_r >= 64 else num_warps
             return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=1)
 
 
@@ -93,7 +97,8 @@ def _tensor(addresses_S, rank_S, slot, expert, offset, expert_step):  # type: ig
     rank, so one number says where any slot has a module."""
     rank = tl.load(rank_S + slot)
     flat = tl.load(addresses_S + slot).to(tl.pointer_type(tl.float32))
-    return rank, flat + rank * (offset + expert.to(tl.int64) * expert_step)
+    # What is inside of one tensor is counted in 32 bits: pointers to blocks of it are registers.
+    return rank.to(tl.int32), flat + rank * (offset + expert.to(tl.int64) * expert_step)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,7 +118,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
         if (rank > above) & (rank <= most) & (first < rank):
             i = tl.arange(0, HEIGHT)
             r = first + tl.arange(0, BLOCK_R)
-            x_rows = x + (row + i)[:, None] * x_stride
+            x_rows = x + row * x_stride + i[:, None] * x_stride
             in_rows, in_rank = (i < count)[:, None], (r < rank)[None, :]
             total = tl.zeros((HEIGHT, BLOCK_R), tl.float32)
             for start in range(0, num_k, BLOCK):
@@ -126,7 +131,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
                 w_kr = tl.load(w_places, mask=in_rank & (k < num_k)[:, None], other=0.0)
                 total = tl.dot(x_ik, w_kr.to(x_ik.dtype), total, input_precision="ieee")
             total = total * tl.load(scale_S + slot)
-            places = out + (row + i)[:, None] * out_stride + r[None, :]
+            places = out + row * out_stride + i[:, None] * out_stride + r[None, :]
             tl.store(places, total.to(out.dtype.element_ty), mask=in_rows & in_rank)
 
 
@@ -146,8 +151,8 @@ def spread_kernel(  # type: ignore[no-untyped-def]
             i = tl.arange(0, HEIGHT)
             k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             in_rows, in_k = (i < count)[:, None], (k < num_k)[None, :]
-            s_rows = s + (row + i)[:, None] * s_stride
-            places = y + (row + i)[:, None] * y_stride + k[None, :]
+            s_rows = s + row * s_stride + i[:, None] * s_stride
+            places = y + row * y_stride + i[:, None] * y_stride + k[None, :]
             total = tl.load(places, mask=in_rows & in_k, other=0.0).to(tl.float32)
             for start in range(0, rank, BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
@@ -182,11 +187,11 @@ def outer_kernel(  # type: ignore[no-untyped-def]
             total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
             for start in range(0, count, CHUNK):
                 t = start + tl.arange(0, CHUNK)
-                p_places = p + (row + t)[:, None] * p_stride + k[None, :]
+                p_places = p + row * p_stride + t[:, None] * p_stride + k[None, :]
                 p_tk = tl.load(
                     p_places, mask=(t < count)[:, None] & (k < num_k)[None, :], other=0.0
                 )
-                s_places = s + (row + t)[:, None] * s_stride + r[None, :]
+                s_places = s + row * s_stride + t[:, None] * s_stride + r[None, :]
                 s_tr = tl.load(s_places, mask=(t < count)[:, None] & (r < rank)[None, :], other=0.0)
                 total = tl.dot(tl.trans(p_tk), s_tr, total, input_precision="ieee")
             if IS_B:
