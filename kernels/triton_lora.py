@@ -80,8 +80,8 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
             block = 128 if height == SHORT or block_r == 16 else 64
             return Config(block=block, block_r=min(block_r, 64), num_warps=num_warps, num_stages=1)
         case _:
-            block = 32 if not is_half else 128 if block_r <= 64 else 64
-            num_warps = 8 if block_r >= 64 else num_warps
+            block = 32 if not is_half else 128 if block_r <= 32 else 64
+            num_warps = 8 if block_r == WIDEST else num_warps
             return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=1)
 
 

@@ -252,6 +252,30 @@ def test_every_kind_of_experience_is_in_every_registry() -> None:
     assert set(OBJECTIVES) == set(ExperienceKind)
 
 
+def test_nobody_but_the_device_says_where_a_tensor_is() -> None:
+    """No other module of workers and kernels moves a tensor or names a device; what is made beside
+    a tensor (`device=x.device`) is where that is, and `to` changes dtypes alone."""
+    dtype, found = re.compile(r"dtype|^torch\.\w+$|^tl\."), []
+    for path in (*(ROOT / "workers").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        if path == ROOT / "workers/device.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            given = [ast.unparse(value) for value in node.args]
+            names_it = any(
+                word.arg == "device" and isinstance(word.value, (ast.Constant, ast.Call))
+                for word in node.keywords
+            )
+            moves = name in ("cpu", "cuda", "pin_memory") or (
+                name == "to" and not all(dtype.search(own) for own in given)
+            )
+            if names_it or moves:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
+    assert found == []
+
+
 OLD_WORDS = {
     r"processors?": "CPU",
     r"signs? of life": "heartbeat",

@@ -30,6 +30,7 @@ WAITS = {
     "_unique2", "unique_dim", "repeat_interleave", "allclose", "_assert_async",
 }  # fmt: skip
 """Operations that a CUDA device makes the host wait for."""
+_ADDING = ("index_add_", "index_add", "scatter_add_", "scatter_add")
 CPU_ONLY = (
     "populace.kernels.grouped.add_deltas",
     "populace.kernels.reference.add_deltas",
@@ -70,7 +71,7 @@ class Pretended:
 
     def __init__(self) -> None:
         self.report = Report()
-        self.hazards = Hazards(lambda what: self._note("hazards", what))
+        self.hazards = Hazards(lambda what: self.note("hazards", what))
         self.host, self.default = Stream(HOST), Stream("default")
         self.current = self.default
         self.is_off = False
@@ -92,8 +93,12 @@ class Pretended:
 
             def backward(*args: Any, **kwargs: Any) -> Any:
                 # The mode is off inside of what it sees; backward runs code of ours.
-                with functions:
-                    return run_backward(*args, **kwargs)
+                before, self.depth = self.depth, 0
+                try:
+                    with functions:
+                        return run_backward(*args, **kwargs)
+                finally:
+                    self.depth = before
 
             stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
             stack.enter_context(functions)
@@ -108,7 +113,7 @@ class Pretended:
         try:
             yield
             if before is not None and before != self._capture:
-                self._note("captured", f"{name}: other operations or addresses than at first")
+                self.note("captured", f"{name}: other operations or addresses than at first")
             self._captures.setdefault(name, self._capture)
         finally:
             self._capture = None
@@ -142,15 +147,15 @@ class Pretended:
             self.current.ticks += 1
             memory.written[self.current.name] = self.current.ticks
             if self._capture is not None:
-                self._note("captured", "allocates")
+                self.note("captured", "allocates")
         return tensor
 
     def waits(self, what: str) -> None:
         """The host waits for everything that the current stream was asked."""
-        self._note("waits", what)
+        self.note("waits", what)
         merge(self.host.knows, self.current.now())
         if self._capture is not None:
-            self._note("captured", f"the host waits: {what}")
+            self.note("captured", f"the host waits: {what}")
 
     def host_reads(self, tensor: Tensor) -> None:
         """Python looks into host memory."""
@@ -162,28 +167,28 @@ class Pretended:
             self.hazards.touch(self.host, [], [memory])
 
     def mixes(self, what: str) -> None:
-        self._note("mixes", what)
+        self.note("mixes", what)
 
     def copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
         """Host to device or back, before it is done."""
         host = source if self.is_here(target) else target
         if self._capture is not None:
-            self._note("captured", "a value comes from the host or goes there")
+            self.note("captured", "a value comes from the host or goes there")
         if non_blocking and not self.is_pinned(host):
-            self._note("hazards", "a copy that is not to block, and host memory that isn't pinned")
+            self.note("hazards", "a copy that is not to block, and host memory that isn't pinned")
         if non_blocking and self.is_pinned(host):
             self.operation("copy_", [source], [target])
             return
         self.operation("copy_", [source], [target])
         self.waits("copy_")
 
-    def _note(self, kind: str, what: str) -> None:
+    def note(self, kind: str, what: str) -> None:
         getattr(self.report, kind)[f"{_place()} {what}"] += 1
 
     # What is replaced.
 
     def _cuda(self) -> Iterator[Any]:
-        Event.host, Event.on_wait = self.host, staticmethod(lambda what: self._note("waits", what))
+        Event.host, Event.on_wait = self.host, staticmethod(lambda what: self.note("waits", what))
 
         def new_stream(*_: Any) -> Stream:
             stream = Stream()
@@ -257,7 +262,7 @@ class Pretended:
             if not rank or not address:
                 continue
             if (memory := self.hazards.at(address)) is None:
-                self._note("hazards", f"{kernel}: a slot's address is of no memory of the device")
+                self.note("hazards", f"{kernel}: a slot's address is of no memory of the device")
             else:
                 found.append(memory)
         is_gradient = kernel == "outer_kernel"
@@ -298,6 +303,8 @@ class _Operations(TorchDispatchMode):
             device.mixes(name)
         for tensor in there:
             (device.host_writes if any(tensor is w for w in written) else device.host_reads)(tensor)
+        if here and name in _ADDING and _adds_twice(name, *args[:3]):
+            device.note("hazards", f"{name} adds to one place in any order")
         if here and (name in WAITS or _asks_the_host(name, args)):
             device.waits(name)
         out = function(*args, **kwargs)
@@ -402,6 +409,18 @@ def _asks_the_host(name: str, args: Any) -> bool:
         return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
     # Torch's grouped product has one kernel, for bf16; it does other dtypes group by group.
     return name == "_grouped_mm" and args[0].dtype != torch.bfloat16
+
+
+def _adds_twice(name: str, target: Tensor, dim: int, index: Tensor) -> bool:
+    """Whether one place is added to more than once."""
+    if name.startswith("scatter"):
+        places = torch.zeros_like(index)
+        for axis, size in enumerate(target.shape):
+            shape = [-1 if axis == other else 1 for other in range(index.ndim)]
+            own = index if axis == dim % index.ndim else torch.arange(index.shape[axis]).view(shape)
+            places = places * size + own
+        index = places
+    return index.unique().numel() < index.numel()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -220,6 +221,33 @@ def test_a_table_may_not_lead_into_freed_memory(device: Pretended) -> None:
 
     assert not hazards_of(device, lambda: run(False)).hazards
     assert any("slot's address" in what for what in hazards_of(device, lambda: run(True)).hazards)
+
+
+def test_sums_in_any_order_are_noticed(device: Pretended) -> None:
+    def add(*rows: int) -> None:
+        index = torch.tensor(rows).pin_memory()
+        there(4, 2).index_add_(0, index.to("cuda", non_blocking=True), there(len(rows), 2))
+
+    assert any("any order" in what for what in hazards_of(device, lambda: add(1, 1)).hazards)
+    assert not hazards_of(device, lambda: add(1, 3)).hazards
+
+
+class _Peek(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        assert grads[0].is_cuda and grads[0].device.type == "cuda"
+        return grads[0] * torch.ones(3)
+
+
+def test_backward_is_seen_too(device: Pretended) -> None:
+    with device.here() as report:
+        x = there(3).requires_grad_()
+        _Peek.apply(x).sum().backward()
+    assert any("backward" in place for place in report.mixes)
 
 
 def test_code_for_cpus_is_noticed(

@@ -184,7 +184,12 @@ class ShardEngine:
 
     def roll_out_share(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup | None]:
         """Answers to the requests of adapters that are at home here."""
-        return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.kernels)
+        for key in {request.adapter for request in requests}:
+            self.slab.read(key, "rollout")
+        try:
+            return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.kernels)
+        finally:
+            self.slab.done_reading("rollout")
 
     def score_base(self, groups: Sequence[RolloutGroup]) -> list[tuple[Floats, ...]]:
         """Scores of a group of one shard; see `score_base_share`."""

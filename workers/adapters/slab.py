@@ -2,7 +2,7 @@
 
 A shard's slab has room for the dense part and for its own experts. All shards of a group take the
 same slots for the same adapters; the dense part is only filled at the adapter's home. Where the
-memory is, `arenas.py` says for CPUs and `buffers.py` for CUDA devices.
+memory is, `arenas.py` says for CPUs and `buffers.py` for CUDA devices; both have the same methods.
 
 A slot's tensors are leased: a wave holds gradients and moments of what it trains, a reader holds
 weights. Training a revision that somebody reads copies it first.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,28 +56,6 @@ class Slot:
     spec: AdapterSpec
     seed: int
     state: SlotState
-
-
-class SlotMemory(Protocol):
-    """Where slots lie. `Arenas` on CPUs, `SlotBuffers` on CUDA devices."""
-
-    def take(self, spec: AdapterSpec, home: int | None = None) -> SlotAddress | None:
-        """A free slot, with zero moments; where `home` is given, one whose dense part is on that
-        shard."""
-
-    def free(self, address: SlotAddress) -> None: ...
-
-    def layout(self, address: SlotAddress) -> AdapterLayout:
-        """Of the slot's tensors."""
-
-    def part(self, address: SlotAddress, name: str) -> Tensor:
-        """`weights`, `grads`, `m` or `v`, [P]."""
-
-    def hold(self, address: SlotAddress, names: Sequence[str]) -> None:
-        """See that these have memory."""
-
-    def let_go(self, address: SlotAddress, names: Sequence[str]) -> None:
-        """These may lose theirs."""
 
 
 class Dump:
