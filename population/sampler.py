@@ -120,10 +120,17 @@ class Sampler:
 
 
 def replaying_engine(
-    settings: Settings, meta: PopulationMeta, store: ObjectStore, *, dtype: str, backend: str
+    settings: Settings,
+    meta: PopulationMeta,
+    store: ObjectStore,
+    *,
+    device: str,
+    dtype: str,
+    backend: str,
 ) -> ShardEngine:
-    """An engine of a few slots that computes in `dtype` on `backend`, with invariant numerics."""
+    """An engine of a few slots that computes on `device` in `dtype` by `backend`, with invariant
+    numerics. `InvalidInput` where that can't be had."""
     base = base_of(meta, settings)
     own = shard_settings(settings, meta, store.url, base, Chat(base.folder))
     train = replace(settings.train, backend=backend, numerics="invariant")
-    return ShardEngine(replace(own, dtype=dtype, slots=2, train=train), store)
+    return ShardEngine(replace(own, device=device, dtype=dtype, slots=2, train=train), store)

@@ -45,9 +45,15 @@ class ReplayOutcome(StrEnum):
     DAMAGED = "damaged"
 
 
-_MACHINE = ("device", "cpu", "dtype", "torch", "transformers", "kernels", "backend", "numerics")
-"""Fields of a numerics fingerprint that must agree, beside the optimizer, which is set as the
-manifest says."""
+_MACHINE = (
+    "device", "cpu", "gpu", "compute_capability", "cuda", "cublas", "dtype", "torch",
+    "transformers", "kernels", "backend", "numerics",
+)  # fmt: skip
+"""Fields of a numerics fingerprint that must agree where either has them, beside the optimizer,
+which is set as the manifest says. A driver runs what was compiled: it may differ."""
+
+_Computes = tuple[str, str, str]
+"""Device, dtype and backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +152,7 @@ class _Player:
     def __init__(self, population: Population, adapter: AdapterState) -> None:
         self.population, self.adapter = population, adapter
         self._waves: dict[int, WaveManifest] = {}
-        self._engines: dict[tuple[str, str], ShardEngine] = {}
+        self._engines: dict[_Computes, ShardEngine] = {}
 
     def play(self, revision: int, compare: Sequence[int]) -> dict[int, Replayed]:
         """Outcomes of `revision` and of those of `compare` on the way to it."""
@@ -240,26 +246,35 @@ class _Player:
         made_by = [self._wave(entry.revision).numerics for entry in route.updates]
         if any(numerics.get("numerics") != "invariant" for numerics in made_by):
             return "made with `fast` numerics: its bits depend on who shared the batch"
-        if len({numerics["dtype"] for numerics in made_by}) > 1:
-            return "made partly in one dtype, partly in another"
+        ways = {(own["device"], own["dtype"], own["backend"]) for own in made_by}
+        for field in ("device", "dtype", "backend"):
+            if len({numerics[field] for numerics in made_by}) > 1:
+                return f"made partly with one {field}, partly with another"
+        (way,) = ways
+        try:
+            engine = self._engine(way)
+        except InvalidInput as error:
+            return f"made with device {way[0]}: {error}"
+        _, here = engine.describe()
         for entry, numerics in zip(route.updates, made_by, strict=True):
-            _, here = self._engine(numerics["dtype"], numerics["backend"]).describe()
             _, optimizer = _hyperparameters(self._wave(entry.revision))
-            here = {**here, "optimizer": optimizer_name(optimizer)}
+            own = {**here, "optimizer": optimizer_name(optimizer)}
             for field in (*_MACHINE, "optimizer"):
-                if numerics.get(field) != here[field]:
+                if numerics.get(field) != own.get(field):
                     return (
-                        f"made with {field} {numerics.get(field)}, this machine has {here[field]}"
+                        f"made with {field} {numerics.get(field)}, this machine has "
+                        f"{own.get(field)}"
                     )
-        return self._engine(made_by[0]["dtype"], made_by[0]["backend"])
+        return engine
 
-    def _engine(self, dtype: str, backend: str) -> ShardEngine:
-        if (dtype, backend) not in self._engines:
+    def _engine(self, way: _Computes) -> ShardEngine:
+        if way not in self._engines:
+            device, dtype, backend = way
             settings, meta = self.population.settings, self.population.meta
-            self._engines[dtype, backend] = replaying_engine(
-                settings, meta, self.population.store, dtype=dtype, backend=backend
+            self._engines[way] = replaying_engine(
+                settings, meta, self.population.store, device=device, dtype=dtype, backend=backend
             )
-        return self._engines[dtype, backend]
+        return self._engines[way]
 
 
 def _hyperparameters(wave: WaveManifest) -> tuple[TrainSettings, OptimizerSettings]:

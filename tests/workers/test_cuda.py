@@ -32,7 +32,7 @@ from populace.workers.batch import (
     TrainGroup,
     WaveBatch,
 )
-from populace.workers.device import Cuda
+from populace.workers.device import Cuda, device_of
 from populace.workers.joins import join_steps
 from populace.workers.layout import AdapterLayout
 from populace.workers.shapes import AdapterSpec
@@ -435,6 +435,18 @@ def test_two_shards_on_devices_give_what_one_cpu_gives(
     assert all(any(group is not None for group in own) for own in groups), "both have users"
     got = Told([join_shares(groups)], [], [join_steps(steps)])
     assert_same(here, got, Told([rolled], [], [expected]))
+
+
+def test_the_dtype_follows_the_device_that_computes(device: Pretended) -> None:
+    """A CUDA device that is merely visible says nothing about a CPU beside it."""
+    native = device_of("cpu", "auto").dtype
+    assert device_of("auto", "auto").kind == "cpu"
+    with device.here():
+        assert device_of("cpu", "auto").dtype is native
+        assert device_of("cpu", "auto").kind == "cpu"
+        chosen = device_of("auto", "auto")
+        assert chosen.kind == "cuda" and chosen.dtype is torch.bfloat16
+        assert device_of("cuda", "float32").dtype is torch.float32
 
 
 def test_the_devices_of_a_group_must_be_of_one_kind() -> None:

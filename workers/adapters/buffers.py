@@ -43,11 +43,14 @@ class SlotBuffers:
         self._dims, self._device, self._shard = dims, device, shard
         self._buffers: dict[int, _Buffer] = {}
         self._free = set(range(slots))
+        # Every row begins at a multiple of 16 bytes: Triton would compile its kernels anew for one
+        # that doesn't.
+        width = -(-slots // 4) * 4
         # Rows of addresses: weights then gradients, of attention then of experts; and the ranks.
-        self._host = torch.zeros(6, slots, dtype=torch.int64)
-        self._host_scales_2S = torch.zeros(2, slots)
-        self._table = device.zeros(6, slots, dtype=torch.int64)
-        self._scales_2S = device.zeros(2, slots, dtype=torch.float32)
+        self._host = torch.zeros(6, width, dtype=torch.int64)
+        self._host_scales_2S = torch.zeros(2, width)
+        self._table = device.zeros(6, width, dtype=torch.int64)
+        self._scales_2S = device.zeros(2, width, dtype=torch.float32)
         self._is_stale = False
         self._pointers: dict[tuple[str, int], LoraPointers] = {}
 

@@ -27,6 +27,7 @@ from populace.population.tools.replay import (
     replay,
     route_to,
 )
+from populace.storage.log.records import WaveManifest
 from tests.support.loops import Loop
 from tests.support.streams import WORDS, experience
 
@@ -191,6 +192,22 @@ def test_a_replay_that_differs_or_cannot_be_is_told(
         ReplayOutcome.REFUSED,
         " this machine has 1.0",
     )
+    monkeypatch.setattr(replay_module.ShardEngine, "describe", describe)
+
+    # Made on a GPU: this machine has none, or not that one.
+    wave_of = replay_module._Player._wave
+    for there, detail in (
+        ({"device": "cuda", "backend": "triton"}, "made with device cuda: base.device is 'cuda'"),
+        ({"gpu": "H100"}, "made with gpu H100, this machine has None"),
+    ):
+
+        def made_there(player: object, revision: int, there: dict = there) -> WaveManifest:
+            wave = wave_of(player, revision)
+            return dataclasses.replace(wave, numerics={**wave.numerics, **there})
+
+        monkeypatch.setattr(replay_module._Player, "_wave", made_there)
+        (refused, *_) = replay(population, "user-0")
+        assert refused.outcome is ReplayOutcome.REFUSED and refused.detail.startswith(detail)
 
 
 def test_fast_numerics_refuse_replay(settings: Settings, start: Start, tmp_path: Path) -> None:
