@@ -65,8 +65,8 @@ class BaseSettings:
     """`bfloat16`, `float32`, or `auto`: bfloat16 on a CUDA device, and on a CPU that multiplies it
     natively."""
     device: str = one_of("auto", "cpu", "cuda")
-    """What a shard computes on: `cpu`, `cuda`, or `auto`: a CUDA device where its process sees
-    one."""
+    """What a shard computes on: `cpu`; `cuda`, for which a run asks Ray for a GPU per shard; or
+    `auto`: a CUDA device where its process sees one, in a run where Ray gave it one."""
 
 
 @dataclass(frozen=True)

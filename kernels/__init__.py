@@ -1,1 +1,2 @@
-"""Grouped LoRA products. `lora.lora_product` computes them, `tiles` plans them."""
+"""Grouped LoRA products. `lora.lora_product` computes them; `plan` plans them on a CPU, `route` on
+a CUDA device."""

@@ -62,6 +62,8 @@ class FrozenProduct:
         return dy_TF @ self.w if self.ends_E is None else self._grouped(dy_TF, self.w.mT)
 
     def _grouped(self, x_TD: Tensor, w_EFD: Tensor) -> Tensor:
+        if not len(x_TD):
+            return x_TD.new_empty(0, w_EFD.shape[1])
         if self.tile_I4 is None:
             return grouped_mm(x_TD, w_EFD.mT, offs=self.ends_E)
         from populace.kernels.triton_experts import experts_product  # not installed everywhere

@@ -57,6 +57,8 @@ def plan_routes(
     slot must lie together."""
     num_rows, top_k = (len(slot_T), 1) if expert_TK is None else expert_TK.shape
     total = num_rows * top_k
+    if not total:  # no row came to a shard's experts
+        return _nothing(slot_T, num_rows, top_k, num_experts, accumulates)
     # One number per (expert, slot); rows without an adapter come behind their expert's others.
     width = num_slots + 1
     lane_T = torch.where(slot_T >= 0, slot_T, num_slots)
@@ -96,6 +98,24 @@ def plan_routes(
         by_height=tuple(tables),
         whole_G4=torch.stack(segments, 1).to(torch.int32),
         is_empty=is_empty,
+        accumulates=accumulates,
+    )
+
+
+def _nothing(
+    slot_T: Tensor, num_rows: int, top_k: int, num_experts: int, accumulates: bool
+) -> RoutePlan:
+    none_R = slot_T.new_empty(0)
+    no_tiles_I4 = slot_T.new_empty(0, 4, dtype=torch.int32)
+    return RoutePlan(
+        num_rows=0,
+        place_TK=none_R.view(num_rows, top_k),
+        row_R=none_R,
+        ends_E=slot_T.new_zeros(num_experts, dtype=torch.int32),
+        experts_I4=no_tiles_I4,
+        by_height=(),
+        whole_G4=no_tiles_I4,
+        is_empty=True,
         accumulates=accumulates,
     )
 

@@ -1,5 +1,5 @@
-"""The frozen experts' product in Triton, for dtypes in which torch's grouped product makes the host
-wait: fp32.
+"""The frozen experts' product in Triton, for where torch's grouped product makes the host wait: in
+fp32, and on GPUs that it has no kernel for.
 
 One program per tile of one expert's rows and block of columns, in one order of additions: a row's
 bits are its own.

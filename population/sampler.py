@@ -59,6 +59,7 @@ def load_of(settings: Settings) -> Load:
         slots=scheduler.slots,
         adapters=scheduler.max_adapters_per_wave,
         rows=settings.train.max_rows_per_pass,
+        prompts=tries,
         sequences=tries * rollout.samples_per_task,
         length=settings.train.max_sequence_length + rollout.max_new_tokens,
     )

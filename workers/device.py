@@ -62,6 +62,11 @@ class Device:
     def is_cuda(self) -> bool:
         return self.kind == "cuda"
 
+    @property
+    def has_grouped_product(self) -> bool:
+        """Whether torch's grouped product runs here without asking the host."""
+        return True
+
     def fingerprint(self) -> dict[str, str]:
         """What bits depend on besides versions: of the numerics fingerprint."""
         return {"device": self.kind, "cpu": torch.backends.cpu.get_cpu_capability()}
@@ -117,6 +122,12 @@ class Cuda(Device):
             "driver": str(_driver_version()),
             "cublas": _cublas_version(),
         }
+
+    @property
+    def has_grouped_product(self) -> bool:
+        # Elsewhere torch multiplies expert by expert, and asks for their ends (GroupedBlas.cpp).
+        card = torch.cuda.get_device_properties()
+        return self.dtype is torch.bfloat16 and card.major in (9, 10)
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info()

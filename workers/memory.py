@@ -37,6 +37,8 @@ class Load:
     """Of a wave: those that hold gradients."""
     rows: int = 4096
     """Of a pass."""
+    prompts: float = 1
+    """Tasks that are tried at once."""
     sequences: float = 1
     """Samples that are decoded at once."""
     length: int = 1024
@@ -112,8 +114,9 @@ class MemoryPlan:
         )
 
 
-def plan_memory(dims: BaseDims, held: Held, load: Load, device: str) -> MemoryPlan:
-    """What the fullest shard needs to train and to roll out. `device`: `cpu` or `cuda`."""
+def plan_memory(dims: BaseDims, held: Held, load: Load, *, context_bytes: float) -> MemoryPlan:
+    """What the fullest shard needs to train and to roll out. `context_bytes`: of a process that
+    holds nothing yet, see `CONTEXT_BYTES`."""
     slot = slot_bytes(dims, held, load.ranks)
     width = held.dtype_bytes
     # Logits of one chunk in the base's dtype and in fp32, and the slope of every target.
@@ -132,7 +135,7 @@ def plan_memory(dims: BaseDims, held: Held, load: Load, device: str) -> MemoryPl
         Part(name="moments of slots", size_bytes=2 * slot * load.slots, knob=fewer_slots),
         Part(
             name="context",
-            size_bytes=CONTEXT_BYTES[device],
+            size_bytes=context_bytes,
             knob="use a device with more memory",
         ),
     )
@@ -149,7 +152,15 @@ def plan_memory(dims: BaseDims, held: Held, load: Load, device: str) -> MemoryPl
         ),
         Part(name="workspace", size_bytes=head, knob="lower train.max_rows_per_pass"),
     )
+    # Prompts run as one pass, whose keys and values are kept until they are spread to the samples.
+    prompt = cache_bytes(dims, width) + layer_bytes(dims, width)
     rollout = (
+        Part(
+            name="prompts",
+            size_bytes=load.prompts * load.length * prompt,
+            knob="lower scheduler.max_adapters_per_wave, scheduler.events_per_update or "
+            "train.max_sequence_length",
+        ),
         Part(
             name="keys and values",
             size_bytes=load.sequences * load.length * cache_bytes(dims, width),
@@ -181,6 +192,14 @@ def row_bytes(dims: BaseDims, ranks: tuple[int, int], dtype_bytes: int) -> float
     of_experts = dims.experts_per_token * (sum(expert) + expert_rank * len(expert))
     kept = dims.num_layers * of_layers + dims.num_moe_layers * of_experts
     return dtype_bytes * kept + NORM_BYTES * dims.num_layers * _hidden(dims)
+
+
+def layer_bytes(dims: BaseDims, dtype_bytes: int) -> float:
+    """What one layer of a pass that keeps nothing has of a row at its widest: its experts' copies,
+    in and out."""
+    expert = {module: (out, inp) for module, out, inp in dims.shapes}
+    inner, hidden = expert["gate_proj"]
+    return float(dtype_bytes * (4 * hidden + dims.experts_per_token * (2 * hidden + 3 * inner)))
 
 
 def cache_bytes(dims: BaseDims, dtype_bytes: int) -> float:

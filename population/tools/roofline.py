@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 from populace.population.tools.devices import Device, Request
 from populace.workers.layout import layout_of
-from populace.workers.memory import RESERVE, Held, Load, cache_bytes, held_of, plan_memory
+from populace.workers.memory import (
+    CONTEXT_BYTES,
+    RESERVE,
+    Held,
+    Load,
+    cache_bytes,
+    held_of,
+    plan_memory,
+)
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.placement import is_expert
 
@@ -173,16 +181,18 @@ def room_of(
         slots=request.slots,
         adapters=request.slots / 2,
         rows=0,
+        prompts=0,
         sequences=0,
         length=request.prompt_tokens + request.completion_tokens,
     )
-    fixed = plan_memory(dims, base.held, most, device.kind)
+    context = CONTEXT_BYTES[device.kind]
+    fixed = plan_memory(dims, base.held, most, context_bytes=context)
     parts = {part.name: part.size_bytes for own in fixed.phases.values() for part in own}
     slab = [sheet.add(name, parts[name], "B") for name in ("weights of slots", "moments of slots")]
     slab.append(sheet.add("gradients", parts["gradients"], "B"))
     sheet.add("context", parts["context"], "B", "assumed" if device.kind == "cuda" else "derived")
     usable = device.memory_bytes * (1 - RESERVE)
-    row = sheet.add("activations per row", _row_bytes(dims, base, request, device), "B")
+    row = sheet.add("activations per row", _row_bytes(dims, base, request), "B")
     cache = cache_bytes(dims, device.weight_bytes) * adapter.sequences * most.length
     sheet.add("KV cache of one user's rollouts", cache, "B")
     activations = sheet.add("free for activations", usable - fixed.needed("training"), "B")
@@ -201,10 +211,10 @@ def room_of(
     )
 
 
-def _row_bytes(dims: BaseDims, base: Base, request: Request, device: Device) -> float:
+def _row_bytes(dims: BaseDims, base: Base, request: Request) -> float:
     """Of one row of a training pass: activations, and its target's slope."""
     one, none = (
-        plan_memory(dims, base.held, Load(ranks=request.ranks, rows=rows), device.kind)
+        plan_memory(dims, base.held, Load(ranks=request.ranks, rows=rows), context_bytes=0.0)
         for rows in (1, 0)
     )
     return one.needed("training") - none.needed("training")

@@ -84,7 +84,8 @@ def builds(architectures: Sequence[int], ranks: Sequence[int]) -> Iterator[Build
                     for height in (TALL,) if kernel == "outer" else (SHORT, TALL):
                         yield Build(product, kernel, height, rank, dtype, architecture)
     for architecture in architectures:
-        yield Build(EXPERTS, "experts", TALL, 0, "fp32", architecture)
+        for dtype in DTYPES:
+            yield Build(EXPERTS, "experts", TALL, 0, dtype, architecture)
 
 
 def compile_and_check(build: Build) -> Result:

@@ -38,6 +38,7 @@ from populace.workers.layout import AdapterLayout
 from populace.workers.shapes import AdapterSpec
 from populace.workers.shards.exchange import DeepSpeedExchange, Rendezvous
 from populace.workers.step import train
+from populace.workers.step.numerics import probe_invariance
 from tests.support import tiny
 from tests.support.pretend import Pretended
 
@@ -251,6 +252,28 @@ def test_a_split_wave_adds_up_to_the_whole_one(device: Pretended, make_engine: M
     assert_same(there, Told([], [], [got]), Told([], [], [expected]))
 
 
+def test_a_gpu_without_a_grouped_product_is_not_asked_for_one(make_engine: Make) -> None:
+    """Of sm_80, in bf16: torch would multiply expert by expert, and ask for their ends."""
+    device = Pretended(compute_capability=(8, 0))
+    with device.here():
+        assert not Cuda(torch.bfloat16).has_grouped_product
+        assert not Cuda(torch.float32).has_grouped_product
+    with Pretended(compute_capability=(9, 0)).here():
+        assert Cuda(torch.bfloat16).has_grouped_product
+    with device.here() as report:
+        engine = make_engine(slots=2, device="cuda")
+        report.waits.clear()
+        (key, *_) = admit_first(engine)
+        engine.train_wave(wave_of([key]))
+    report.assert_clean(WAITS)
+
+
+def admit_first(engine: ShardEngine) -> list[AdapterKey]:
+    key = AdapterKey("user-0", 0)
+    engine.page_in([AdapterRef(key=key, spec=SPECS[0], seed=0)], True)
+    return [key]
+
+
 def test_what_is_loaded_comes_back_bit_for_bit(device: Pretended, make_engine: Make) -> None:
     with device.here() as report:
         engine = make_engine(slots=4, device="cuda")
@@ -282,14 +305,18 @@ def vars_of(engine: ShardEngine, key: AdapterKey) -> tuple[object, object]:
     return blobs.weights, blobs.moments
 
 
-def test_the_probe_runs_on_the_device(device: Pretended, make_engine: Make) -> None:
+def test_the_probe_runs_on_the_device_and_promises_nothing_there(
+    device: Pretended, make_engine: Make
+) -> None:
     with device.here() as report:
         engine = make_engine(device="cuda", slots=2)
+        # What it can see holds; attention's order of additions on a card it can't.
+        assert probe_invariance(engine.base, engine.kernels) == ""
         _, fingerprint = engine.describe()
     assert not report.mixes and not report.hazards and not report.cpu_code
     assert fingerprint["device"] == "cuda" and fingerprint["backend"] == "triton"
     assert fingerprint["gpu"] == "pretended" and fingerprint["compute_capability"] == "9.0"
-    assert "cpu" not in fingerprint and fingerprint["numerics"] == "invariant"
+    assert "cpu" not in fingerprint and fingerprint["numerics"] == "fast"
 
 
 def held(engine: ShardEngine, key: AdapterKey) -> dict[str, torch.Tensor]:
@@ -371,6 +398,24 @@ def test_training_a_revision_that_is_read_copies_it_first(
     assert not report.mixes and not report.hazards and not report.cpu_code
 
 
+def test_what_is_read_does_not_get_in_the_way_of_what_comes(make_engine: Make) -> None:
+    engine = make_engine(slots=4)
+    refs = [AdapterRef(key=AdapterKey(f"u{n}", 0), spec=SPECS[0], seed=n) for n in range(4)]
+    engine.page_in(refs[:3], True)
+    reader = engine.slab.read(refs[0].key, "a request")
+    engine.page_in(refs[:1], True)
+    engine.train_wave(wave_of([refs[0].key]))
+    engine.committed([(refs[0].key, AdapterKey("u0", 1))])
+    engine.page_in(refs[3:], True)
+    assert engine.slab.slots[refs[0].key] is reader and len(engine.slab.slots) == 4
+    # A copy that is there already takes no second slot.
+    small = make_engine(slots=2)
+    small.page_in(refs[:1], True)
+    small.slab.read(refs[0].key, "a request")
+    small.slab.hold_for_training(refs[0].key)
+    small.page_in(refs[:1], True)
+
+
 def test_copies_and_readers_count_among_the_slots(make_engine: Make) -> None:
     engine = make_engine(slots=3)
     refs = [AdapterRef(key=AdapterKey(f"u{n}", 0), spec=SPECS[0], seed=n) for n in range(3)]
@@ -394,7 +439,7 @@ def test_copies_and_readers_count_among_the_slots(make_engine: Make) -> None:
 
 def run_shard(
     rank: int, rendezvous: Rendezvous, folder: str
-) -> tuple[ShardStep, list[RolloutGroup | None]]:
+) -> tuple[ShardStep, list[RolloutGroup | None], bool]:
     """One of two shards on pretended devices, in a process of its own."""
     torch.set_num_threads(1)
     device = Pretended()
@@ -419,7 +464,26 @@ def run_shard(
         step = engine.train_share(wave_of(keys))
         report.assert_clean({**WAITS, **EXCHANGING})
         groups = engine.roll_out_share(requests(keys))
-    return step, groups
+        # Everybody to experts of the first shard: nothing comes to the second.
+        one = np.zeros((5, *engine.base.routing_shape), np.int16) + np.arange(2, dtype=np.int16)
+        shown = wave_of(keys)
+        crowded = tuple(
+            dataclasses.replace(batch, groups=(with_experts(batch.groups[0], one),))
+            for batch in shown.adapters
+        )
+        updates = engine.train_share(WaveBatch(adapters=crowded)).updates
+    return step, groups, all(update.status == "updated" for update in updates)
+
+
+def with_experts(group: TrainGroup, ids: np.ndarray) -> TrainGroup:
+    """A group whose rows all go where `ids` say."""
+    (scored,) = group.samples
+    sample = dataclasses.replace(scored.sample, expert_ids=ids[: len(scored.sample.completion_ids)])
+    return dataclasses.replace(
+        group,
+        prompt_expert_ids=ids[: len(group.prompt_ids)],
+        samples=(dataclasses.replace(scored, sample=sample),),
+    )
 
 
 def test_two_shards_on_devices_give_what_one_cpu_gives(
@@ -431,7 +495,8 @@ def test_two_shards_on_devices_give_what_one_cpu_gives(
     meeting, folder = Rendezvous.at("127.0.0.1", 120.0), str(bases["qwen3_moe"])
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         shards = [pool.submit(run_shard, rank, meeting, folder) for rank in range(2)]
-        steps, groups = zip(*(shard.result() for shard in shards), strict=True)
+        steps, groups, ends = zip(*(shard.result() for shard in shards), strict=True)
+    assert ends == (True, True), "a layer in which no row came to the other shard"
     assert all(any(group is not None for group in own) for own in groups), "both have users"
     got = Told([join_shares(groups)], [], [join_steps(steps)])
     assert_same(here, got, Told([rolled], [], [expected]))
@@ -460,10 +525,10 @@ def test_what_a_device_can_not_do_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(InvalidInput, match=r"base.device is 'cuda', but torch .* finds no CUDA"):
         make_engine(device="cuda")
-    with pytest.raises(InvalidInput, match=r"train.backend is 'triton', which doesn't run on"):
+    with pytest.raises(InvalidInput, match=r"train.backend is 'triton', which doesn't run"):
         make_engine(backend="triton")
     with device.here():
-        with pytest.raises(InvalidInput, match=r"'grouped', which doesn't run on base"):
+        with pytest.raises(InvalidInput, match=r"'grouped', which doesn't run where"):
             make_engine(device="cuda", backend="grouped")
         with pytest.raises(InvalidInput, match=r"optimizer.offload is true"):
             make_engine(device="cuda", offload=True)

@@ -77,8 +77,8 @@ class ShardSettings:
     dense: str = "replicated"
     device: str = "auto"
     """See `base.device` in configs/schema.py."""
-    load: Load = field(default_factory=Load)
-    """What waves may ask of a shard's memory at most."""
+    load: Load = field(default_factory=Load, compare=False)
+    """What waves may ask of a shard's memory at most; looked at before the base is loaded."""
 
 
 def keep_freed_memory() -> None:
@@ -134,8 +134,12 @@ class ShardEngine:
     @functools.cached_property
     def numerics(self) -> str:
         """`invariant` if this machine keeps that promise, else `fast`."""
-        problem = "ZeRO-3 adds up a row's gradients in an order of its own"
-        if self.settings.dense != "zero3":
+        if self.settings.dense == "zero3":
+            problem = "ZeRO-3 adds up a row's gradients in an order of its own"
+        elif self.base.device.is_cuda:
+            # And by lengths that no short probe has.
+            problem = "attention on CUDA is torch's, which adds in an order of its own"
+        else:
             problem = probe_invariance(self.base, self.kernels)
         if problem:
             logger.warning("numerics are `fast`, revisions can't be replayed: %s", problem)
@@ -237,13 +241,13 @@ def _check_device(settings: ShardSettings, device: Device) -> None:
     """`InvalidInput` for what only CPUs do."""
     if device.is_cuda and settings.optimizer.offload:
         raise InvalidInput(
-            "optimizer.offload is true, which updates moments where a CPU computes; base.device is "
-            "'cuda', set it to false"
+            "optimizer.offload is true, which updates moments where a CPU computes, and this shard "
+            "computes on a CUDA device; set it to false, or base.device=cpu"
         )
     if device.is_cuda and settings.dense == "zero3":
         raise InvalidInput(
-            "shard.dense is 'zero3', which cuts parameters on CPUs alone; base.device is 'cuda', "
-            "use replicated"
+            "shard.dense is 'zero3', which cuts parameters on CPUs alone, and this shard computes "
+            "on a CUDA device; use replicated, or base.device=cpu"
         )
     if device.is_cuda:
         _memory_plan(settings, device).require(device.free_bytes(), "the CUDA device")
@@ -255,7 +259,8 @@ def _memory_plan(settings: ShardSettings, device: Device) -> MemoryPlan:
     dims = dims_of_config(config)
     held = held_of(dims, tensors_of(config), settings.num_shards, device.dtype.itemsize)
     load = replace(settings.load, slots=settings.slots, rows=settings.train.max_rows_per_pass)
-    return plan_memory(dims, held, load, device.kind)
+    # The context is there already, and not free any more.
+    return plan_memory(dims, held, load, context_bytes=0.0)
 
 
 def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:

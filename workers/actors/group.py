@@ -76,6 +76,8 @@ class ShardGroup:
             group,
         )
         self.num_restarts = 0
+        self._gpus = int(settings.device == "cuda")
+        """That Ray reserves for a shard."""
         self._token = secrets.token_hex(16)
         place = sha256(settings.store_url.encode()).hexdigest()[:8]
         self._prefix = f"{settings.population}-{place}/{controller}/shard-"
@@ -200,7 +202,8 @@ class ShardGroup:
 
     def _place(self) -> None:
         """Ask for room: one bundle per shard, on as many nodes as there are."""
-        bundles = [{"CPU": self.group.cpus} for _ in range(self.group.count)]
+        bundle = {"CPU": self.group.cpus, "GPU": self._gpus}
+        bundles = [{name: n for name, n in bundle.items() if n} for _ in range(self.group.count)]
         self._places = placement_group(
             bundles, strategy="SPREAD", lifetime="detached", name=self._prefix
         )
@@ -213,11 +216,14 @@ class ShardGroup:
             if tick is not None:
                 tick(0, self.group.count)
             if time.monotonic() > deadline:
-                free = ray.available_resources().get("CPU", 0.0)
+                free = ray.available_resources()
+                asked = f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}"
+                has = f"{free.get('CPU', 0.0):g} CPUs"
+                if self._gpus:
+                    asked += ", base.device is 'cuda' (a GPU for each shard)"
+                    has += f" and {free.get('GPU', 0.0):g} GPUs"
                 raise InvalidInput(
-                    f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}, but "
-                    "the cluster has "
-                    f"{free:g} CPUs free; add nodes, lower one of the two, or raise "
+                    f"{asked}, but the cluster has {has} free; add nodes, ask for less, or raise "
                     "shard.place_timeout_s"
                 )
 
@@ -231,7 +237,7 @@ class ShardGroup:
             )
             options = RemoteShard.options(
                 name=self._name(rank), namespace=NAMESPACE, lifetime="detached",
-                num_cpus=self.group.cpus,
+                num_cpus=self.group.cpus, num_gpus=self._gpus,
                 scheduling_strategy=place, runtime_env=environment,
             )  # fmt: skip
             self._shards.append(options.remote(self.settings, rank, self._token))

@@ -49,7 +49,9 @@ class ShardActor(ShardEngine):
         """Meet the others and load this shard's part of the base; says what it computes on and in
         which dtype. Without a rendezvous it is the only shard."""
         settings, rank = self._start
-        device = device_of(settings.device, settings.dtype)
+        # `auto` takes a GPU that Ray gave this actor, never one that is merely visible on the node.
+        kind = settings.device if settings.device != "auto" or ray.get_gpu_ids() else "cpu"
+        device = device_of(kind, settings.dtype)
         exchange = (
             ALONE
             if rendezvous is None

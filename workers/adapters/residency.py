@@ -95,7 +95,7 @@ class Residency:
         read = self.slab.being_read
         staying = wanted | set(keep) | set(read)
         # What is read is copied before it is trained, which takes a slot too.
-        beside = self.slab.num_beside + (len(wanted & set(read)) if with_moments else 0)
+        beside = self.slab.num_beside + (self.slab.to_copy(wanted) if with_moments else 0)
         needed = len({key for key in staying if key in wanted or key in self.slab.slots}) + beside
         if needed > self.slab.capacity:
             raise InvalidInput(
@@ -170,7 +170,9 @@ class Residency:
         if not self.slab.rename(old, new):
             self._hot.drop(old)
             self._has_moments.pop(old, None)
-        self._hot.put(new, 1)
+        self._hot.capacity = self.slab.capacity - self.slab.num_beside
+        for victim in self._hot.put(new, 1, {new, *self.slab.being_read}):
+            self._cool(victim)
         self._has_moments[new] = True
         self._drop_warm(old)
 

@@ -12,7 +12,7 @@ Suffixes: P elements of an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,6 +124,11 @@ class Slab:
         still read of revisions that left."""
         return len(self._copies) + len(self._unlisted)
 
+    def to_copy(self, keys: Collection[AdapterKey]) -> int:
+        """Slots that training these revisions takes beside those that are taken: one for each that
+        somebody reads, or it has its copy already."""
+        return sum(key in keys and key not in self._copies for key in self.being_read)
+
     @property
     def being_read(self) -> list[AdapterKey]:
         """Hot revisions that somebody reads."""
@@ -206,8 +211,8 @@ class Slab:
             address = self.memory.take(slot.spec, self.shard.home_of(slot.address))
         if address is None:
             raise InvalidInput(
-                f"scheduler.slots is {self.capacity} and all are taken; a revision that is read is "
-                "copied before it is trained: raise it"
+                f"scheduler.slots is {self.capacity} and none is free on the shard of a revision "
+                "that is read, which is copied before it is trained: raise it"
             )
         copy = replace(slot, address=address, state=replace(slot.state))
         for held in (slot, copy):

@@ -40,8 +40,8 @@ class Kernels:
         backend = device.backend if train.backend == "auto" else train.backend
         if (backend == "triton") != device.is_cuda:
             raise InvalidInput(
-                f"train.backend is {train.backend!r}, which doesn't run on base.device "
-                f"{device.kind!r}; use auto"
+                f"train.backend is {train.backend!r}, which doesn't run where this shard computes, "
+                f"on {device.kind}; use auto, or another base.device"
             )
         return Kernels(device=device, backend=backend, row_multiple=ROW_MULTIPLE[train.numerics])
 

@@ -35,7 +35,8 @@ class KvCache:
         new_tokens_G: Ints,
         device: Device,
     ) -> None:
-        """Caches of the prefilled prompts, each repeated for its samples."""
+        """Caches of the prefilled prompts, each repeated for its samples. `prefill` keeps nothing
+        of them."""
         starts_G = lengths_G.cumsum() - lengths_G
         owner_U = np.repeat(np.arange(len(lengths_G)), repeats_G)
         room_U = -(-(lengths_G + new_tokens_G)[owner_U] // LENGTH_STEP) * LENGTH_STEP
@@ -53,6 +54,7 @@ class KvCache:
             for room in np.unique(room_U)
             for numbers in [np.flatnonzero(room_U == room)]
         ]
+        prefill.kept.clear()
 
 
 class _CacheBucket:

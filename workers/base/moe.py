@@ -92,8 +92,7 @@ class Routes:
                 is_empty=slab is None,
                 accumulates=accumulates,
             )
-            # Torch's grouped product asks the host in every dtype but this.
-            tile_I4 = None if kernels.device.dtype == torch.bfloat16 else plan.experts_I4
+            tile_I4 = None if kernels.device.has_grouped_product else plan.experts_I4
             copies = Copies(row_Y=plan.row_R, place_TK=plan.place_TK)
             return Routes(copies=copies, ends_E=plan.ends_E, plan=plan, tile_I4=tile_I4)
         num_rows, top_k = expert_TK.shape

@@ -55,7 +55,7 @@ class SequenceGroup:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
     """Rows sorted by (address, group, branch, position). Padding to a multiple of rows comes last,
-    as one more group without an adapter. Packed on the host, uploaded by `ForwardPass.of`."""
+    as one more group without an adapter. Packed on the host, uploaded for a pass."""
 
     token_T: Tensor
     position_T: Tensor

@@ -91,7 +91,7 @@ def _gradient(
         slot = slab.take(key, spec, seed=number)
         noise_P = _noise(1, slab.exact_layout(spec).size, seed=number)[0] * 0.02
         slab.load(key, noise_P.numpy().tobytes(), None, tuple(range(base.dims.num_experts)))
-        slab.hold_for_training(key)
+        slab.memory.hold(slot.address, (GRADS,))
         random = np.random.default_rng(number)
         prompt, *branches = (
             random.integers(0, len(base.embeddings_VD), n).astype(np.int32) for n in lengths

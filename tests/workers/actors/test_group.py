@@ -367,6 +367,16 @@ def test_a_group_that_finds_no_room_says_so(settings: Callable[..., ShardSetting
         group.stop()
 
 
+def test_a_group_on_gpus_asks_for_them(settings: Callable[..., ShardSettings]) -> None:
+    asked = dataclasses.replace(settings("mixtral"), device="cuda")
+    group = ShardGroup(asked, GroupSettings(count=1, cpus=0.5, place_timeout_s=1.0))
+    try:
+        with pytest.raises(InvalidInput, match=r"'cuda' \(a GPU for each .* 0 GPUs free"):
+            group.wait_until_ready()
+    finally:
+        group.stop()
+
+
 def test_offloaded_moments_are_the_same_on_shards(
     settings: Callable[..., ShardSettings], standing: Callable[..., ShardGroup]
 ) -> None:
