@@ -1,12 +1,12 @@
 """Segments put together into batched products, for `grouped.py`.
 
-Suffixes: T rows, G segments, U tile rows.
+Suffixes: T rows, G segments of a bucket, H those of an arena, U tile rows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +27,13 @@ lie right as they are, not at all."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentBatch:
-    """Segments of one arena and one height."""
+    """Segments of one bucket and one height."""
 
     start: int
     """First of its rows among all tile rows."""
     height: int
     first: int
-    """First of its segments among the arena's."""
+    """First of its segments among the bucket's."""
     size: int
 
     @property
@@ -46,16 +46,29 @@ class SegmentBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArenaBatches:
-    """One arena's segments, batch by batch."""
+class ArenaShare:
+    """What one arena has of a bucket's segments."""
 
     arena: int
-    segment_G: Ints
+    place_H: Ints
+    """Their places among the bucket's."""
     index: slice | tuple[Tensor, ...]
     """Which of the arena's tensors they use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketBatches:
+    """The segments of arenas whose ranks are padded alike, and whose tensors share memory, batch by
+    batch."""
+
+    segment_G: Ints
+    arena_G: Ints
+    slot_G: Ints
+    expert_G: Ints | None
+    shares: tuple[ArenaShare, ...]
     batches: tuple[SegmentBatch, ...]
     rows: slice
-    """Tile rows of this arena."""
+    """Tile rows of this bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,7 @@ class Batches:
     """Segments put together into batched products. How a segment is padded depends on its own
     length alone."""
 
-    arenas: tuple[ArenaBatches, ...]
+    buckets: tuple[BucketBatches, ...]
     source_U: Tensor | None
     """The row that each tile row is a copy of: what fills a segment up copies its own last row.
     Behind all tiles come the rows without an adapter. None: the rows as they are."""
@@ -73,14 +86,17 @@ class Batches:
     is_padding_U: Tensor
 
     @staticmethod
-    def of(segments: Segments, num_rows: int) -> Batches:
-        """`num_rows`: of the whole pass."""
+    def of(segments: Segments, num_rows: int, buckets: Sequence[int] | None = None) -> Batches:
+        """`num_rows`: of the whole pass. `buckets`: of each arena; without, each has its own."""
         count_G, height_G = segments.count_G, _heights(segments)
+        arena_G = segments.arena_G
+        bucket_G = arena_G if buckets is None else np.asarray(buckets)[arena_G]
 
         # Rows that lie batch by batch already, and need no padding, are used where they are.
         is_whole = int(count_G.sum()) == num_rows and bool((height_G == count_G).all())
-        in_place = is_whole and bool((np.diff(segments.arena_G) >= 0).all())
-        order_G = np.arange(len(count_G)) if in_place else np.lexsort((height_G, segments.arena_G))
+        num_runs = 1 + int((np.diff(bucket_G) != 0).sum())
+        in_place = is_whole and num_runs == len(np.unique(bucket_G))
+        order_G = np.arange(len(count_G)) if in_place else np.lexsort((height_G, bucket_G))
         height_G, count_G = height_G[order_G], count_G[order_G]
         start_G = np.cumsum(height_G) - height_G
         num_tile_rows = int(height_G.sum())
@@ -98,7 +114,7 @@ class Batches:
         place_T[without_N] = num_tile_rows + np.arange(len(without_N))
         source_U = np.append(source_U, without_N)
         return Batches(
-            arenas=tuple(_arenas(segments, order_G, start_G, height_G)),
+            buckets=tuple(_buckets(segments, bucket_G, order_G, start_G, height_G)),
             source_U=None if in_place else torch.from_numpy(source_U),
             place_T=None if in_place else torch.from_numpy(place_T),
             slot_U=torch.from_numpy(np.repeat(segments.slot_G[order_G], height_G)),
@@ -115,17 +131,17 @@ def _heights(segments: Segments) -> Ints:
     return height_G
 
 
-def _arenas(
-    segments: Segments, order_G: Ints, start_G: Ints, height_G: Ints
-) -> Iterator[ArenaBatches]:
-    """Runs of segments of one arena and height; `start_G` and `height_G` are in `order_G`."""
-    arena_G = segments.arena_G[order_G]
-    is_new_G = (np.diff(arena_G) != 0) | (np.diff(height_G) != 0)
+def _buckets(
+    segments: Segments, bucket_G: Ints, order_G: Ints, start_G: Ints, height_G: Ints
+) -> Iterator[BucketBatches]:
+    """Runs of segments of one bucket and height; `start_G` and `height_G` are in `order_G`."""
+    bucket_G = bucket_G[order_G]
+    is_new_G = (np.diff(bucket_G) != 0) | (np.diff(height_G) != 0)
     bounds = [0, *(np.flatnonzero(is_new_G) + 1).tolist(), len(order_G)]
-    by_arena: dict[int, list[tuple[int, int]]] = {}
+    by_bucket: dict[int, list[tuple[int, int]]] = {}
     for first, last in itertools.pairwise(bounds):
-        by_arena.setdefault(int(arena_G[first]), []).append((first, last))
-    for arena, ranges in by_arena.items():
+        by_bucket.setdefault(int(bucket_G[first]), []).append((first, last))
+    for ranges in by_bucket.values():
         begin, end = ranges[0][0], ranges[-1][1]
         batches = tuple(
             SegmentBatch(
@@ -137,10 +153,17 @@ def _arenas(
             for first, last in ranges
         )
         own_G = order_G[begin:end]
-        yield ArenaBatches(
-            arena=arena,
+        arena_G = segments.arena_G[own_G]
+        yield BucketBatches(
             segment_G=own_G,
-            index=segments.index(own_G),
+            arena_G=arena_G,
+            slot_G=segments.slot_G[own_G],
+            expert_G=None if segments.expert_G is None else segments.expert_G[own_G],
+            shares=tuple(
+                ArenaShare(arena=arena, place_H=place_H, index=segments.index(own_G[place_H]))
+                for arena in np.unique(arena_G).tolist()
+                for place_H in [np.flatnonzero(arena_G == arena)]
+            ),
             batches=batches,
             rows=slice(int(start_G[begin]), batches[-1].rows.stop),
         )

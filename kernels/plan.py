@@ -28,6 +28,9 @@ class SegmentPlan:
     segments: Segments
     accumulates: bool = False
     """Backward adds to the gradients that are there instead of replacing them."""
+    buckets: tuple[int, ...] | None = None
+    """Of each arena: those of one bucket have ranks that are padded alike, and share memory. None:
+    each arena has its own."""
 
     @property
     def is_empty(self) -> bool:
@@ -35,14 +38,19 @@ class SegmentPlan:
 
     @functools.cached_property
     def batches(self) -> Batches:
-        return Batches.of(self.segments, self.num_rows)
+        return Batches.of(self.segments, self.num_rows, self.buckets)
 
 
 def plan_segments(
-    arena_T: Tensor, slot_T: Tensor, expert_T: Tensor | None = None, *, accumulates: bool = False
+    arena_T: Tensor,
+    slot_T: Tensor,
+    expert_T: Tensor | None = None,
+    *,
+    accumulates: bool = False,
+    buckets: tuple[int, ...] | None = None,
 ) -> SegmentPlan:
     """Segments of rows of which those of one (arena, slot, expert) lie together; int64 [T].
-    `arena_T` is -1 for rows without an adapter."""
+    `arena_T` is -1 for rows without an adapter; `buckets` as in `SegmentPlan`."""
     columns = [arena_T, slot_T] if expert_T is None else [arena_T, slot_T, expert_T]
     key_3T = torch.stack(columns).numpy()
     is_start_T = np.ones(key_3T.shape[1], np.bool_)
@@ -58,7 +66,9 @@ def plan_segments(
         slot_G=key_3T[1, start_G],
         expert_G=None if expert_T is None else key_3T[2, start_G],
     )
-    return SegmentPlan(num_rows=key_3T.shape[1], segments=segments, accumulates=accumulates)
+    return SegmentPlan(
+        num_rows=key_3T.shape[1], segments=segments, accumulates=accumulates, buckets=buckets
+    )
 
 
 def order_by_expert(expert_T: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor]:

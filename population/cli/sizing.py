@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,9 +98,16 @@ def plan(
     config = config_of(base)
     found = made(dims_of_config(config), tensors_of(config), request)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=1))
+        print(_as_json(found))
     else:
         _print_plan(found, f"{base} on {devices} x {device}, {users:,.0f} users")
+
+
+def _as_json(found: Plan) -> str:
+    body = dataclasses.asdict(found)
+    for line in body["lines"]:  # JSON knows no infinity
+        line["value"] = line["value"] if math.isfinite(line["value"]) else None
+    return json.dumps(body, indent=1)
 
 
 def _print_plan(found: Plan, title: str) -> None:

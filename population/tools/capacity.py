@@ -24,6 +24,7 @@ from populace.population.tools.roofline import (
     room_of,
     times_of,
 )
+from populace.storage.errors import InvalidInput
 from populace.workers.memory import RESERVE
 from populace.workers.shapes import BaseDims
 
@@ -47,14 +48,20 @@ class Plan:
 def plan(dims: BaseDims, tensors: Mapping[str, int], request: Request) -> Plan:
     """What `request` needs. `tensors`: name on disk -> elements, of the whole base."""
     check(request)
+    if not 0 < request.devices <= dims.num_experts:
+        raise InvalidInput(
+            f"devices is {request.devices}; this base has {dims.num_experts} experts, use 1 to "
+            f"{dims.num_experts}"
+        )
     device, sheet = DEVICES[request.device], Sheet()
     base = base_of(sheet, dims, tensors, request, device)
     adapter = adapter_of(sheet, dims, request)
     room = room_of(sheet, dims, request, device, base, adapter)
     times = times_of(sheet, dims, request, device, base, adapter, room)
     _population(sheet, request, adapter, room, times)
-    bottleneck, knob = _bottleneck(room.fits, base.device_bytes, room.slab, device, times.stages)
-    return Plan(lines=tuple(sheet.lines), fits=room.fits, bottleneck=bottleneck, knob=knob)
+    bottleneck, knob = _bottleneck(room, base.device_bytes, device, times.stages)
+    fits = not room.problem
+    return Plan(lines=tuple(sheet.lines), fits=fits, bottleneck=bottleneck, knob=knob)
 
 
 def _population(sheet: Sheet, request: Request, adapter: Adapter, room: Room, times: Times) -> None:
@@ -86,33 +93,28 @@ def _population(sheet: Sheet, request: Request, adapter: Adapter, room: Room, ti
 _KNOBS = {
     "training: products": "more devices; fewer or shorter samples per event",
     "training: reading weights": (
-        "more adapters per wave: raise slots or lower expert_rank so that they fit"
+        "more adapters per wave: raise slots, or lower ranks so that they fit"
     ),
     "training: exchange": "devices of one node per group; faster links between nodes",
-    "optimizer on the slab": "lower expert_rank, which most of an adapter's parameters depend on",
+    "optimizer on the slab": "lower ranks, or targets that have less",
     "rollout": (
         "more adapters per wave share every read of the base; shorter completions; logged "
         "experience instead"
     ),
-    "paging in and committing": (
-        "lower rank or expert_rank; a faster object store; adapters that stay hot"
-    ),
+    "paging in and committing": ("lower ranks; a faster object store; adapters that stay hot"),
 }
 
 
 def _bottleneck(
-    fits: bool, base: float, slab: float, device: Device, costs: Mapping[str, float]
+    room: Room, base: float, device: Device, costs: Mapping[str, float]
 ) -> tuple[str, str]:
     if base > device.memory_bytes * (1 - RESERVE):
         return (
             "the base does not fit",
             "more devices: experts are split over all of them; the dense part is not",
         )
-    if not fits:
-        over = (
-            f"base and slab need {(base + slab) / 1e9:,.0f} GB of {device.memory_bytes / 1e9:,.0f}"
-        )
-        return f"no room for a wave ({over})", "fewer slots, lower expert_rank, or more devices"
+    if room.problem:
+        return room.problem, room.knob
     worst = max(costs, key=lambda name: costs[name])
     return worst, _KNOBS[worst]
 

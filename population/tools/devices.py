@@ -119,7 +119,8 @@ def check(request: Request) -> None:
         raise InvalidInput(f"targets is {request.targets!r}; use one of {', '.join(TARGETS)}")
     for name in Request.__dataclass_fields__:
         value = getattr(request, name)
-        if name not in ("device", "targets") and not value > 0:
+        unused = {"attention": "expert_rank", "experts": "rank"}.get(request.targets)
+        if name not in ("device", "targets", unused) and not value > 0:
             raise InvalidInput(f"{name.replace('_', '-')} is {value}; use a number above zero")
     if request.efficiency > 1:
         raise InvalidInput(f"efficiency is {request.efficiency}; use a share of at most 1")

@@ -106,7 +106,10 @@ class Room:
     """Adapters of a wave."""
     rows: float
     """Rows of a pass."""
-    fits: bool
+    problem: str
+    """Empty if a wave fits."""
+    knob: str
+    """What to change about it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,13 +204,27 @@ def room_of(
     group_pages = max(pages, 0.0) * request.devices
     adapters = float(math.floor(min(request.slots / 2, group_pages / max(cache, 1.0))))
     rows = max(activations, 0.0) * request.devices / row
+    problem, knob = "", ""
+    if request.slots < 2:
+        problem, knob = "no room for a wave: it is half of the slots", "two slots or more"
+    elif activations <= 0 or pages <= 0 or rows < 1:
+        over = (base.device_bytes + sum(slab)) / 1e9
+        problem = (
+            f"no room for a wave (base and slots need {over:,.0f} GB of "
+            f"{device.memory_bytes / 1e9:,.0f})"
+        )
+        knob = "fewer slots, a lower rank, targets that have less, or more devices"
+    elif adapters < 1:
+        problem = f"no room for one user's rollouts ({cache / 1e9:,.0f} GB of keys and values)"
+        knob = "fewer samples per event, shorter prompts or completions, or more devices"
     return Room(
         slab=sum(slab),
         cache=cache,
         stored_size=layout_of(dims, *request.ranks).size,
         adapters=adapters,
         rows=rows,
-        fits=activations > 0 and pages > 0 and adapters >= 1 and rows >= 1,
+        problem=problem,
+        knob=knob,
     )
 
 

@@ -59,7 +59,7 @@ def test_batches_hold_every_row_once_and_fill_up_with_rows_of_the_same_segment(
     batches = plan.batches
     source = torch.arange(len(rows)) if batches.source_U is None else batches.source_U
     seen = []
-    for own in batches.arenas:
+    for own in batches.buckets:
         for batch in own.batches:
             for number, segment in enumerate(own.segment_G[batch.members].tolist()):
                 tile = slice(

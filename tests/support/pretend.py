@@ -349,6 +349,9 @@ class _Functions(TorchFunctionMode):
         if name in ("to", "cpu", "cuda"):
             return self._move(name, args, kwargs)
         is_pinned = kwargs.pop("pin_memory", False)
+        is_cuda = kwargs.get("device") is not None and "cuda" in str(kwargs["device"])
+        if name in ("tensor", "as_tensor", "asarray") and is_cuda:
+            device.waits(f"{name} of values of the host")
         where = kwargs.get("device")
         if where is not None and torch.device(where).type == "cuda":
             kwargs["device"] = "cpu"
@@ -408,7 +411,10 @@ def _written(function: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
 
 def _asks_the_host(name: str, args: Any) -> bool:
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+        # One value for all places of a mask needs no places.
+        is_fill = name != "index" and isinstance(args[2], Tensor) and args[2].numel() == 1
+        masks = any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+        return masks and not is_fill
     # Torch's grouped product has a kernel for bf16 on sm_90 and sm_100; else it asks for the ends.
     has_kernel = torch.cuda.get_device_properties().major in (9, 10)
     return name == "_grouped_mm" and not (has_kernel and args[0].dtype == torch.bfloat16)

@@ -91,6 +91,7 @@ def test_host_and_device_in_one_operation_are_a_mix(
         lambda x: x.tolist(),
         lambda x: x.cpu(),
         lambda x: torch.equal(x, x),
+        lambda x: torch.tensor([1.0, 2.0], device="cuda"),
         lambda x: torch.ones(3).copy_(x),
         lambda x: x.copy_(torch.ones(3)),
         lambda x: torch.nn.functional.grouped_mm(

@@ -416,6 +416,19 @@ def test_what_is_read_does_not_get_in_the_way_of_what_comes(make_engine: Make) -
     small.page_in(refs[:1], True)
 
 
+def test_a_copy_without_an_update_goes_with_its_wave(make_engine: Make) -> None:
+    engine = make_engine(slots=2)
+    refs = [AdapterRef(key=AdapterKey(f"u{n}", 0), spec=SPECS[0], seed=n) for n in range(3)]
+    engine.page_in(refs[:1], True)
+    engine.slab.read(refs[0].key, "a request")
+    (update,) = engine.train_wave(
+        WaveBatch(adapters=(AdapterBatch(adapter=refs[0].key, groups=()),))
+    ).updates
+    assert update.status == "no_signal" and engine.slab.num_beside == 0
+    engine.slab.done_reading("a request")
+    engine.page_in(refs[1:], False)
+
+
 def test_copies_and_readers_count_among_the_slots(make_engine: Make) -> None:
     engine = make_engine(slots=3)
     refs = [AdapterRef(key=AdapterKey(f"u{n}", 0), spec=SPECS[0], seed=n) for n in range(3)]

@@ -188,9 +188,9 @@ class ShardEngine:
 
     def roll_out_share(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup | None]:
         """Answers to the requests of adapters that are at home here."""
-        for key in {request.adapter for request in requests}:
-            self.slab.read(key, "rollout")
         try:
+            for key in {request.adapter for request in requests}:
+                self.slab.read(key, "rollout")
             return roll_out(self.base, self.slab, requests, self.settings.eos_ids, self.kernels)
         finally:
             self.slab.done_reading("rollout")

@@ -85,7 +85,7 @@ class Slab:
         self.memory: Arenas | SlotBuffers = (
             SlotBuffers(self.own_dims, slots, device, self.shard)
             if device.is_cuda
-            else Arenas(self.own_dims, slots, self.shard)
+            else Arenas(self.own_dims, slots, device.dtype, self.shard)
         )
         self.slots: dict[AdapterKey, Slot] = {}
         """Revisions that are hot."""
@@ -99,6 +99,12 @@ class Slab:
     def lora(self, module: str, layer: int) -> Sequence[LoraWeights | None] | LoraPointers:
         """A module's tensors: of each arena, or tables of where each slot has them."""
         return self.memory.lora(module, layer)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Of each arena; see `SegmentPlan`. On a CPU."""
+        assert isinstance(self.memory, Arenas)
+        return self.memory.buckets
 
     def covered(self, arena_T: Tensor, *, is_expert: bool) -> Tensor:
         """The rows' arenas, -1 for those whose adapters have nothing on attention (or on experts):
@@ -175,7 +181,8 @@ class Slab:
     # Leases.
 
     def read(self, key: AdapterKey, owner: str) -> Slot:
-        """The slot of a revision, whose weights stay as they are until `owner` is done."""
+        """The slot of a revision, whose weights stay as they are until `owner` is done. Not of one
+        whose slot was trained in and isn't committed."""
         slot = self.slots[key]
         self._readers.setdefault(owner, []).append(slot)
         return slot
@@ -197,9 +204,11 @@ class Slab:
         self._own_range(slot, GRADS).zero_()
         return slot
 
-    def let_go_of_gradient(self, key: AdapterKey) -> None:
-        """A wave is done with it."""
+    def end_training(self, key: AdapterKey, *, is_updated: bool) -> None:
+        """A wave is done with the gradient, and with the copy if that stayed as it was."""
         self.memory.let_go(self.trained(key).address, (GRADS,))
+        if not is_updated:
+            self.drop_trained(key)
 
     def trained(self, key: AdapterKey) -> Slot:
         """The slot that `key` is trained in."""

@@ -120,8 +120,10 @@ def _plan_dense(rows: PackedRows, slab: Slab | None, kernels: Kernels, accumulat
             is_empty=slab is None or not rows.has_adapters,
             accumulates=accumulates,
         )
-    arena_T = rows.arena_T if slab is None else slab.covered(rows.arena_T, is_expert=False)
-    return plan_segments(arena_T, rows.slot_T, accumulates=accumulates)
+    if slab is None:
+        return plan_segments(rows.arena_T, rows.slot_T, accumulates=accumulates)
+    arena_T = slab.covered(rows.arena_T, is_expert=False)
+    return plan_segments(arena_T, rows.slot_T, accumulates=accumulates, buckets=slab.buckets)
 
 
 class PassHolder:

@@ -109,7 +109,13 @@ class Routes:
         return Routes(
             copies=Copies.of(order_Y, num_rows, top_k),
             ends_E=ends_E,
-            plan=plan_segments(arena_Y, slot_Q[pair_Y], expert_Q[pair_Y], accumulates=accumulates),
+            plan=plan_segments(
+                arena_Y,
+                slot_Q[pair_Y],
+                expert_Q[pair_Y],
+                accumulates=accumulates,
+                buckets=None if slab is None else slab.buckets,
+            ),
         )
 
 

@@ -105,8 +105,6 @@ def train_wave(
         item.adapter: _take_over(slab, lessons[item.adapter], norms.get(item.adapter))
         for item in batch.adapters
     }
-    for key in lessons:
-        slab.let_go_of_gradient(key)
     route_counts = sum((_add_up(done, said) for said in done.said), np.zeros(2))
     updates = tuple(
         _update(
@@ -118,6 +116,8 @@ def train_wave(
         )
         for item in batch.adapters
     )
+    for update in updates:
+        slab.end_training(update.adapter, is_updated=update.status is UpdateStatus.UPDATED)
     counts = base.exchange.all_reduce(torch.from_numpy(route_counts))
     replayed, otherwise = counts.tolist()
     return ShardStep(

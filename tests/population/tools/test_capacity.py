@@ -123,13 +123,33 @@ def test_what_does_not_fit_says_so_and_what_to_change() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "problem", "knob"),
+    [
+        ({"slots": 1}, "it is half of the slots", "two slots"),
+        ({"completion_tokens": 10**8}, "no room for one user's rollouts", "fewer samples"),
+        ({"slots": 10**6}, "no room for a wave (base and slots", "fewer slots"),
+    ],
+)
+def test_the_advice_is_about_what_is_in_the_way(
+    changes: dict[str, object], problem: str, knob: str
+) -> None:
+    found = plan_for("qwen3-30b-a3b", **changes)
+    assert not found.fits and problem in found.bottleneck and knob in found.knob
+
+
+def test_a_rank_that_is_not_used_may_be_anything() -> None:
+    assert plan_for("qwen3-30b-a3b", targets="attention", expert_rank=0).fits
+    assert plan_for("qwen3-30b-a3b", targets="experts", rank=0).fits
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"device": "abacus"}, "device is 'abacus'; use one of cpu, a100"),
         ({"targets": "mlp"}, "targets is 'mlp'; use one of both, attention, experts"),
         ({"users": -1.0}, "users is -1.0; use a number above zero"),
         ({"efficiency": 2.0}, "efficiency is 2.0; use a share of at most 1"),
-        ({"devices": 1000}, "this base has 128 experts, use 1 to 128"),
+        ({"devices": 1000}, "devices is 1000; this base has 128 experts, use 1 to 128"),
     ],
 )
 def test_bad_input_names_the_field_the_value_and_the_way_out(
