@@ -204,19 +204,9 @@ def room_of(
     group_pages = max(pages, 0.0) * request.devices
     adapters = float(math.floor(min(request.slots / 2, group_pages / max(cache, 1.0))))
     rows = max(activations, 0.0) * request.devices / row
-    problem, knob = "", ""
-    if request.slots < 2:
-        problem, knob = "no room for a wave: it is half of the slots", "two slots or more"
-    elif activations <= 0 or pages <= 0 or rows < 1:
-        over = (base.device_bytes + sum(slab)) / 1e9
-        problem = (
-            f"no room for a wave (base and slots need {over:,.0f} GB of "
-            f"{device.memory_bytes / 1e9:,.0f})"
-        )
-        knob = "fewer slots, a lower rank, targets that have less, or more devices"
-    elif adapters < 1:
-        problem = f"no room for one user's rollouts ({cache / 1e9:,.0f} GB of keys and values)"
-        knob = "fewer samples per event, shorter prompts or completions, or more devices"
+    needed = base.device_bytes + sum(slab)
+    is_full = activations <= 0 or pages <= 0 or rows < 1
+    problem, knob = _problem(request, device, needed, cache, adapters, is_full)
     return Room(
         slab=sum(slab),
         cache=cache,
@@ -226,6 +216,26 @@ def room_of(
         problem=problem,
         knob=knob,
     )
+
+
+def _problem(
+    request: Request, device: Device, needed: float, cache: float, adapters: float, is_full: bool
+) -> tuple[str, str]:
+    """Why no wave fits, and what to change about it; empty if one does."""
+    if request.slots < 2:
+        return "no room for a wave: it is half of the slots", "two slots or more"
+    if is_full:
+        sizes = f"{needed / 1e9:,.0f} GB of {device.memory_bytes / 1e9:,.0f}"
+        return (
+            f"no room for a wave (base and slots need {sizes})",
+            "fewer slots, a lower rank, targets that have less, or more devices",
+        )
+    if adapters < 1:
+        return (
+            f"no room for one user's rollouts ({cache / 1e9:,.0f} GB of keys and values)",
+            "fewer samples per event, shorter prompts or completions, or more devices",
+        )
+    return "", ""
 
 
 def _row_bytes(dims: BaseDims, base: Base, request: Request) -> float:
