@@ -37,25 +37,25 @@ bench-kernels: build/gpu/populace/kernels
 # The versions of the GPU machines that we know, whose torch is a CUDA build and imports without a driver: workers and kernels
 # in it, and the ahead-of-time builds with its Triton, whose interpreter knows no NumPy after 2.3. Installs 5 GB.
 MIRROR_PYTHON ?= python3.12
-MIRROR := .venv-mirror/bin
+MIRROR := build/mirror-venv/bin
 MIRROR_PACKAGES := torch==2.11.0 transformers==5.17.0 triton==3.6.0 peft==0.21.2 'ray[default]==2.60.0' accelerate cryptography \
 	gguf hypothesis jinja2 matplotlib minio ninja 'numpy<2.4' obstore omegaconf psutil pyarrow pytest pytest-timeout pytest-xdist pyyaml \
 	rich safetensors securesystemslib setuptools typer wheel
 
-test-mirror: .venv-mirror/ready
+test-mirror: build/mirror-venv/ready
 	PATH="$(CURDIR)/$(MIRROR):$(PATH)" $(MIRROR)/python -m pytest -n 2 --dist loadfile --ignore tests/workers/test_smollm2.py \
 		tests/workers tests/kernels tests/support
 	$(MIRROR)/python -m tests.support.aot build/aot-mirror.md
 
 # Ray's processes find this checkout too: by a .pth file, not by an environment variable.
-.venv-mirror/ready:
-	$(MIRROR_PYTHON) -m venv .venv-mirror
+build/mirror-venv/ready:
+	$(MIRROR_PYTHON) -m venv build/mirror-venv
 	$(MIRROR)/pip install -q $(MIRROR_PACKAGES)
 	$(MIRROR)/pip install -q --no-build-isolation 'deepspeed>=0.19'
 	mkdir -p build/mirror/populace build/mirror/populace-0.1.0.dist-info
 	for package in configs kernels population storage workers; do ln -sfn ../../../$$package build/mirror/populace/$$package; done
 	printf 'Metadata-Version: 2.1\nName: populace\nVersion: 0.1.0\n' > build/mirror/populace-0.1.0.dist-info/METADATA
-	printf '$(CURDIR)/build/mirror\n$(CURDIR)\n' > $$(echo .venv-mirror/lib/python3*/site-packages)/mirror.pth
+	printf '$(CURDIR)/build/mirror\n$(CURDIR)\n' > $$(echo build/mirror-venv/lib/python3*/site-packages)/mirror.pth
 	touch $@
 
 build/gpu/populace/kernels:
