@@ -55,6 +55,10 @@ def one_of(default: str, *others: str) -> Any:
     return _bounded(default, Bound(f"one of {', '.join(words)}", lambda value: value in words))
 
 
+TARGETS = ("both", "attention", "experts")
+"""What an adapter may carry LoRA on."""
+
+
 @dataclass(frozen=True)
 class BaseSettings:
     """The frozen model that all adapters share."""
@@ -99,7 +103,7 @@ class AdapterSettings:
     """Rank of the LoRA on attention."""
     expert_rank: int = positive(1)
     """Rank of the LoRA on every expert."""
-    targets: str = one_of("both", "attention", "experts")
+    targets: str = one_of(*TARGETS)
     """Which modules carry LoRA. An adapter of `attention` alone is a fraction of the size."""
     alpha: float = positive(32.0)
     """Scale of the update is alpha / rank (LoRA Without Regret: early curves independent of

@@ -17,7 +17,8 @@ of a pass, D in, F out, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -237,7 +238,7 @@ def add_gradients(
 def _reduce(x_TK: Tensor, module: LoraPointers, plan: RoutePlan, *, is_b: bool) -> Tensor:
     out_TW = x_TK.new_empty(len(x_TK), module.widest)
     for height, tile_I4 in plan.by_height:
-        for ranks in _classes(module):
+        for ranks in _classes(module.ranks):
             config = config_of("reduce", height, ranks.block, x_TK.dtype)
             reduce_kernel[(len(tile_I4), triton.cdiv(ranks.widest, ranks.block))](
                 x_TK, module.weights_S, module.rank_S, module.scale_S, out_TW, tile_I4,
@@ -253,7 +254,7 @@ def _spread(
     s_TW: Tensor, module: LoraPointers, y_TK: Tensor, plan: RoutePlan, *, is_b: bool
 ) -> None:
     for height, tile_I4 in plan.by_height:
-        for ranks in _classes(module):
+        for ranks in _classes(module.ranks):
             config = config_of("spread", height, ranks.block, y_TK.dtype)
             num_k = y_TK.shape[1]
             spread_kernel[(len(tile_I4), triton.cdiv(num_k, config.block))](
@@ -267,7 +268,7 @@ def _spread(
 def _outer(
     p_TK: Tensor, s_TW: Tensor, module: LoraPointers, plan: RoutePlan, *, is_b: bool
 ) -> None:
-    for ranks in _classes(module):
+    for ranks in _classes(module.ranks):
         config = config_of("outer", TALL, ranks.block, p_TK.dtype)
         num_k, num_blocks = p_TK.shape[1], triton.cdiv(ranks.widest, ranks.block)
         outer_kernel[(len(plan.whole_G4), triton.cdiv(num_k, config.block), num_blocks)](
@@ -288,10 +289,13 @@ class _RankClass:
     block: int
 
 
-def _classes(module: LoraPointers) -> Iterator[_RankClass]:
-    """One per block size that a hot slot's rank asks for."""
-    blocks = {block_of_rank(rank) for rank in module.ranks}
-    for block in sorted(blocks):
-        mine = [rank for rank in module.ranks if block_of_rank(rank) == block]
+@functools.lru_cache(maxsize=64)
+def _classes(ranks: tuple[int, ...]) -> tuple[_RankClass, ...]:
+    """One per block size that one of these ranks asks for."""
+    found = []
+    for block in sorted({block_of_rank(rank) for rank in ranks}):
+        # Below the widest block a class goes up to its block, so that few builds serve all ranks.
+        widest = max(ranks) if block == WIDEST else block
         above = 0 if block == 16 else block // 2
-        yield _RankClass(above=above, widest=max(mine) if block == WIDEST else block, block=block)
+        found.append(_RankClass(above=above, widest=widest, block=block))
+    return tuple(found)

@@ -62,20 +62,12 @@ class Device:
     def is_cuda(self) -> bool:
         return self.kind == "cuda"
 
-    @property
-    def has_grouped_product(self) -> bool:
-        """Whether torch's grouped product runs here without asking the host."""
-        return True
+    has_grouped_product = True
+    """Whether torch's grouped product runs here without asking the host."""
 
     def fingerprint(self) -> dict[str, str]:
         """What bits depend on besides versions: of the numerics fingerprint."""
         return {"device": self.kind, "cpu": torch.backends.cpu.get_cpu_capability()}
-
-    def free_bytes(self) -> int:
-        """Memory that nobody uses."""
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) << 10
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self._torch)
@@ -111,6 +103,9 @@ class Cuda(Device):
         super().__init__(dtype)
         self._out = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         """What is downloaded goes beside the stream that computes."""
+        # Elsewhere torch multiplies expert by expert, and asks for their ends (GroupedBlas.cpp).
+        card = torch.cuda.get_device_properties()
+        self.has_grouped_product = dtype is torch.bfloat16 and card.major in (9, 10)
 
     def fingerprint(self) -> dict[str, str]:
         card = torch.cuda.get_device_properties()
@@ -123,13 +118,8 @@ class Cuda(Device):
             "cublas": _cublas_version(),
         }
 
-    @property
-    def has_grouped_product(self) -> bool:
-        # Elsewhere torch multiplies expert by expert, and asks for their ends (GroupedBlas.cpp).
-        card = torch.cuda.get_device_properties()
-        return self.dtype is torch.bfloat16 and card.major in (9, 10)
-
     def free_bytes(self) -> int:
+        """Memory of the card that nobody uses."""
         free, _ = torch.cuda.mem_get_info()
         return int(free)
 

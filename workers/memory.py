@@ -21,7 +21,7 @@ CONTEXT_BYTES = {"cpu": 450e6, "cuda": 600e6}
 """Code and libraries of a process, before it holds anything: a process of ours on a CPU, measured
 (Python, torch, transformers); a CUDA context with cuBLAS' workspace, assumed."""
 HEAD_ROWS = 256
-"""Rows whose logits exist at once in training; see base/logprobs.py."""
+"""Rows whose logits exist at once in training."""
 NORM_BYTES = 9
 """Of a row's activations per layer and hidden element: what the norms keep in fp32, counted."""
 

@@ -12,6 +12,11 @@ from typing import Any
 EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
+def ranks_of(targets: str, rank: int, expert_rank: int) -> tuple[int, int]:
+    """(on attention, on every expert), 0 for what `targets` leave out."""
+    return (0 if targets == "experts" else rank, 0 if targets == "attention" else expert_rank)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
     """What an adapter is made of; fixed when it is created."""
@@ -29,10 +34,7 @@ class AdapterSpec:
     def ranks(self) -> tuple[int, int]:
         """(on attention, on every expert), 0 where the adapter has nothing: what its layout follows
         from."""
-        return (
-            0 if self.targets == "experts" else self.rank,
-            0 if self.targets == "attention" else self.expert_rank,
-        )
+        return ranks_of(self.targets, self.rank, self.expert_rank)
 
     def rank_of(self, module: str) -> int:
         return self.ranks[module in EXPERT_MODULES]

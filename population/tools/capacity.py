@@ -101,7 +101,7 @@ _KNOBS = {
         "more adapters per wave share every read of the base; shorter completions; logged "
         "experience instead"
     ),
-    "paging in and committing": ("lower ranks; a faster object store; adapters that stay hot"),
+    "paging in and committing": "lower ranks; a faster object store; adapters that stay hot",
 }
 
 

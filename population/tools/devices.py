@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from populace.configs.schema import TARGETS
 from populace.storage.errors import InvalidInput
+from populace.workers.shapes import ranks_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,6 @@ DEVICES: Mapping[str, Device] = {
 }
 
 
-TARGETS = ("both", "attention", "experts")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What is to be planned."""
@@ -105,10 +104,7 @@ class Request:
     @property
     def ranks(self) -> tuple[int, int]:
         """On attention and on experts, 0 where adapters have nothing."""
-        return (
-            0 if self.targets == "experts" else self.rank,
-            0 if self.targets == "attention" else self.expert_rank,
-        )
+        return ranks_of(self.targets, self.rank, self.expert_rank)
 
 
 def check(request: Request) -> None:

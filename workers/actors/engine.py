@@ -42,7 +42,7 @@ from populace.workers.batch import (
     StepResult,
     WaveBatch,
 )
-from populace.workers.device import Device, device_of
+from populace.workers.device import Cuda, Device, device_of
 from populace.workers.joins import join_steps
 from populace.workers.memory import Load, MemoryPlan, held_of, plan_memory
 from populace.workers.shapes import BaseDims
@@ -238,19 +238,20 @@ class ShardEngine:
 
 
 def _check_device(settings: ShardSettings, device: Device) -> None:
-    """`InvalidInput` for what only CPUs do."""
-    if device.is_cuda and settings.optimizer.offload:
+    """`InvalidInput` for what only CPUs do, and for what a card has no room for."""
+    if not isinstance(device, Cuda):
+        return
+    if settings.optimizer.offload:
         raise InvalidInput(
             "optimizer.offload is true, which updates moments where a CPU computes, and this shard "
             "computes on a CUDA device; set it to false, or base.device=cpu"
         )
-    if device.is_cuda and settings.dense == "zero3":
+    if settings.dense == "zero3":
         raise InvalidInput(
             "shard.dense is 'zero3', which cuts parameters on CPUs alone, and this shard computes "
             "on a CUDA device; use replicated, or base.device=cpu"
         )
-    if device.is_cuda:
-        _memory_plan(settings, device).require(device.free_bytes(), "the CUDA device")
+    _memory_plan(settings, device).require(device.free_bytes(), "the CUDA device")
 
 
 def _memory_plan(settings: ShardSettings, device: Device) -> MemoryPlan:

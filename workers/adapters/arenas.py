@@ -69,6 +69,8 @@ class Arenas:
         self._arenas: list[Arena] = []
         self._arena_of: dict[tuple[int, int], int] = {}
         self._buckets: dict[tuple[int, ...], Bucket] = {}
+        self.buckets: tuple[int, ...] = ()
+        """By arena: the number of its bucket."""
 
     def take(self, spec: AdapterSpec, home: int | None = None) -> SlotAddress | None:
         """A free slot of the spec's ranks, with zero moments; its weights and gradient are
@@ -101,6 +103,7 @@ class Arenas:
             self._buckets[padded] = Bucket(layout_of(self._dims, *padded), self._slots)
         self._arena_of[ranks] = len(self._arenas)
         self._arenas.append(Arena(self._dims, ranks, self._buckets[padded]))
+        self.buckets += (list(self._buckets).index(padded),)
 
     def free(self, address: SlotAddress) -> None:
         self._arenas[address.arena].bucket.free.add(address.row)
@@ -127,12 +130,6 @@ class Arenas:
     def covers(self, kind: int) -> list[bool]:
         """By arena: whether its adapters have anything on attention (0) or on experts (1)."""
         return [bool(ranks[kind]) for ranks in self._arena_of]
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """By arena: the number of its bucket."""
-        numbers = {id(bucket): number for number, bucket in enumerate(self._buckets.values())}
-        return tuple(numbers[id(arena.bucket)] for arena in self._arenas)
 
 
 def lowest_at_home(free: Collection[int], arena: int, home: int | None, shard: Shard) -> int | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from populace.workers.base.forward import ForwardPass
 from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import PackedRows
+from populace.workers.memory import HEAD_ROWS
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -23,8 +24,6 @@ class _TokenLogprobs(torch.autograd.Function):
     computes it while the chunk's logits are there, and backward only scales it.
     """
 
-    CHUNK = 256
-
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: Tensor, head_VD: Tensor, rows: PackedRows, row_multiple: int
@@ -34,10 +33,10 @@ class _TokenLogprobs(torch.autograd.Function):
         inverse_N1 = (1 / rows.temperature_N)[:, None].to(hidden_TD.dtype)
         logprob_N = hidden_TD.new_empty(num_targets, dtype=torch.float32)
         slope_ND = hidden_TD.new_empty(num_targets if wants_grad else 0, hidden_TD.shape[1])
-        logits_CV = head_VD.new_empty(_TokenLogprobs.CHUNK, len(head_VD))
+        logits_CV = head_VD.new_empty(HEAD_ROWS, len(head_VD))
         logsoft_CV = torch.empty_like(logits_CV, dtype=torch.float32)
-        for start in range(0, num_targets, _TokenLogprobs.CHUNK):
-            part = slice(start, min(start + _TokenLogprobs.CHUNK, num_targets))
+        for start in range(0, num_targets, HEAD_ROWS):
+            part = slice(start, min(start + HEAD_ROWS, num_targets))
             size = part.stop - start
             padded = -(-size // row_multiple) * row_multiple
             hidden_CD = hidden_TD.new_zeros(padded, hidden_TD.shape[1])
