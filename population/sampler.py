@@ -17,7 +17,7 @@ from populace.storage.objects.contract import ObjectStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings
 from populace.workers.base.registry import PreparedBase, find_base
 from populace.workers.batch import AdapterKey, AdapterRef, RolloutRequest
-from populace.workers.memory import Load
+from populace.workers.memory import WaveLimits
 
 
 def base_of(meta: PopulationMeta, settings: Settings) -> PreparedBase:
@@ -43,18 +43,18 @@ def shard_settings(
         eos_ids=chat.eos_ids,
         train=settings.train,
         optimizer=settings.optimizer,
-        load=load_of(settings),
+        limits=limits_of(settings),
     )
 
 
-def load_of(settings: Settings) -> Load:
+def limits_of(settings: Settings) -> WaveLimits:
     """What waves of these settings ask of a shard's memory at most."""
     scheduler, rollout = settings.scheduler, settings.rollout
     most = max([settings.adapter.rank, *settings.user_ranks.values()])
     spec = adapter_spec(settings, UserId(""))
     rank, expert_rank = replace(spec, rank=most).ranks
     tries = scheduler.max_adapters_per_wave * scheduler.events_per_update
-    return Load(
+    return WaveLimits(
         ranks=(rank, expert_rank),
         slots=scheduler.slots,
         adapters=scheduler.max_adapters_per_wave,

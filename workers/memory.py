@@ -26,8 +26,13 @@ NORM_BYTES = 9
 """Of a row's activations per layer and hidden element: what the norms keep in fp32, counted."""
 
 
+_SMALLER_SLOTS = (
+    "lower scheduler.slots, adapter.rank or adapter.expert_rank, or set adapter.targets=attention"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class WaveLimits:
     """What settings let a shard do at once at most."""
 
     ranks: tuple[int, int] = (8, 1)
@@ -114,25 +119,25 @@ class MemoryPlan:
         )
 
 
-def plan_memory(dims: BaseDims, held: Held, load: Load, *, context_bytes: float) -> MemoryPlan:
+def plan_memory(
+    dims: BaseDims, held: Held, limits: WaveLimits, *, context_bytes: float
+) -> MemoryPlan:
     """What the fullest shard needs to train and to roll out. `context_bytes`: of a process that
     holds nothing yet, see `CONTEXT_BYTES`."""
-    slot = slot_bytes(dims, held, load.ranks)
+    slot = slot_bytes(dims, held, limits.ranks)
     width = held.dtype_bytes
     # Logits of one chunk in the base's dtype and in fp32, and the slope of every target.
-    head = HEAD_ROWS * held.vocabulary * (width + FP32) + load.rows * _hidden(dims) * width
+    head = HEAD_ROWS * held.vocabulary * (width + FP32) + limits.rows * _hidden(dims) * width
     # Logits, probabilities, and the fp64 sums of the draw.
-    drawing = load.sequences * held.vocabulary * (width + 2 * FP32 + 2 * FP32)
-    fewer_slots = "lower scheduler.slots, adapter.rank or adapter.expert_rank, or set "
-    fewer_slots += "adapter.targets=attention"
+    drawing = limits.sequences * held.vocabulary * (width + 2 * FP32 + 2 * FP32)
     always = (
         Part(
             name="base",
             size_bytes=held.dense_bytes + held.expert_bytes,
             knob="raise shard.count, which splits the experts, or take a smaller base",
         ),
-        Part(name="weights of slots", size_bytes=slot * load.slots, knob=fewer_slots),
-        Part(name="moments of slots", size_bytes=2 * slot * load.slots, knob=fewer_slots),
+        Part(name="weights of slots", size_bytes=slot * limits.slots, knob=_SMALLER_SLOTS),
+        Part(name="moments of slots", size_bytes=2 * slot * limits.slots, knob=_SMALLER_SLOTS),
         Part(
             name="context",
             size_bytes=context_bytes,
@@ -142,12 +147,12 @@ def plan_memory(dims: BaseDims, held: Held, load: Load, *, context_bytes: float)
     training = (
         Part(
             name="gradients",
-            size_bytes=slot * load.adapters,
+            size_bytes=slot * limits.adapters,
             knob="lower scheduler.max_adapters_per_wave",
         ),
         Part(
             name="activations",
-            size_bytes=load.rows * row_bytes(dims, load.ranks, width),
+            size_bytes=limits.rows * row_bytes(dims, limits.ranks, width),
             knob="lower train.max_rows_per_pass",
         ),
         Part(name="workspace", size_bytes=head, knob="lower train.max_rows_per_pass"),
@@ -157,13 +162,13 @@ def plan_memory(dims: BaseDims, held: Held, load: Load, *, context_bytes: float)
     rollout = (
         Part(
             name="prompts",
-            size_bytes=load.prompts * load.length * prompt,
+            size_bytes=limits.prompts * limits.length * prompt,
             knob="lower scheduler.max_adapters_per_wave, scheduler.events_per_update or "
             "train.max_sequence_length",
         ),
         Part(
             name="keys and values",
-            size_bytes=load.sequences * load.length * cache_bytes(dims, width),
+            size_bytes=limits.sequences * limits.length * cache_bytes(dims, width),
             knob="lower scheduler.max_adapters_per_wave, rollout.samples_per_task or "
             "train.max_sequence_length",
         ),

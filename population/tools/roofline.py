@@ -17,7 +17,7 @@ from populace.workers.memory import (
     CONTEXT_BYTES,
     RESERVE,
     Held,
-    Load,
+    WaveLimits,
     cache_bytes,
     held_of,
     plan_memory,
@@ -179,7 +179,7 @@ def room_of(
     name = {2: "bf16", 4: "fp32"}[device.weight_bytes]
     sheet.add(f"experts of the base ({name})", base.held.expert_bytes, "B")
     sheet.add(f"dense part of the base, replicated ({name})", base.held.dense_bytes, "B")
-    most = Load(
+    most = WaveLimits(
         ranks=request.ranks,
         slots=request.slots,
         adapters=request.slots / 2,
@@ -241,7 +241,7 @@ def _problem(
 def _row_bytes(dims: BaseDims, base: Base, request: Request) -> float:
     """Of one row of a training pass: activations, and its target's slope."""
     one, none = (
-        plan_memory(dims, base.held, Load(ranks=request.ranks, rows=rows), context_bytes=0.0)
+        plan_memory(dims, base.held, WaveLimits(ranks=request.ranks, rows=rows), context_bytes=0.0)
         for rows in (1, 0)
     )
     return one.needed("training") - none.needed("training")

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from populace.configs.schema import Settings
 from populace.population.client import Population
@@ -21,7 +18,7 @@ from populace.storage.objects.cloud import MemoryStore
 from populace.workers.batch import AdapterKey
 from populace.workers.layout import layout_of
 from populace.workers.shapes import EXPERT_MODULES, AdapterSpec
-from tests.population.tools.test_peft import logits_of
+from tests.population.tools.test_peft import logits_of, peft_logits
 from tests.support.loops import Loop
 from tests.support.streams import experience
 
@@ -75,11 +72,7 @@ def test_an_adapter_learns_is_kept_replayed_compared_and_exported(
     controller.workers.page_in([population.ledger.ref(adapter, adapter.tip)], False)
     ids = np.arange(5, 60, dtype=np.int32)
     ours = logits_of(controller, key, ids)
-    model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
-    given = torch.from_numpy(ids).long()[None]
-    with torch.no_grad():
-        base = model(given).logits[0]
-        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft")(given).logits[0]
+    base, theirs = peft_logits(bases[family], tmp_path / "peft", ids)
     largest = float(theirs.abs().max())
     assert float((ours - theirs).abs().max()) <= 1e-5 * largest
     assert float((base - theirs).abs().max()) > 1e-4 * largest, "the adapter does something"

@@ -36,7 +36,7 @@ CPU_ONLY = (
     "populace.kernels.reference.add_deltas",
     "populace.workers.adapters.arenas.Arena.__init__",
     "populace.workers.base.forward.plan_segments",
-    "populace.workers.base.moe.plan_segments",
+    "populace.workers.base.moe.order_by_expert",
 )
 """Implementations for CPUs."""
 

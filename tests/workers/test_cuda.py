@@ -100,6 +100,23 @@ def requests(keys: list[AdapterKey]) -> list[RolloutRequest]:
     ]
 
 
+def shown(length: int) -> TrainGroup:
+    """A demonstration of so many tokens."""
+    sample = Sample(
+        completion_ids=np.arange(7, 7 + length, dtype=np.int32),
+        logprobs=None,
+        expert_ids=None,
+        finished=True,
+    )
+    return TrainGroup(
+        event_id="shown",
+        kind=ExperienceKind.DEMONSTRATION,
+        prompt_ids=np.arange(3, 6, dtype=np.int32),
+        prompt_expert_ids=None,
+        samples=(ScoredSample(sample=sample, reward=1.0, base_logprobs=None),),
+    )
+
+
 def lessons(groups: list[RolloutGroup], scores: list[tuple[np.ndarray, ...]]) -> WaveBatch:
     """The rollouts as tasks, with their routing, and a demonstration for each user."""
     batches = []
@@ -115,19 +132,7 @@ def lessons(groups: list[RolloutGroup], scores: list[tuple[np.ndarray, ...]]) ->
             ),
             temperature=group.temperature,
         )
-        shown = Sample(
-            completion_ids=np.arange(7, 11 + number, dtype=np.int32),
-            logprobs=None,
-            expert_ids=None,
-            finished=True,
-        )
-        demonstration = TrainGroup(
-            event_id="shown",
-            kind=ExperienceKind.DEMONSTRATION,
-            prompt_ids=np.arange(3, 6, dtype=np.int32),
-            prompt_expert_ids=None,
-            samples=(ScoredSample(sample=shown, reward=1.0, base_logprobs=None),),
-        )
+        demonstration = shown(4 + number)
         batches.append(AdapterBatch(adapter=group.adapter, groups=(task, demonstration)))
     return WaveBatch(adapters=tuple(batches))
 
@@ -225,19 +230,7 @@ def test_two_steps_on_the_device_are_those_of_a_cpu(
 
 def wave_of(keys: list[AdapterKey]) -> WaveBatch:
     """A demonstration for each user, made up."""
-    shown = Sample(
-        completion_ids=np.arange(7, 12, dtype=np.int32),
-        logprobs=None,
-        expert_ids=None,
-        finished=True,
-    )
-    group = TrainGroup(
-        event_id="shown",
-        kind=ExperienceKind.DEMONSTRATION,
-        prompt_ids=np.arange(3, 6, dtype=np.int32),
-        prompt_expert_ids=None,
-        samples=(ScoredSample(sample=shown, reward=1.0, base_logprobs=None),),
-    )
+    group = shown(5)
     return WaveBatch(adapters=tuple(AdapterBatch(adapter=k, groups=(group,)) for k in keys))
 
 
@@ -479,10 +472,10 @@ def run_shard(
         groups = engine.roll_out_share(requests(keys))
         # Everybody to experts of the first shard: nothing comes to the second.
         one = np.zeros((5, *engine.base.routing_shape), np.int16) + np.arange(2, dtype=np.int16)
-        shown = wave_of(keys)
+        wave = wave_of(keys)
         crowded = tuple(
             dataclasses.replace(batch, groups=(with_experts(batch.groups[0], one),))
-            for batch in shown.adapters
+            for batch in wave.adapters
         )
         updates = engine.train_share(WaveBatch(adapters=crowded)).updates
     return step, groups, all(update.status == "updated" for update in updates)

@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 
 from populace.configs.load import load_settings
 from populace.configs.schema import Settings, TrainSettings
-from populace.population.sampler import load_of
+from populace.population.sampler import limits_of
 from populace.storage.errors import InvalidInput
 from populace.workers.actors.engine import ShardEngine
 from populace.workers.base.families import dims_of
@@ -24,7 +24,7 @@ from populace.workers.base.model import BaseModel
 from populace.workers.base.rows import SequenceGroup, pack_rows
 from populace.workers.batch import AdapterKey, AdapterRef
 from populace.workers.device import Device
-from populace.workers.memory import Load, held_of, plan_memory, row_bytes, slot_bytes
+from populace.workers.memory import WaveLimits, held_of, plan_memory, row_bytes, slot_bytes
 from populace.workers.shapes import AdapterSpec
 from populace.workers.shards.placement import NO_SLOT
 from tests.support.loading import measure
@@ -146,16 +146,16 @@ def test_a_base_that_does_not_fit_is_refused_before_it_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("load", "free", "phase", "knob"),
+    ("limits", "free", "phase", "knob"),
     [
-        (Load(slots=900, rows=1), 60e9, "rollout", "lower scheduler.slots"),
-        (Load(slots=1, rows=100_000), 60e9, "training", "lower train.max_rows_per_pass"),
-        (Load(slots=1, rows=1, sequences=5000), 60e9, "rollout", "rollout.samples_per_task"),
-        (Load(slots=1, rows=1), 10e9, "rollout", "raise shard.count"),
+        (WaveLimits(slots=900, rows=1), 60e9, "rollout", "lower scheduler.slots"),
+        (WaveLimits(slots=1, rows=100_000), 60e9, "training", "lower train.max_rows_per_pass"),
+        (WaveLimits(slots=1, rows=1, sequences=5000), 60e9, "rollout", "rollout.samples_per_task"),
+        (WaveLimits(slots=1, rows=1), 10e9, "rollout", "raise shard.count"),
     ],
 )
 def test_what_to_change_is_about_the_largest_part(
-    load: Load, free: float, phase: str, knob: str
+    limits: WaveLimits, free: float, phase: str, knob: str
 ) -> None:
     config = config_of("qwen3-30b-a3b")
     from populace.workers.base.families import dims_of_config
@@ -163,7 +163,7 @@ def test_what_to_change_is_about_the_largest_part(
     dims = dims_of_config(config)
     held = held_of(dims, tensors_of(config), 8, 2)
     with pytest.raises(InvalidInput, match=f"(?s){phase} needs .* GB .*{knob}"):
-        plan_memory(dims, held, load, context_bytes=0.6e9).require(free, "the device")
+        plan_memory(dims, held, limits, context_bytes=0.6e9).require(free, "the device")
 
 
 def test_settings_bound_what_a_wave_asks_for() -> None:
@@ -176,6 +176,6 @@ def test_settings_bound_what_a_wave_asks_for() -> None:
             "adapter.targets=attention",
         ],
     )
-    load = load_of(dataclasses.replace(settings, user_ranks={"somebody": 32}))
-    assert load.ranks == (32, 0) and load.adapters == 10 and load.sequences == 120
-    assert load.length == settings.train.max_sequence_length + settings.rollout.max_new_tokens
+    limits = limits_of(dataclasses.replace(settings, user_ranks={"somebody": 32}))
+    assert limits.ranks == (32, 0) and limits.adapters == 10 and limits.sequences == 120
+    assert limits.length == settings.train.max_sequence_length + settings.rollout.max_new_tokens

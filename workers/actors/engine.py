@@ -44,7 +44,7 @@ from populace.workers.batch import (
 )
 from populace.workers.device import Cuda, Device, device_of
 from populace.workers.joins import join_steps
-from populace.workers.memory import Load, MemoryPlan, held_of, plan_memory
+from populace.workers.memory import MemoryPlan, WaveLimits, held_of, plan_memory
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ALONE, Exchange
 from populace.workers.shards.placement import NO_SLOT
@@ -77,7 +77,7 @@ class ShardSettings:
     dense: str = "replicated"
     device: str = "auto"
     """See `base.device` in configs/schema.py."""
-    load: Load = field(default_factory=Load, compare=False)
+    limits: WaveLimits = field(default_factory=WaveLimits, compare=False)
     """What waves may ask of a shard's memory at most; looked at before the base is loaded."""
 
 
@@ -259,9 +259,9 @@ def _memory_plan(settings: ShardSettings, device: Device) -> MemoryPlan:
     config = config_of(settings.base_folder)
     dims = dims_of_config(config)
     held = held_of(dims, tensors_of(config), settings.num_shards, device.dtype.itemsize)
-    load = replace(settings.load, slots=settings.slots, rows=settings.train.max_rows_per_pass)
+    limits = replace(settings.limits, slots=settings.slots, rows=settings.train.max_rows_per_pass)
     # The context is there already, and not free any more.
-    return plan_memory(dims, held, load, context_bytes=0.0)
+    return plan_memory(dims, held, limits, context_bytes=0.0)
 
 
 def join_shares(shares: Sequence[Sequence[Answer | None]]) -> list[Answer]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from populace.configs.schema import TrainSettings
 from populace.kernels.lora import Modules, Plan
-from populace.kernels.plan import plan_segments
+from populace.kernels.plan import SegmentPlan, plan_segments
 from populace.kernels.route import plan_routes
 from populace.storage.errors import InvalidInput
 from populace.workers.adapters.slab import Slab
@@ -120,10 +120,23 @@ def _plan_dense(rows: PackedRows, slab: Slab | None, kernels: Kernels, accumulat
             is_empty=slab is None or not rows.has_adapters,
             accumulates=accumulates,
         )
+    return plan_on_cpu(slab, rows.arena_T, rows.slot_T, None, accumulates=accumulates)
+
+
+def plan_on_cpu(
+    slab: Slab | None,
+    arena_T: Tensor,
+    slot_T: Tensor,
+    expert_T: Tensor | None,
+    *,
+    accumulates: bool,
+) -> SegmentPlan:
+    """Segments of rows on a CPU, on attention or (with `expert_T`) on experts; rows whose adapters
+    have nothing there are in none."""
     if slab is None:
-        return plan_segments(rows.arena_T, rows.slot_T, accumulates=accumulates)
-    arena_T = slab.covered(rows.arena_T, is_expert=False)
-    return plan_segments(arena_T, rows.slot_T, accumulates=accumulates, buckets=slab.buckets)
+        return plan_segments(arena_T, slot_T, expert_T, accumulates=accumulates)
+    arena_T = slab.covered(arena_T, is_expert=expert_T is not None)
+    return plan_segments(arena_T, slot_T, expert_T, accumulates=accumulates, buckets=slab.buckets)
 
 
 class PassHolder:

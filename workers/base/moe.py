@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from populace.kernels.lora import FrozenProduct, Plan, lora_product
-from populace.kernels.plan import order_by_expert, plan_segments
+from populace.kernels.plan import order_by_expert
 from populace.kernels.route import plan_routes
-from populace.workers.base.forward import ForwardPass, PassHolder
+from populace.workers.base.forward import ForwardPass, PassHolder, plan_on_cpu
 from populace.workers.base.gates import Gate
 from populace.workers.device import Device
 from populace.workers.shards.exchange import Exchange
@@ -96,8 +96,6 @@ class Routes:
             copies = Copies(row_Y=plan.row_R, place_TK=plan.place_TK)
             return Routes(copies=copies, ends_E=plan.ends_E, plan=plan, tile_I4=tile_I4)
         num_rows, top_k = expert_TK.shape
-        if slab is not None:
-            arena_T = slab.covered(arena_T, is_expert=True)
         expert_Q, arena_Q, slot_Q = (
             expert_TK.reshape(-1),
             arena_T.repeat_interleave(top_k),
@@ -109,12 +107,8 @@ class Routes:
         return Routes(
             copies=Copies.of(order_Y, num_rows, top_k),
             ends_E=ends_E,
-            plan=plan_segments(
-                arena_Y,
-                slot_Q[pair_Y],
-                expert_Q[pair_Y],
-                accumulates=accumulates,
-                buckets=None if slab is None else slab.buckets,
+            plan=plan_on_cpu(
+                slab, arena_Y, slot_Q[pair_Y], expert_Q[pair_Y], accumulates=accumulates
             ),
         )
 

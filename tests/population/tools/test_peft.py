@@ -35,6 +35,15 @@ def logits_of(controller: Controller, key: AdapterKey, ids: np.ndarray) -> torch
     return engine.base.logits(engine.base.hidden(forward))  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def peft_logits(base: Path, adapter: Path, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of transformers' base alone, and with the exported adapter as PEFT loads it: [T, V] each."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    given = torch.from_numpy(ids).long()[None]
+    alone = model(given).logits[0]
+    return alone, peft.PeftModel.from_pretrained(model, adapter)(given).logits[0]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_peft_computes_the_same_logits(
     settings: Settings,
@@ -61,12 +70,7 @@ def test_peft_computes_the_same_logits(
     controller.workers.page_in([population.ledger.ref(adapter, adapter.tip)], False)
     ids = np.arange(5, 60, dtype=np.int32)
     ours = logits_of(controller, key, ids)
-    model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
-    with torch.no_grad():
-        base = model(torch.from_numpy(ids).long()[None]).logits[0]
-        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft")(
-            torch.from_numpy(ids).long()[None]
-        ).logits[0]
+    base, theirs = peft_logits(bases[family], tmp_path / "peft", ids)
     largest = float(theirs.abs().max())
     assert float((ours - theirs).abs().max()) <= 1e-5 * largest
     assert float((base - theirs).abs().max()) > 1e-3 * largest, "the adapter does something"
@@ -100,11 +104,7 @@ def test_expert_deltas_are_exported_to_their_own_experts(
     (folder / "adapter_config.json").write_text(json.dumps(config))
     ids = np.arange(5, 60, dtype=np.int32)
     ours = logits_of(controller, key, ids)
-    model = AutoModelForCausalLM.from_pretrained(bases["mixtral"], dtype=torch.float32)
-    with torch.no_grad():
-        theirs = peft.PeftModel.from_pretrained(model, folder)(
-            torch.from_numpy(ids).long()[None]
-        ).logits[0]
+    _, theirs = peft_logits(bases["mixtral"], folder, ids)
     assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
     population.ownership.release()
 
