@@ -64,7 +64,12 @@ class BaseSettings:
     """The frozen model that all adapters share."""
 
     model: str = "smollm2-moe"
-    """A prepared base's name, or a folder with a Hugging Face MoE checkpoint."""
+    """A prepared base's name, or a folder with a Hugging Face MoE checkpoint, or, to measure speed
+    and memory without one, `random:PRESET[:LAYERS]`: a well-known base's dimensions, its weights
+    drawn on the device."""
+    scratch: bool = False
+    """Allow a population that isn't kept, on a `random:` base: its weights differ from one kind of
+    device to another."""
     dtype: str = one_of("auto", "bfloat16", "float32")
     """`bfloat16`, `float32`, or `auto`: bfloat16 on a CUDA device, and on a CPU that multiplies it
     natively."""

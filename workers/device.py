@@ -79,6 +79,11 @@ class Device:
         """A copy of a tensor of the host; waits for it."""
         return host.to(self._torch, dtype or host.dtype, copy=True)
 
+    def draw_normal(self, target: Tensor, seed: int, std: float) -> None:
+        """Fill a tensor that is here with normal values of a seed; which, depends on the device."""
+        generator = torch.Generator(self._torch)
+        target.normal_(0.0, std, generator=generator.manual_seed(seed))
+
     def upload(self, *records: Any) -> tuple[Any, ...]:
         """Dataclasses, tuples of them, or tensors, with all their tensors here. Uses those of the
         host where it is one."""

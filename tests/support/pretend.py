@@ -205,6 +205,7 @@ class Pretended:
                 self.current = before
 
         major, minor = self.compute_capability
+        generator = torch.Generator
         card = SimpleNamespace(name="pretended", major=major, minor=minor)
         yield mock.patch.multiple(
             torch.cuda,
@@ -216,6 +217,8 @@ class Pretended:
             get_device_properties=lambda *_: card,
             mem_get_info=lambda *_: (8 << 30, 8 << 30),
         )
+        # The one of the device draws what a CPU's does.
+        yield mock.patch.object(torch, "Generator", lambda *_: generator())
 
         def record_stream(tensor: Tensor, stream: Stream) -> None:
             memory = self.hazards.of(tensor)

@@ -1,4 +1,5 @@
-"""A Hugging Face checkpoint's safetensors files, read lazily: by name, only what is asked for.
+"""Where a base's tensors come from: a Hugging Face checkpoint's safetensors files, read lazily, by
+name, only what is asked for; or a seed.
 
 Files are memory-mapped and closed again after every read, so that pages which were copied don't
 stay resident.
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from populace.storage.errors import InvalidInput
+from populace.workers.base.families import RANDOM_FILE
 from populace.workers.device import Device
 
 _INDEX = "model.safetensors.index.json"
@@ -22,14 +25,32 @@ _INDEX = "model.safetensors.index.json"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Weights(Protocol):
+    """A base's tensors by their names on disk."""
+
+    bytes_read: int
+    """Size on disk of everything that was read."""
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Give memory that is there these tensors' values, in its dtype, wherever it is.
+        `InvalidInput` names a tensor that isn't there, or has another shape."""
+
+
+def weights_of(folder: Path, device: Device) -> Weights:
+    """The weights of a base, for tensors that are on `device`."""
+    if (folder / RANDOM_FILE).is_file():
+        from populace.workers.base.seeded import SeededWeights
+
+        return SeededWeights(folder, device)
+    return SafetensorsFolder(folder)
+
+
 class SafetensorsFolder:
     """Names and places of a folder's tensors."""
 
-    def __init__(self, folder: Path, device: Device | None = None) -> None:
-        """`device`: where tensors are read to; needed to read any."""
-        self.folder, self._device = folder, device
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.bytes_read = 0
-        """Size on disk of everything that was read."""
         self._file_of: dict[str, str] = {}
         if (folder / _INDEX).is_file():
             self._file_of = json.loads((folder / _INDEX).read_text())["weight_map"]
@@ -42,17 +63,14 @@ class SafetensorsFolder:
     def names(self) -> tuple[str, ...]:
         return tuple(self._file_of)
 
-    def read(self, wanted: Mapping[str, torch.dtype]) -> list[Tensor]:
-        """Copies of these tensors in these dtypes; `InvalidInput` names one that isn't there."""
-        assert self._device is not None
-        found: dict[str, Tensor] = {}
-        for name, mapped in self._mapped(wanted):
-            found[name] = self._device.place(mapped, wanted[name])
-        return [found[name] for name in wanted]
-
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Read a tensor straight into memory that is there."""
         for name, mapped in self._mapped(targets):
+            if mapped.shape != targets[name].shape:
+                raise InvalidInput(
+                    f"tensor {name!r} of base {str(self.folder)!r} has the shape "
+                    f"{tuple(mapped.shape)}, and by its config.json {tuple(targets[name].shape)}; "
+                    "give it the config.json that the tensors were saved with"
+                )
             targets[name].copy_(mapped)
 
     def _mapped(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:

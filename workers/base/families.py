@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Shapes = tuple[tuple[str, int, int], ...]
 
+RANDOM_FILE = "random.json"
+"""Of a base whose weights are drawn from a seed; see `seeded.py`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -150,7 +153,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         raise InvalidInput(
             f"base {str(folder)!r} has no config.json; give a Hugging Face checkpoint's folder"
         )
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not (folder / RANDOM_FILE).is_file():
         raise InvalidInput(
             f"base {str(folder)!r} has no *.safetensors file; save it with "
             "model.save_pretrained(folder)"

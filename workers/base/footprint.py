@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from populace.storage.errors import InvalidInput
 from populace.workers.base.families import FAMILIES, check_checkpoint, dims_of_config
 
-PRESETS = ("qwen3-30b-a3b", "deepseek-v3", "kimi-k2")
-"""Public dimensions of well-known bases, in configs/bases/."""
+PRESETS = ("tiny", "olmoe-1b-7b", "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "kimi-k2")
+"""Public dimensions of well-known bases, in configs/bases/, and those of a tiny Qwen3-MoE."""
 
 
 def config_of(base: str) -> Any:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from populace.kernels.lora import FrozenProduct, lora_product
 from populace.storage.errors import InvalidInput
-from populace.workers.base.checkpoint import SafetensorsFolder
+from populace.workers.base.checkpoint import Weights, weights_of
 from populace.workers.base.families import FAMILIES, Family, check_checkpoint, dims_of
 from populace.workers.base.forward import ForwardPass, PassHolder
 from populace.workers.base.moe import Experts, MoeBlock
@@ -72,7 +72,7 @@ class BaseModel:
         self.exchange, self.device, self.dtype = exchange, device, device.dtype
         AttentionInterface.register(_INTERFACE, _attend)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        files = SafetensorsFolder(folder, device)
+        weights = weights_of(folder, device)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=device.dtype, attn_implementation=_INTERFACE
@@ -86,23 +86,23 @@ class BaseModel:
         for name, buffer in self.decoder.rotary_emb.named_buffers():
             setattr(self.decoder.rotary_emb, name, device.place(buffer))
         for layer, block in enumerate(self.decoder.layers):
-            self._load_layer(files, family, config, layer, block)
-        _fill(files, family, "model.embed_tokens", self.decoder.embed_tokens)
-        _fill(files, family, "model.norm", self.decoder.norm)
+            self._load_layer(weights, family, config, layer, block)
+        self._fill(weights, family, "model.embed_tokens", self.decoder.embed_tokens)
+        self._fill(weights, family, "model.norm", self.decoder.norm)
         if not config.tie_word_embeddings:
-            _fill(files, family, "lm_head", model.lm_head)
+            self._fill(weights, family, "lm_head", model.lm_head)
         self.embeddings_VD: Tensor = model.model.embed_tokens.weight
         self.head_VD: Tensor = (
             self.embeddings_VD if config.tie_word_embeddings else model.lm_head.weight
         )
         # The rows of a pass come embedded.
         self.decoder.embed_tokens = nn.Identity()
-        self.bytes_read = files.bytes_read
+        self.bytes_read = weights.bytes_read
         if dense == "zero3":
             partition_dense(self.decoder)
 
     def _load_layer(
-        self, files: SafetensorsFolder, family: Family, config: Any, layer: int, block: Any
+        self, weights: Weights, family: Family, config: Any, layer: int, block: Any
     ) -> None:
         """Read one layer's dense part and this shard's experts, and put our modules in the place of
         the family's."""
@@ -116,7 +116,7 @@ class BaseModel:
         if is_moe:
             act_fn = block.mlp.experts.act_fn
             del block.mlp.experts
-        _fill(files, family, f"model.layers.{layer}", block)
+        self._fill(weights, family, f"model.layers.{layer}", block)
         attention = block.self_attn
         attention.populace_holder = self._holder
         for module in self.dims.dense_modules:
@@ -126,7 +126,7 @@ class BaseModel:
                 LoraLinear(getattr(attention, module), module, layer, self._holder),
             )
         if is_moe:
-            experts = self._read_experts(files, family, layer, act_fn)
+            experts = self._read_experts(weights, family, layer, act_fn)
             gate = family.gate(config, block.mlp.gate)
             shared = getattr(block.mlp, "shared_experts", None)
             moe_layer = layer - self.dims.num_dense_layers
@@ -137,7 +137,7 @@ class BaseModel:
             )  # fmt: skip
 
     def _read_experts(
-        self, files: SafetensorsFolder, family: Family, layer: int, act_fn: Any
+        self, weights: Weights, family: Family, layer: int, act_fn: Any
     ) -> Experts:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
         inner, hidden = shapes["gate_proj"]
@@ -147,8 +147,26 @@ class BaseModel:
         for place, expert in enumerate(self.shard.experts):
             names = family.expert_on_disk(layer, expert)
             targets = (gate_up_EOD[place, :inner], gate_up_EOD[place, inner:], down_EDI[place])
-            files.read_into(dict(zip(names, targets, strict=True)))
+            weights.read_into(dict(zip(names, targets, strict=True)))
         return Experts(gate_up_EOD=gate_up_EOD, down_EDI=down_EDI, act_fn=act_fn)
+
+    def _fill(self, weights: Weights, family: Family, prefix: str, module: nn.Module) -> None:
+        """Read the values of `module`'s parameters and stored buffers, which are on the meta
+        device."""
+        parameters = dict(module.named_parameters())
+        wanted = {name: parameter.dtype for name, parameter in parameters.items()}
+        # What a family stores as a buffer (a selection bias) it wants in fp32.
+        stored = module.state_dict()
+        wanted |= {name: torch.float32 for name, _ in module.named_buffers() if name in stored}
+        values = {
+            name: self.device.empty(*stored[name].shape, dtype=dtype)
+            for name, dtype in wanted.items()
+        }
+        weights.read_into({family.on_disk(f"{prefix}.{name}"): values[name] for name in wanted})
+        for name, value in values.items():
+            owner, _, own_name = name.rpartition(".")
+            filled = nn.Parameter(value, requires_grad=False) if name in parameters else value
+            setattr(module.get_submodule(owner), own_name, filled)
 
     @property
     def routing_shape(self) -> tuple[int, int]:
@@ -176,23 +194,6 @@ class BaseModel:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] fp32."""
         return linear(hidden_TD, self.head_VD).float()
-
-
-def _fill(files: SafetensorsFolder, family: Family, prefix: str, module: nn.Module) -> None:
-    """Read the values of `module`'s parameters and stored buffers, which are on the meta device."""
-    parameters = dict(module.named_parameters())
-    wanted = {name: parameter.dtype for name, parameter in parameters.items()}
-    # What a family stores as a buffer (a selection bias) it wants in fp32.
-    wanted |= {
-        name: torch.float32 for name, _ in module.named_buffers() if name in module.state_dict()
-    }
-    values = files.read(
-        {family.on_disk(f"{prefix}.{name}"): dtype for name, dtype in wanted.items()}
-    )
-    for name, value in zip(wanted, values, strict=True):
-        owner, _, own_name = name.rpartition(".")
-        filled = nn.Parameter(value, requires_grad=False) if name in parameters else value
-        setattr(module.get_submodule(owner), own_name, filled)
 
 
 def _attend(

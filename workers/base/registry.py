@@ -17,6 +17,8 @@ from populace.storage.errors import Damaged, InvalidInput
 from populace.workers.base.families import check_checkpoint
 
 SMOLLM2 = "smollm2-moe"
+RANDOM = "random:"
+"""How the name of a base begins whose weights are drawn from a seed; see `seeded.py`."""
 
 Progress = Callable[[str], None]
 """Called with each stage's name as it begins."""
@@ -44,6 +46,8 @@ def prepare_base(name_or_path: str, progress: Progress) -> PreparedBase:
         return found
     if name_or_path == SMOLLM2:
         return _prepare_smollm2(progress)
+    if name_or_path.startswith(RANDOM):
+        return _prepare_seeded(name_or_path, progress)
     folder = Path(name_or_path).absolute()
     check_checkpoint(folder)
     progress("hashing the checkpoint")
@@ -62,9 +66,9 @@ def find_base(name_or_path: str) -> PreparedBase:
     """A prepared base by name, or a checkpoint folder by path. `InvalidInput` names the way out."""
     if (found := find_prepared(name_or_path)) is not None:
         return found
-    if name_or_path == SMOLLM2:
+    if name_or_path == SMOLLM2 or name_or_path.startswith(RANDOM):
         raise InvalidInput(
-            f"base {SMOLLM2!r} is not prepared; run `populace base prepare {SMOLLM2}`"
+            f"base {name_or_path!r} is not prepared; run `populace base prepare {name_or_path}`"
         )
     folder = Path(name_or_path).absolute()
     check_checkpoint(folder)
@@ -110,15 +114,27 @@ def _register(base: PreparedBase) -> None:
 def _prepare_smollm2(progress: Progress) -> PreparedBase:
     from populace.workers.base.upcycle import save_smollm2
 
+    return _make(SMOLLM2, lambda folder: save_smollm2(folder, progress))
+
+
+def _prepare_seeded(name: str, progress: Progress) -> PreparedBase:
+    from populace.workers.base.seeded import save_seeded
+
+    progress("writing its config and tokenizer")
+    return _make(name, lambda folder: save_seeded(name, folder))
+
+
+def _make(name: str, save: Callable[[Path], None]) -> PreparedBase:
+    """Have `save` write a base into a folder in the cache, and register it."""
     bases = cache_folder() / "bases"
     bases.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bases) as temporary:
-        save_smollm2(Path(temporary), progress)
+        save(Path(temporary))
         digest = digest_folder(Path(temporary))
-        folder = bases / f"{SMOLLM2}-{digest[:16]}"
+        folder = bases / f"{name.replace(':', '-')}-{digest[:16]}"
         if not folder.exists():
             shutil.copytree(temporary, folder.with_suffix(f".{os.getpid()}"))
             folder.with_suffix(f".{os.getpid()}").rename(folder)
-    base = PreparedBase(name=SMOLLM2, digest=digest, folder=str(folder))
+    base = PreparedBase(name=name, digest=digest, folder=str(folder))
     _register(base)
     return base

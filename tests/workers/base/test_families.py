@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -58,10 +59,10 @@ def test_packed_logits_are_those_of_transformers(
 def test_a_footprint_names_exactly_the_tensors_that_are_on_disk(
     bases: dict[str, Path], family: str
 ) -> None:
-    checkpoint = SafetensorsFolder(bases[family], Device(torch.float32))
-    expected = {
-        name: checkpoint.read({name: torch.float32})[0].numel() for name in checkpoint.names
-    }
+    expected: dict[str, int] = {}
+    for path in bases[family].glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            expected |= {name: file.get_tensor(name).numel() for name in file.keys()}
     assert tensors_of(config_of(str(bases[family]))) == expected
 
 
@@ -88,7 +89,14 @@ def test_more_shards_than_experts_are_refused() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_presets_have_as_many_parameters_as_their_bases(preset: str) -> None:
-    billions = {"qwen3-30b-a3b": 30.53, "deepseek-v3": 671.0, "kimi-k2": 1026.4}[preset]
+    billions = {
+        "tiny": 0.0001898,
+        "olmoe-1b-7b": 6.92,
+        "mixtral-8x7b": 46.70,
+        "qwen3-30b-a3b": 30.53,
+        "deepseek-v3": 671.0,
+        "kimi-k2": 1026.4,
+    }[preset]
     assert sum(tensors_of(config_of(preset)).values()) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
@@ -171,4 +179,16 @@ def test_a_missing_or_unreadable_tensor_is_named(bases: dict[str, Path], tmp_pat
         {"format": "pt"},
     )
     with pytest.raises(InvalidInput, match=r"is torch.float8_e4m3fn; convert the checkpoint"):
+        BaseModel(folder, Device(torch.float32))
+
+
+def test_a_tensor_of_another_shape_than_the_config_says_is_named(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(bases["mixtral"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    # One value would fill any memory that is there.
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 301}))
+    with pytest.raises(InvalidInput, match=r"embed_tokens.* has the shape \(300, 32\), .*\(301, 3"):
         BaseModel(folder, Device(torch.float32))
