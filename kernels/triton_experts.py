@@ -16,7 +16,7 @@ from torch import Tensor
 from populace.kernels.route import TALL
 
 BLOCK, STEP = 64, 32
-OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
 @triton.jit  # type: ignore[untyped-decorator]

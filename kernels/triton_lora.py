@@ -72,7 +72,7 @@ def config_of(kernel: str, height: int, block_r: int, dtype: torch.dtype) -> Con
             return Config(block=block, block_r=block_r, num_warps=num_warps, num_stages=stages)
         case "reduce":
             return Config(
-                block=16 if block_r > 64 else 32, block_r=block_r, num_warps=num_warps, num_stages=2
+                block=16 if block_r > 32 else 32, block_r=block_r, num_warps=num_warps, num_stages=2
             )
         case "spread":
             if not is_half:
