@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+AUTO = "auto"
+"""Of a setting that is decided by what is there."""
 BOUND = "bound"
 """Key of a field's `Bound` in its metadata. A field that may be None is bounded when it isn't."""
 
@@ -27,6 +29,10 @@ class Bound(NamedTuple):
 
 def _bounded(default: Any, bound: Bound) -> Any:
     return field(default=default, metadata={BOUND: bound})
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def positive(default: float | None) -> Any:
@@ -75,7 +81,8 @@ class BaseSettings:
     natively."""
     device: str = one_of("auto", "cpu", "cuda")
     """What a shard computes on: `cpu`; `cuda`, for which a run asks Ray for a GPU per shard; or
-    `auto`: a CUDA device where its process sees one, in a run where Ray gave it one."""
+    `auto`: a CUDA device where its process sees one. A run then asks Ray for GPUs if the cluster
+    has enough."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,13 @@ class GroupSettings:
 
     count: int = positive(1)
     """Shards that the experts are split over; above 1 needs DeepSpeed (`pip install
-    populace[deepspeed]`)."""
+    populace[deepspeed]`). For a base that one GPU has no room for."""
+    replicas: int | str = _bounded(
+        AUTO, Bound("auto or a number above zero", lambda value: value == AUTO or _is_count(value))
+    )
+    """Groups that each hold the whole base under one run, every one with a controller of its own
+    that has its share of the partitions. `auto`: as many as the cluster has GPUs for; one on
+    CPUs."""
     cpus: float = positive(1.0)
     """CPUs that Ray reserves for a shard. How many it uses is `run.threads`."""
     dense: str = one_of("replicated", "zero3")
@@ -337,7 +350,7 @@ class Settings:
     seed: int = 0
     """What initialisations, sampling noise and the choice of held-out tasks derive from; fixed when
     the population is created."""
-    partitions: int = positive(4)
+    partitions: int = positive(16)
     """Buckets of users, and so the most controllers that can ever share the population; fixed when
     it is created."""
     experience: str | None = None

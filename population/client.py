@@ -68,7 +68,8 @@ class Population(Enqueues):
         """Make a population, or open it when it is there. `fields` are fields of `Settings`, e.g.
         `name=`."""
         from populace.storage.objects.probe import require_safe
-        from populace.workers.base.registry import RANDOM, find_base, find_prepared
+        from populace.workers.base.families import RANDOM
+        from populace.workers.base.registry import find_base, find_prepared
 
         settings = _settings(settings, fields)
         check_name(settings.name)

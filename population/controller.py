@@ -134,6 +134,7 @@ class Controller:
         pending, catalog = self.ledger.pending, self.ledger.catalog
         return RunState(
             population=self.ledger.meta.name,
+            controller=self.settings.run.controller,
             num_waves=self.num_waves,
             num_pending=pending.num_pending(),
             oldest_wait_s=pending.oldest_wait_s(),

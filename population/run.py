@@ -8,39 +8,30 @@ import importlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
 from populace.configs.schema import Settings
 from populace.population.client import Population
-from populace.population.controller import EMPTY, Controller
 from populace.population.experience.gateway import Gateway
-from populace.population.ledger.ownership import Ownership
-from populace.population.sampler import shard_settings
+from populace.population.loop import Run, StopFlag, controlling
+from populace.population.replicas.leader import Replicas, team_of
+from populace.population.replicas.team import Team
 from populace.population.tools.report import write_report
 from populace.population.watching.beacon import Beacon
 from populace.population.watching.metrics import RayMetrics
 from populace.population.watching.views import View, Views
 from populace.population.waves.chat import Chat
-from populace.population.waves.report import WaveReport
-from populace.population.waves.reward_tasks import score_on_ray
 from populace.population.waves.rewards import find_reward
-from populace.storage.errors import InvalidInput, OutcomeUnknown, PopulaceError, StoreUnavailable
+from populace.storage.errors import InvalidInput
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
-from populace.workers.actors.group import ShardGroup, ShardGroupLost
 from populace.workers.base.registry import PreparedBase, prepare_base
-
-Result = TypeVar("Result")
-
-IDLE_S = 0.5
-REBALANCE_S = 1.0
 
 
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
@@ -62,6 +53,7 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
         view.stage(f"enqueued {num_events} events")
     view.stage("starting Ray")
     start_ray()
+    team = team_of(settings, population.meta, population.store.url)
     ownership, run = population.ownership, settings.run
     metrics = RayMetrics(settings.name, run.controller, store.take_calls) if run.metrics else View()
     view = Views(view, Beacon(ownership.show), metrics)
@@ -74,14 +66,14 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
             with _page(settings, population, view):
                 if settings.stream.gateway:
                     Gateway.start(population.store.url, settings.name, stream=settings.stream)
-                reported = _train(settings, population, base, chat, view, stop, started)
+                reported = _train(team, population, base, chat, view, stop, started)
         finally:
             ownership.release()
     return population, reported
 
 
 def _train(
-    settings: Settings,
+    team: Team,
     population: Population,
     base: PreparedBase,
     chat: Chat,
@@ -90,23 +82,24 @@ def _train(
     started: float,
 ) -> bool:
     """Place the shards, loop, report; returns whether a report was written."""
-    own = shard_settings(settings, population.meta, population.store.url, base, chat)
-    group = _Group(ShardGroup(own, settings.shard, settings.run.controller), view)
-    try:
-        group.wait_until_ready()
-        controller = Controller(settings, population.ledger, group.shards, chat, score_on_ray)
-        try:
-            _Run(controller, population.ownership, group, view, stop).until_done()
-            if settings.report is None or stop.event.is_set():
-                return False
-            view.stage("measuring every adapter on every user's held-out tasks")
-            folder = Path(settings.report)
-            group.surviving(controller, lambda: write_report(controller, folder, started))
-            return True
-        finally:
-            controller.close()
-    finally:
-        group.shards.stop()
+    settings, ownership = team.settings[0], population.ownership
+
+    def is_over() -> bool:
+        return settings.run.until_drained and replicas.are_idle(ownership)
+
+    with (
+        Replicas(team, base, population.store.url, view, stop.event) as replicas,
+        controlling(settings, population, base, chat, replicas.view, team.gpus) as (own, group),
+    ):
+        replicas.wait_until_ready()
+        Run(own, ownership, group, replicas.view, stop, is_over).until_done()
+        replicas.finish()
+        if settings.report is None or stop.event.is_set():
+            return False
+        replicas.view.stage("measuring every adapter on every user's held-out tasks")
+        folder = Path(settings.report)
+        group.surviving(own, lambda: write_report(own, folder, started))
+        return True
 
 
 @contextlib.contextmanager
@@ -129,170 +122,13 @@ def _page(settings: Settings, population: Population, view: View) -> Iterator[No
         yield
 
 
-class _Group:
-    """The shard group as a run sees it: its progress is shown while it loads, and it comes back
-    when it dies."""
-
-    def __init__(self, shards: ShardGroup, view: View) -> None:
-        self.shards, self._view = shards, view
-        self._shown = -1
-
-    def wait_until_ready(self) -> None:
-        self._view.stage(f"loading the base into {self.shards.group.count} shards")
-        try:
-            self.shards.wait_until_ready(self._tick)
-        except ShardGroupLost as error:
-            self._start_again(error)
-
-    def surviving(self, controller: Controller, call: Callable[[], Result]) -> Result:
-        """`call`, once more on a new group as often as the group dies in it."""
-        is_new = False
-        while True:
-            try:
-                if is_new:
-                    controller.meet_workers()
-                return call()
-            except ShardGroupLost as error:
-                is_new, started = True, time.monotonic()
-                self._start_again(error)
-                controller.planner.suspects.suspect_unfinished()
-                self._view.stage(f"the group is back after {time.monotonic() - started:.1f} s")
-
-    def _start_again(self, error: ShardGroupLost) -> None:
-        self._view.restarted()
-        self._view.stage(f"{error}; starting the group again")
-        self.shards.start_again(self._tick)
-
-    def _tick(self, loaded: int, shards: int) -> None:
-        if loaded != self._shown and shards > 1:
-            self._shown = loaded
-            self._view.stage(f"{loaded} of {shards} shards are loaded")
-
-
-class _Run:
-    """Waves until there is a reason to stop, whatever the store and the other controllers do
-    meanwhile."""
-
-    def __init__(
-        self,
-        controller: Controller,
-        ownership: Ownership,
-        group: _Group,
-        view: View,
-        stop: StopSignal,
-    ) -> None:
-        self._controller, self._ownership = controller, ownership
-        self._group, self._view = group, view
-        self._ask_to_stop, self._stop = stop.ask, stop.event
-        self._ledger, self._run = controller.ledger, controller.settings.run
-        self._pipeline = EMPTY
-        self._looked_s = -REBALANCE_S
-        self._given_up: set[int] = set()
-        """What this run owned when the store went away."""
-
-    def until_done(self) -> None:
-        """A run that ends by itself judges its last tips."""
-        while True:
-            try:
-                self._wait_for_partitions()
-                self._view.idle(self._controller.state())
-                while not self._stop.is_set() and self._has_waves_left() and self._turn():
-                    pass
-                self._take_back_attempts()
-                if not self._stop.is_set():
-                    self._judge()
-                return
-            except (StoreUnavailable, OutcomeUnknown) as error:
-                self._wait_for_store(error)
-
-    def _has_waves_left(self) -> bool:
-        return self._run.max_waves is None or self._controller.num_waves < self._run.max_waves
-
-    def _judge(self) -> None:
-        verdicts = self._group.surviving(self._controller, self._controller.evaluate)
-        self._view.decided([*verdicts, *self._controller.take_answered()])
-        if verdicts:
-            self._view.stage(f"judged {len(verdicts)} tips")
-
-    def _turn(self) -> bool:
-        """One wave; False when the run is over."""
-        self._share_partitions()
-        report = self._group.surviving(self._controller, self._wave)
-        if report is not None:
-            self._view.wave(report, self._controller.state())
-        elif self._run.until_drained and not self._ledger.pending.num_pending():
-            return False
-        else:
-            if answered := self._controller.take_answered():
-                self._view.decided(answered)
-            self._view.idle(self._controller.state())
-            self._stop.wait(IDLE_S)
-        return True
-
-    def _wave(self) -> WaveReport | None:
-        """When `run_once` raises, nothing is on its way any more."""
-        pipeline, self._pipeline = self._pipeline, EMPTY
-        report, self._pipeline = self._controller.run_once(pipeline)
-        return report
-
-    def _take_back_attempts(self) -> None:
-        self._pipeline = self._controller.take_back_attempts(self._pipeline)
-
-    def _wait_for_partitions(self) -> None:
-        """Until something is owned: what a dead run left is taken over, the others are asked to
-        share."""
-        while not self._stop.is_set():
-            self._share_partitions(at_once=True)
-            if self._ledger.owned():
-                self._given_up.clear()
-                return
-            self._stop.wait(0.2)
-
-    def _share_partitions(self, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if not at_once and now - self._looked_s < REBALANCE_S:
-            return
-        self._looked_s = now
-        claims, releases = self._ownership.rebalance(self._run.takeover_s, self._take_back_attempts)
-        suspects = self._controller.planner.suspects
-        suspects.forgive([partition for partition in claims if partition in self._given_up])
-        suspects.suspect_unfinished(claims)
-        if releases or (claims and len(self._ledger.owned()) < len(self._ledger.readers)):
-            self._view.stage(f"this controller owns partitions {self._ledger.owned()}")
-
-    def _wait_for_store(self, error: PopulaceError) -> None:
-        """The store is away or full: nothing is lost and nothing can be done. Join anew once it is
-        back."""
-        self._given_up |= set(self._ledger.owned())
-        self._view.paused(error)
-        pipeline, self._pipeline = self._pipeline, EMPTY
-        self._controller.drop_in_flight(pipeline)
-        self._ownership.give_up()
-        while not self._stop.wait(self._run.store_retry_s):
-            try:
-                self._ownership.join(self._run.controller, self._run.takeover_s, self._ask_to_stop)
-                self._view.paused(None)
-                return
-            except (StoreUnavailable, OutcomeUnknown) as still:
-                self._ownership.give_up()
-                error = still
-        raise error
-
-
-class StopSignal:
+class StopSignal(StopFlag):
     """Turns SIGINT and SIGTERM into a flag; a second one interrupts at once, and loses nothing
     committed."""
 
     def __init__(self, view: View) -> None:
-        self._view = view
-        self.event = threading.Event()
+        super().__init__(view)
         self._before: dict[int, Any] = {}
-
-    def ask(self) -> None:
-        """Somebody asked through the store."""
-        if not self.event.is_set():
-            self.event.set()
-            self._view.stage("asked to stop; stopping after this wave")
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):

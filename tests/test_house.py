@@ -54,6 +54,8 @@ FLOORS = {
         ["controller", "client"],
         ["tools"],
         ["page"],
+        ["loop"],
+        ["replicas"],
         ["run"],
         ["cli"],
     ],
@@ -72,10 +74,13 @@ BELOW = {
 MAY_IMPORT_RAY = {
     "workers/actors/shard.py",
     "workers/actors/group.py",
+    "workers/actors/places.py",
     "population/experience/gateway.py",
     "population/watching/metrics.py",
     "population/page/serve.py",
     "population/waves/reward_tasks.py",
+    "population/replicas/follower.py",
+    "population/replicas/leader.py",
     "population/run.py",
 }
 

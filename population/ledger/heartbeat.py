@@ -23,6 +23,8 @@ from populace.storage.objects.contract import ObjectStore
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
+UNKNOWN = "somebody"
+"""The holder of a partition that nobody has looked at yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,7 @@ class Heartbeat(threading.Thread):
         with self._lock:
             life = self.seen.get(paths.owner(self._population, partition))
         if life is None:
-            return "somebody"  # nobody has looked yet
+            return UNKNOWN
         if claim is not None and life.owner != claim[0]:
             # A heartbeat from before the claim; the claim itself is one too.
             return claim[0] if time.monotonic() - claim[1] < within_s else None

@@ -102,13 +102,7 @@ class Ownership:
         anything is released: nothing may be under way then."""
         ledger, heartbeat = self.ledger, self._heartbeat
         assert heartbeat is not None
-        ledger.follow()
-        holders: dict[int, str | None] = {}
-        for partition in ledger.readers:
-            holders[partition] = heartbeat.owner if partition in ledger.owners else None
-            if partition not in ledger.owners and ledger.catalog.owned.get(partition):
-                claim = ledger.claims.get(partition)
-                holders[partition] = heartbeat.holder(partition, claim, takeover_s)
+        holders = self.holders(takeover_s)
         claims, releases = share_out(heartbeat.owner, holders, heartbeat.living(takeover_s))
         if releases:
             before_release()
@@ -122,6 +116,25 @@ class Ownership:
         for partition in releases:
             self._release(partition)
         return tuple(claimed), releases
+
+    def holders(self, takeover_s: float) -> dict[int, str | None]:
+        """Partition -> the process that holds it by its heartbeat; None where nobody who lives
+        does, "somebody" where that isn't known yet."""
+        ledger, heartbeat = self.ledger, self._heartbeat
+        assert heartbeat is not None
+        ledger.follow()
+        holders: dict[int, str | None] = {}
+        for partition in ledger.readers:
+            holders[partition] = heartbeat.owner if partition in ledger.owners else None
+            if partition not in ledger.owners and ledger.catalog.owned.get(partition):
+                claim = ledger.claims.get(partition)
+                holders[partition] = heartbeat.holder(partition, claim, takeover_s)
+        return holders
+
+    @property
+    def owner(self) -> str:
+        """The name that this process has among holders; empty before it joins."""
+        return "" if self._heartbeat is None else self._heartbeat.owner
 
     def release(self) -> None:
         """Give every partition back; a no-op without a claim. Whatever can't be given back is taken

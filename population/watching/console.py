@@ -24,6 +24,7 @@ class ConsoleView(View):
         self._console = console
         self._started = time.monotonic()
         self._totals: Counter[str] = Counter()
+        self._controllers: set[str] = set()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -46,6 +47,8 @@ class ConsoleView(View):
 
     def wave(self, report: WaveReport, state: RunState) -> None:
         seconds = sum(report.seconds.values())
+        self._controllers.add(state.controller)
+        whose = f"{state.controller} " if len(self._controllers) > 1 else ""
         self._totals.update(
             waves=1,
             updates=report.num_revisions,
@@ -58,7 +61,7 @@ class ConsoleView(View):
         verdicts = "".join(f"  {count} {decision}" for decision, count in decisions.items())
         waiting = f"  {state.num_pending} events wait" if state.num_pending else ""
         self._print(
-            f"wave {state.num_waves:3d}  {report.num_adapters} adapters  "
+            f"{whose}wave {state.num_waves:3d}  {report.num_adapters} adapters  "
             f"{report.num_revisions} revisions"
             f"{reward}{route}  {report.num_tokens} tokens  {seconds:.1f} s{verdicts}{waiting}"
             f"  [dim]({_stages(report)})[/]"

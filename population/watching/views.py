@@ -95,6 +95,7 @@ class LogView(View):
     def wave(self, report: WaveReport, state: RunState) -> None:
         self._write(
             "wave",
+            controller=state.controller,
             number=state.num_waves,
             wave=report.wave,
             adapters=report.num_adapters,

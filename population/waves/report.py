@@ -54,6 +54,7 @@ class RunState:
     """What is true of a run between two waves, for those who watch it."""
 
     population: str
+    controller: str
     num_waves: int
     """Trained since the run started."""
     num_pending: int

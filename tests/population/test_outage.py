@@ -13,7 +13,7 @@ import pytest
 from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.controller import Controller
-from populace.population.run import StopSignal, _Run
+from populace.population.loop import Run, StopFlag
 from populace.population.watching.views import View
 from populace.population.waves.report import RunState, WaveReport
 from populace.storage.errors import OutcomeUnknown, PopulaceError, StoreUnavailable
@@ -85,7 +85,7 @@ def test_a_run_pauses_while_the_store_is_away_and_continues_by_itself(
             threading.Timer(1.0, lambda: setattr(store, "is_down", False)).start()
 
     view = Recorder(after_wave)
-    _Run(loop, population.ownership, Here(), view, StopSignal(view)).until_done()  # type: ignore[arg-type]
+    Run(loop, population.ownership, Here(), view, StopFlag(view), lambda: True).until_done()  # type: ignore[arg-type]
     assert len(view.pauses) == 4 and all("connection refused" in text for text in view.pauses[::2])
     assert view.pauses[1::2] == ["", ""]
     assert account(population).is_exact()
@@ -115,7 +115,7 @@ def test_a_run_that_is_stopped_while_the_store_is_away_ends_with_the_reason(
     population.ownership.join("main", run.takeover_s)
     loop = Loop(population, engine_of(population), chat_of(population))
     view = Recorder(lambda number: setattr(store, "is_down", True))
-    stop = StopSignal(view)
+    stop = StopFlag(view)
     threading.Timer(12.0, stop.event.set).start()
     with pytest.raises((StoreUnavailable, OutcomeUnknown), match="connection refused"):
-        _Run(loop, population.ownership, Here(), view, stop).until_done()  # type: ignore[arg-type]
+        Run(loop, population.ownership, Here(), view, stop, lambda: True).until_done()  # type: ignore[arg-type]

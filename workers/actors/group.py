@@ -15,25 +15,25 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 import ray
-from ray import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from populace.configs.schema import GroupSettings
 from populace.storage.errors import InvalidInput, PopulaceError
 from populace.storage.objects.counted import add_calls
 from populace.workers.actors.engine import ShardSettings, join_shares
+from populace.workers.actors.places import (
+    NAMESPACE,
+    actors_of,
+    prefix_of,
+    remove_group,
+    remove_places,
+)
 from populace.workers.actors.shard import NotTheOwner, RemoteShard, versions
 from populace.workers.batch import (
     AdapterKey,
@@ -48,8 +48,6 @@ from populace.workers.batch import (
 from populace.workers.joins import join_steps
 from populace.workers.shapes import BaseDims
 from populace.workers.shards.exchange import ExchangeBroken
-
-NAMESPACE = "populace"
 
 _ATTACH_TIMEOUT_S = 10.0
 
@@ -69,27 +67,33 @@ class ShardGroup:
     """The methods of `ShardEngine`, on Ray actors."""
 
     def __init__(
-        self, settings: ShardSettings, group: GroupSettings, controller: str = "main"
+        self,
+        settings: ShardSettings,
+        group: GroupSettings,
+        controller: str = "main",
+        gpus: int | None = None,
     ) -> None:
+        """`gpus`: that Ray reserves for each shard; None: one, if they must compute on it."""
         self.settings, self.group = (
             replace(settings, num_shards=group.count, dense=group.dense),
             group,
         )
         self.num_restarts = 0
-        self._gpus = int(settings.device == "cuda")
-        """That Ray reserves for a shard."""
+        self._gpus = int(settings.device == "cuda") if gpus is None else gpus
         self._token = secrets.token_hex(16)
-        place = sha256(settings.store_url.encode()).hexdigest()[:8]
-        self._prefix = f"{settings.population}-{place}/{controller}/shard-"
+        self._prefix = prefix_of(settings.population, settings.store_url, controller)
         self._shards: list[ActorHandle] = []
         self._places: PlacementGroup | None = None
         self._loading: list[Any] = []
+        self.computes_on = ""
+        """What and in which dtype; empty for a group that was found loaded."""
         if not self._attach():
             self._place()
 
     def wait_until_ready(self, tick: Callable[[int, int], None] | None = None) -> None:
-        """Return once every shard has loaded its part; calls `tick(loaded, shards)` twice a second
-        meanwhile. `InvalidInput` if the cluster has no room for the group."""
+        """Return once every shard has loaded its part; `computes_on` says then where. Calls
+        `tick(loaded, shards)` twice a second meanwhile. `InvalidInput` if the cluster has no room
+        for the group."""
         self._wait_for_places(tick)
         if not self._shards:
             self._create()
@@ -99,7 +103,8 @@ class ShardGroup:
             self._get(ready)
             if tick is not None:
                 tick(len(self._loading) - len(waiting), len(self._loading))
-        check_devices(self._get(self._loading))
+        if self._loading:
+            self.computes_on = check_devices(self._get(self._loading))
 
     def start_again(self, tick: Callable[[int, int], None] | None = None) -> None:
         """After `ShardGroupLost`: a new group in its place, with nothing hot; once more if it dies
@@ -174,13 +179,7 @@ class ShardGroup:
     def _attach(self) -> bool:
         """Go on with the actors of a controller that died, if they are what this one would start;
         else remove them."""
-        names = ray.util.list_named_actors(all_namespaces=True)
-        own = [item["name"] for item in names if item["namespace"] == NAMESPACE]
-        found: dict[str, ActorHandle] = {}
-        for name in own:
-            if name.startswith(self._prefix):
-                with contextlib.suppress(ValueError):  # it died since it was listed
-                    found[name] = ray.get_actor(name, namespace=NAMESPACE)
+        found = actors_of(self._prefix)
         wanted = [self._name(rank) for rank in range(self.group.count)]
         if found.keys() == set(wanted):
             shards = [found[name] for name in wanted]
@@ -195,9 +194,7 @@ class ShardGroup:
                 logger.warning(
                     "the shards of an earlier run don't answer (%s); starting new ones", error
                 )
-        for shard in found.values():
-            ray.kill(shard)
-        self._remove_places()
+        remove_group(self._prefix)
         return False
 
     def _place(self) -> None:
@@ -220,11 +217,11 @@ class ShardGroup:
                 asked = f"shard.count is {self.group.count} and shard.cpus is {self.group.cpus}"
                 has = f"{free.get('CPU', 0.0):g} CPUs"
                 if self._gpus:
-                    asked += ", base.device is 'cuda' (a GPU for each shard)"
+                    asked += f", with {self._gpus} GPU for each shard"
                     has += f" and {free.get('GPU', 0.0):g} GPUs"
                 raise InvalidInput(
-                    f"{asked}, but the cluster has {has} free; add nodes, ask for less, or raise "
-                    "shard.place_timeout_s"
+                    f"{asked}, but the cluster has {has} free; add nodes, ask for less "
+                    "(base.device=cpu needs no GPU), or raise shard.place_timeout_s"
                 )
 
     def _create(self) -> None:
@@ -261,14 +258,9 @@ class ShardGroup:
             except Exception as error:  # dead, hung, or not loaded: whatever it is, it goes
                 logger.debug("%s before it was killed: %s", shard, error)
             ray.kill(shard)
-        self._remove_places()
+        # An adopted group's places are known by their name only.
+        remove_places(self._prefix)
         self._shards, self._places, self._loading = [], None, []
-
-    def _remove_places(self) -> None:
-        """An adopted group's places are known by their name only."""
-        for name, places in _placement_groups():
-            if name == self._prefix:
-                remove_placement_group(places)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         """Every shard runs it; they need each other for most."""
@@ -319,24 +311,16 @@ class ShardGroup:
             raise ShardGroupLost(f"a shard died: {_last_line(error)}") from error
 
 
-def check_devices(devices: Sequence[str]) -> None:
-    """`InvalidInput` unless all shards compute on one kind of device, in one dtype."""
+def check_devices(devices: Sequence[str]) -> str:
+    """What all shards compute on; `InvalidInput` unless it is one kind of device and one dtype."""
     if len(set(devices)) > 1:
         raise InvalidInput(
             f"the shards of one group compute on {', '.join(sorted(set(devices)))}; set "
             "base.device and base.dtype to what every node has"
         )
+    return devices[0]
 
 
 def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _placement_groups() -> list[tuple[str, PlacementGroup]]:
-    """Names and handles of those that are not removed, in all namespaces."""
-    return [
-        (item["name"], PlacementGroup(PlacementGroupID.from_hex(identity)))
-        for identity, item in placement_group_table().items()
-        if item["state"] != "REMOVED"
-    ]

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 Shapes = tuple[tuple[str, int, int], ...]
 
-RANDOM_FILE = "random.json"
-"""Of a base whose weights are drawn from a seed; see `seeded.py`."""
+RANDOM, RANDOM_FILE = "random:", "random.json"
+"""How the name of a base begins whose weights are drawn from a seed, and the file that says so in
+its folder; see `seeded.py`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,9 +136,7 @@ class BaseModel:
                 exchange=self.exchange, holder=self._holder, device=self.device,
             )  # fmt: skip
 
-    def _read_experts(
-        self, weights: Weights, family: Family, layer: int, act_fn: Any
-    ) -> Experts:
+    def _read_experts(self, weights: Weights, family: Family, layer: int, act_fn: Any) -> Experts:
         shapes = {module: (out, inp) for module, out, inp in self.dims.shapes}
         inner, hidden = shapes["gate_proj"]
         num_own = len(self.shard.experts)

@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from populace.storage.errors import Damaged, InvalidInput
-from populace.workers.base.families import check_checkpoint
+from populace.workers.base.families import RANDOM, check_checkpoint
 
 SMOLLM2 = "smollm2-moe"
-RANDOM = "random:"
-"""How the name of a base begins whose weights are drawn from a seed; see `seeded.py`."""
 
 Progress = Callable[[str], None]
 """Called with each stage's name as it begins."""

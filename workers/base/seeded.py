@@ -1,9 +1,9 @@
-"""Bases of well-known dimensions whose weights are drawn from a seed: for measuring speed and memory
-without a checkpoint.
+"""Bases of well-known dimensions whose weights are drawn from a seed: for measuring speed and
+memory without a checkpoint.
 
-Such a base is a folder like any other, with a config and a tokenizer, and `random.json` where others
-have tensors. What is drawn differs from one kind of device to another, so nothing that was learned
-on it is worth keeping.
+Such a base is a folder like any other, with a config and a tokenizer, and `random.json` where
+others have tensors. What is drawn differs from one kind of device to another, so nothing that was
+learned on it is worth keeping.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from populace.storage.errors import InvalidInput
-from populace.workers.base.families import RANDOM_FILE, dims_of_config
+from populace.workers.base.families import RANDOM, RANDOM_FILE, dims_of_config
 from populace.workers.base.footprint import PRESETS, config_of
-from populace.workers.base.registry import RANDOM
 from populace.workers.device import Device
 
 SEED = 0
@@ -41,8 +40,8 @@ def save_seeded(name: str, folder: Path) -> None:
     found = _NAME.fullmatch(name)
     if found is None or found["preset"] not in PRESETS:
         raise InvalidInput(
-            f"base {name!r} is none; write {RANDOM}PRESET or {RANDOM}PRESET:LAYERS, where PRESET is "
-            f"one of {', '.join(PRESETS)}"
+            f"base {name!r} is none; write {RANDOM}PRESET or {RANDOM}PRESET:LAYERS, where PRESET "
+            f"is one of {', '.join(PRESETS)}"
         )
     config = config_of(found["preset"])
     least, most = dims_of_config(config).num_dense_layers + 1, config.num_hidden_layers

@@ -62,7 +62,8 @@ def test_a_footprint_names_exactly_the_tensors_that_are_on_disk(
     expected: dict[str, int] = {}
     for path in bases[family].glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            expected |= {name: file.get_tensor(name).numel() for name in file.keys()}
+            names = file.keys()
+            expected |= {name: file.get_tensor(name).numel() for name in names}
     assert tensors_of(config_of(str(bases[family]))) == expected
 
 

@@ -1,0 +1,1 @@
+"""The controllers of a run that has several shard groups."""

@@ -1,0 +1,178 @@
+"""Several groups under one run, on a real Ray whose GPUs are pretended: resources that Ray hands
+out and nothing computes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from populace.configs.schema import Settings
+from populace.population.experience.events import Task
+from populace.workers.actors.places import NAMESPACE
+from tests.support.accounting import account
+from tests.support.heads import without_tokens
+from tests.support.streams import experience, open_population, write_config
+
+ROOT = Path(__file__).parents[2]
+POPULACE = [sys.executable, "-c", "from populace.population.cli.app import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a node with eight GPUs, as far as Ray knows."""
+    from ray.cluster_utils import Cluster
+
+    variables = {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "0",
+    }  # fmt: skip
+    with without_tokens(), pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        head = {
+            "num_cpus": 4, "num_gpus": 8, "include_dashboard": False,
+            "object_store_memory": 200_000_000, "temp_dir": f"/tmp/rg{os.getpid()}",
+        }  # fmt: skip
+        node = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(node.address, logging_level="error", log_to_driver=False)
+        try:
+            yield node.address
+        finally:
+            ray.shutdown()
+            node.shutdown()
+
+
+def start(config: Path, address: str, log: Path, *overrides: str) -> subprocess.Popen[str]:
+    output = open(log, "a")  # noqa: SIM115
+    return subprocess.Popen(
+        [*POPULACE, "run", str(config), *overrides], env={**os.environ, "RAY_ADDRESS": address},
+        cwd=ROOT, stdout=output, stderr=output, text=True,
+    )  # fmt: skip
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def shards() -> dict[str, str]:
+    """Controller -> name of the only shard of its group."""
+    names = [item["name"] for item in ray.util.list_named_actors(all_namespaces=True)]
+    return {name.split("/")[1]: name for name in names if "/shard-" in name}
+
+
+def kill(shard: str) -> None:
+    actor = ray.get_actor(shard, namespace=NAMESPACE)
+    os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+
+
+def waves_of(text: str) -> list[str]:
+    """Whose waves a run printed, in their order; the leader's begin without a name."""
+    return [found[1] or "main" for found in re.finditer(r"s {2}(?:(main\.\d) )?wave +\d", text)]
+
+
+def owned(text: str) -> dict[str, list[int]]:
+    """Controller -> the partitions that it said last it owns."""
+    lines = re.finditer(r"s {2}(?:(main\.\d): )?this controller owns partitions (.*)", text)
+    return {found[1] or "main": json.loads(found[2]) for found in lines}
+
+
+def many(settings: Settings) -> Iterator[tuple[str, list[Task]]]:
+    return experience(settings, num_users=48, num_tasks=10)
+
+
+def few(settings: Settings) -> Iterator[tuple[str, list[Task]]]:
+    return experience(settings, num_users=12, num_tasks=6)
+
+
+def config_of(tmp_path: Path, base: Path, name: str, events: str, partitions: int) -> Path:
+    return write_config(
+        tmp_path / "config.yaml", base, name, partitions=partitions,
+        experience=f"tests.system.test_replicas:{events}", shard={"cpus": 0.1},
+        evaluation={"every_waves": 1000}, run={"takeover_s": 10.0},
+    )  # fmt: skip
+
+
+def assert_exact(config: Path, num_events: int) -> None:
+    population = open_population(config)
+    outcome = account(population)
+    assert sum(len(events) for events in outcome.acknowledged.values()) == num_events
+    assert outcome.is_exact(), outcome
+    assert population.status().pending_events == 0
+    assert not population.verify("user-0").problems
+
+
+@pytest.mark.timeout(900)
+def test_eight_groups_share_the_users_and_one_that_dies_holds_up_its_own_alone(
+    gpus: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, bases["qwen3_moe"], "eight", "many", 16)
+    log, process = tmp_path / "run.log", None
+    try:
+        process = start(config, gpus, log)
+        wait_until(lambda: len(set(waves_of(log.read_text()))) == 8, process, log)
+        kill(shards()["main.3"])
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        if process is not None:
+            process.kill()
+    text = log.read_text()
+    died, back = text.index("main.3: a shard died"), text.index("main.3: the group is back after")
+    meanwhile = waves_of(text[died:back])
+    assert meanwhile and "main.3" not in meanwhile, "the others went on"
+    assert "main.3" in waves_of(text[back:]), "and so did its users"
+    partitions = owned(text[:died])
+    assert len(partitions) == 8 and {len(own) for own in partitions.values()} == {2}
+    assert sorted(number for own in partitions.values() for number in own) == list(range(16))
+    assert "8 groups share" in text and text.count("although Ray reserved GPUs") >= 8
+    assert_exact(config, 480)
+    assert not shards(), "every group is gone"
+    assert ray.available_resources()["GPU"] == 8
+
+
+@pytest.mark.timeout(900)
+def test_what_a_killed_run_left_is_adopted_or_removed_by_the_next_one(
+    gpus: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, bases["qwen3_moe"], "left", "many", 4)
+    log, process = tmp_path / "run.log", None
+    try:
+        process = start(config, gpus, log, "shard.replicas=3")
+        wait_until(lambda: len(set(waves_of(log.read_text()))) == 3, process, log)
+        process.kill()
+        process.wait()
+        assert shards().keys() == {"main", "main.1", "main.2"}, "the groups outlive their drivers"
+        process = start(config, gpus, log, "shard.replicas=2")
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        if process is not None:
+            process.kill()
+    assert_exact(config, 480)
+    # Who was adopted doesn't load again, and so doesn't say what it computes on.
+    second = log.read_text().split("2 groups share")[1]
+    assert "shards compute on" not in second and {"main", "main.1"} >= set(waves_of(second))
+    assert not shards()
+
+
+def test_fewer_partitions_than_groups_are_refused_with_the_way_out(
+    gpus: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config, log = config_of(tmp_path, bases["qwen3_moe"], "few", "few", 4), tmp_path / "run.log"
+    assert start(config, gpus, log).wait(120) == 2
+    text = " ".join(log.read_text().split())
+    assert "shard.replicas is auto, and 8 GPUs for shard.count=1 make that 8" in text
+    assert "created with 4; set shard.replicas=4 or less, or create a population with" in text
+    assert not list((tmp_path / "store").glob("few/owners/*")), "nobody claimed anything"
