@@ -8,6 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from populace.workers.device import Cuda, device_of
 from populace.workers.joins import join_steps
 from populace.workers.layout import AdapterLayout
 from populace.workers.shapes import AdapterSpec
-from populace.workers.shards.exchange import DeepSpeedExchange, Rendezvous
+from populace.workers.shards.exchange import BACKENDS, DeepSpeedExchange, Rendezvous
 from populace.workers.step import train
 from populace.workers.step.numerics import probe_invariance
 from tests.support import tiny
@@ -54,8 +55,7 @@ DECODING = {
     "rollout.py:roll_out": "once a rollout: the record of its routing",
 }
 EXCHANGING = {
-    "moe.py:_on_all_shards": "once a layer and shard: how many rows go where",
-    "exchange.py:all_to_all": "rows of other shards go through host memory",
+    "moe.py:_on_all_shards": "once a layer, forward: how many rows go where",
 }
 SCORING = {"engine.py:score_base_share": "once a pass: scores, for rewards"}
 SPECS = (
@@ -446,10 +446,11 @@ def test_copies_and_readers_count_among_the_slots(make_engine: Make) -> None:
 def run_shard(
     rank: int, rendezvous: Rendezvous, folder: str
 ) -> tuple[ShardStep, list[RolloutGroup | None], bool]:
-    """One of two shards on pretended devices, in a process of its own."""
+    """One of two shards on pretended devices, in a process of its own. Gloo is what NCCL would
+    be."""
     torch.set_num_threads(1)
-    device = Pretended()
-    with device.here() as report:
+    device, gloo = Pretended(), mock.patch.dict(BACKENDS, cuda="gloo")
+    with device.here() as report, gloo:
         cuda = Cuda(torch.float32)
         settings = ShardSettings(
             base_folder=folder,

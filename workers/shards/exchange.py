@@ -77,11 +77,18 @@ class Rendezvous:
             return Rendezvous(address=f"{host}:{probe.getsockname()[1]}", timeout_s=timeout_s)
 
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""Kind of device -> torch's process groups, each for the tensors that lie on its kind of device.
+
+Between GPUs NCCL moves rows, in the order of the stream that computes and without the host; it adds
+nothing up, so bits don't depend on it. What the host has to know, counts and flags, are tensors of
+the host and go by gloo."""
+
+
 class DeepSpeedExchange:
-    """`deepspeed.comm` between processes, by gloo: rows of CUDA devices go through host memory."""
+    """`deepspeed.comm` between processes, by `BACKENDS`."""
 
     def __init__(self, rank: int, num_shards: int, rendezvous: Rendezvous, device: Device) -> None:
-        self._device = device
         self._comm = _deepspeed_comm()
         os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = (
             str(rank),
@@ -90,7 +97,7 @@ class DeepSpeedExchange:
         )
         with _broken_if_it_fails():
             self._comm.init_distributed(
-                dist_backend="gloo",
+                dist_backend=BACKENDS[device.kind],
                 auto_mpi_discovery=False,
                 verbose=False,
                 timeout=timedelta(seconds=rendezvous.timeout_s),
@@ -107,19 +114,15 @@ class DeepSpeedExchange:
         return [int(count) for count in received.tolist()]
 
     def all_to_all(self, x_QD: Tensor, send_J: list[int], receive_J: list[int]) -> Tensor:
-        # On the host, whatever the rows were: the host waits for them.
-        (sent_QD,) = self._device.download(x_QD.contiguous()).tensors()
-        received_ZD = sent_QD.new_empty(sum(receive_J), *x_QD.shape[1:])
+        received_ZD = x_QD.new_empty(sum(receive_J), *x_QD.shape[1:])
         with _broken_if_it_fails():
             self._comm.all_to_all_single(
                 received_ZD,
-                sent_QD,
+                x_QD.contiguous(),
                 output_split_sizes=receive_J,
                 input_split_sizes=send_J,
             )
-        there_ZD: Tensor
-        (there_ZD,) = self._device.upload(received_ZD)
-        return there_ZD
+        return received_ZD
 
     def any(self, flag: bool) -> bool:
         return bool(self.all_reduce(torch.tensor([float(flag)])))
