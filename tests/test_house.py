@@ -38,8 +38,8 @@ FLOORS = {
     ],
     "configs": [["schema"], ["checks"], ["load"]],
     "workers": [
-        ["shapes", "device"],
-        ["layout", "batch"],
+        ["shapes", "cards"],
+        ["device", "layout", "batch"],
         ["joins", "evidence", "interface", "shards"],
         ["adapters", "memory"],
         ["base"],

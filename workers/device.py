@@ -12,7 +12,6 @@ it is looked at.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from populace.storage.errors import InvalidInput
+from populace.workers.cards import cuda_problem
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
@@ -164,14 +164,10 @@ class Cuda(Device):
 def device_of(device: str, dtype: str) -> Device:
     """What `base.device` and `base.dtype` ask for, `auto` decided by what is here. `InvalidInput`
     where there is no such device."""
-    if device == "cuda" and not torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        hidden = "" if visible is None else f" and CUDA_VISIBLE_DEVICES is {visible!r}"
-        raise InvalidInput(
-            f"base.device is 'cuda', but torch {torch.__version__} finds no CUDA device on this "
-            f"node{hidden}; use auto or cpu, or a node with a GPU and a CUDA build of torch"
-        )
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+    problem = "" if device == "cpu" else cuda_problem()
+    if device == "cuda" and problem:
+        raise InvalidInput(f"base.device is 'cuda', but {problem}; or use base.device=cpu")
+    if device != "cpu" and not problem:
         return Cuda(_DTYPES.get(dtype, torch.bfloat16))
     # bfloat16 where the CPU multiplies it natively; elsewhere it is emulated, at an eighth of the
     # speed of fp32 forward and less than a hundredth backward (docs/decisions/0001).

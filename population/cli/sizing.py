@@ -1,4 +1,4 @@
-"""Commands that need no population: `populace base prepare`, `plan` and `simulate`."""
+"""Commands that need no population: `populace base prepare`, `doctor`, `plan` and `simulate`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from populace.population.cli.console import console
@@ -42,9 +43,39 @@ def prepare(
 
 
 @commands.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run to be.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="URL or path of a store to probe; else the configuration's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What of this machine a run would use, and why not the rest: GPU, numerics, store, Ray."""
+    with console.status("looking"):
+        from populace.configs.load import load_settings
+        from populace.population.tools.doctor import State, examine
+
+        config, changes = _split(config, overrides)
+        settings = load_settings(config, changes)
+        findings = list(examine(settings, store or (None if config is None else settings.store)))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        colours = {State.GOOD: "green", State.NOTE: "yellow", State.BAD: "red"}
+        table = Table.grid(padding=(0, 2))
+        for finding in findings:
+            colour = colours[finding.state]
+            table.add_row(f"[{colour}]{finding.state}[/]", finding.name, escape(finding.text))
+        console.print(table)
+    if any(finding.state is State.BAD for finding in findings):
+        raise typer.Exit(2)
+
+
+@commands.command()
 def plan(
     base: Annotated[
-        str, typer.Option(help="A checkpoint's folder, or qwen3-30b-a3b, deepseek-v3, kimi-k2.")
+        str, typer.Option(help="A checkpoint's folder, or a preset: qwen3-30b-a3b, deepseek-v3, …")
     ],
     device: Annotated[str, typer.Option(help="a100, h100, h200, b200 or cpu.")] = "h100",
     devices: Annotated[int, typer.Option(help="Of one shard group.")] = 8,
@@ -159,7 +190,7 @@ def simulate(
     from populace.population.tools.simulate import Load
     from populace.population.tools.simulate import simulate as run
 
-    settings = load_settings(config, overrides or ())
+    settings = load_settings(*_split(config, overrides))
     shares = _shares(share, 1 + len(settings.scheduler.tenants))
     load = Load(
         users=users,
@@ -183,6 +214,13 @@ def simulate(
         print(json.dumps(figures, indent=1))
     else:
         _print_simulation(report)
+
+
+def _split(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
+    """A configuration and overrides, where the first of them may stand in the other's place."""
+    if config is not None and "=" in str(config) and not config.exists():
+        return None, [str(config), *(overrides or ())]
+    return config, overrides or []
 
 
 def _shares(given: list[float] | None, num_tenants: int) -> tuple[float, ...]:

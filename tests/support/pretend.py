@@ -210,6 +210,8 @@ class Pretended:
         yield mock.patch.multiple(
             torch.cuda,
             is_available=lambda: True,
+            get_device_capability=lambda *_: self.compute_capability,
+            get_device_name=lambda *_: card.name,
             Stream=new_stream,
             Event=Event,
             stream=use,
@@ -226,6 +228,7 @@ class Pretended:
             memory.kept_for.add(stream.name)
 
         yield mock.patch.object(Tensor, "record_stream", record_stream)
+        yield mock.patch.object(torch.version, "cuda", "13.0")
         driver = mock.Mock(return_value=13000)
         yield mock.patch.object(torch._C, "_cuda_getDriverVersion", driver, create=True)
 

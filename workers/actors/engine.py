@@ -132,18 +132,21 @@ class ShardEngine:
         self.residency = Residency(self.slab, self._store, keys, self.settings.residency)
 
     @functools.cached_property
+    def why_fast(self) -> str:
+        """What keeps numerics from being invariant here; empty if nothing does."""
+        if self.settings.dense == "zero3":
+            return "ZeRO-3 adds up a row's gradients in an order of its own"
+        if self.base.device.is_cuda:
+            # And by lengths that no short probe has.
+            return "attention on CUDA is torch's, which adds in an order of its own"
+        return probe_invariance(self.base, self.kernels)
+
+    @functools.cached_property
     def numerics(self) -> str:
         """`invariant` if this machine keeps that promise, else `fast`."""
-        if self.settings.dense == "zero3":
-            problem = "ZeRO-3 adds up a row's gradients in an order of its own"
-        elif self.base.device.is_cuda:
-            # And by lengths that no short probe has.
-            problem = "attention on CUDA is torch's, which adds in an order of its own"
-        else:
-            problem = probe_invariance(self.base, self.kernels)
-        if problem:
-            logger.warning("numerics are `fast`, revisions can't be replayed: %s", problem)
-        return "fast" if problem else "invariant"
+        if self.why_fast:
+            logger.warning("numerics are `fast`, revisions can't be replayed: %s", self.why_fast)
+        return "fast" if self.why_fast else "invariant"
 
     def describe(self) -> tuple[BaseDims, dict[str, str]]:
         """Shapes of the base, and the numerics fingerprint of this shard."""
