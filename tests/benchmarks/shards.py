@@ -38,9 +38,10 @@ from populace.workers.batch import (
 from populace.workers.shapes import AdapterSpec
 from populace.workers.shards.placement import place_shards
 from tests.benchmarks.figures import Figure, figure, publish
-from tests.benchmarks.step import build_base, demonstration
+from tests.benchmarks.step import VOCABULARY, build_base
 from tests.support.loading import measure
 from tests.support.routing import NoisyGate, learn_from
+from tests.support.waves import demonstration
 
 matplotlib.use("Agg")
 USERS, TOKENS = 32, 64
@@ -62,7 +63,7 @@ REFS = [AdapterRef(key=key, spec=SPEC, seed=number) for number, key in enumerate
 
 
 def wave() -> WaveBatch:
-    groups = [(demonstration(number, TOKENS),) for number in range(USERS)]
+    groups = [(demonstration(number, TOKENS, VOCABULARY),) for number in range(USERS)]
     return WaveBatch(
         adapters=tuple(
             AdapterBatch(adapter=key, groups=group) for key, group in zip(KEYS, groups, strict=True)

@@ -30,14 +30,9 @@ from populace.configs.schema import OptimizerSettings, TrainSettings
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.actors.engine import ShardEngine, ShardSettings, keep_freed_memory
 from populace.workers.batch import (
-    AdapterBatch,
     AdapterKey,
     AdapterRef,
-    ExperienceKind,
     RolloutRequest,
-    Sample,
-    ScoredSample,
-    TrainGroup,
     WaveBatch,
 )
 from populace.workers.device import device_of
@@ -45,6 +40,7 @@ from populace.workers.shapes import AdapterSpec
 from populace.workers.step import train as train_step
 from populace.workers.step.optimizer import update_adapters
 from tests.benchmarks.figures import Figure, figure, publish
+from tests.support.waves import likelihood_wave, timing, token_ids
 
 VOCABULARY, HIDDEN, LAYERS, INNER, EXPERTS, TOP_K = 8192, 384, 6, 704, 8, 2
 THREADS = os.cpu_count() or 1
@@ -117,15 +113,7 @@ class Bench:
         self, tokens: int, keys: Sequence[AdapterKey] | None = None, groups: int = 1
     ) -> WaveBatch:
         """Every adapter learns `groups` sequences of `tokens` tokens by likelihood."""
-        return WaveBatch(
-            adapters=tuple(
-                AdapterBatch(
-                    adapter=key,
-                    groups=tuple(demonstration(number * groups + i, tokens) for i in range(groups)),
-                )
-                for number, key in enumerate(keys or self.keys)
-            )
-        )
+        return likelihood_wave(keys or self.keys, tokens, VOCABULARY, groups=groups)
 
     def step(self, wave: WaveBatch) -> float:
         start = time.perf_counter()
@@ -137,44 +125,6 @@ class Bench:
         with timing(train_step, "_forward_backward") as seconds:
             self.engine.train_wave(wave)
         return sum(seconds)
-
-
-class timing:
-    """Times the calls of one function of a module."""
-
-    def __init__(self, module: object, name: str) -> None:
-        self.module, self.name, self.seconds = module, name, []
-
-    def __enter__(self) -> list[float]:
-        self.original = original = getattr(self.module, self.name)
-
-        def timed(*arguments: object, **named: object) -> object:
-            start = time.perf_counter()
-            result = original(*arguments, **named)
-            self.seconds.append(time.perf_counter() - start)
-            return result
-
-        setattr(self.module, self.name, timed)
-        return self.seconds
-
-    def __exit__(self, *_: object) -> None:
-        setattr(self.module, self.name, self.original)
-
-
-def token_ids(number: int, tokens: int) -> np.ndarray:
-    return np.random.default_rng([7, number]).integers(2, VOCABULARY, tokens + 1).astype(np.int32)
-
-
-def demonstration(number: int, tokens: int) -> TrainGroup:
-    ids = token_ids(number, tokens)
-    sample = Sample(completion_ids=ids[1:], logprobs=None, expert_ids=None, finished=True)
-    return TrainGroup(
-        event_id=str(number),
-        kind=ExperienceKind.DEMONSTRATION,
-        prompt_ids=ids[:1],
-        prompt_expert_ids=None,
-        samples=(ScoredSample(sample=sample, reward=1.0, base_logprobs=None),),
-    )
 
 
 class Peft:
@@ -195,7 +145,7 @@ class Peft:
 
     def step(self, number: int, tokens: int) -> float:
         """Trains on the sequence of user `number`; returns its loss."""
-        ids = torch.from_numpy(token_ids(number, tokens)).long()[None]
+        ids = torch.from_numpy(token_ids(number, tokens, VOCABULARY)).long()[None]
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -381,7 +331,9 @@ def rollout(folder: Path) -> Iterator[Figure]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=device_of("cpu", "auto").dtype)
     model.set_experts_implementation("grouped_mm")
     prompt, new = 16, 48
-    ids = torch.from_numpy(np.stack([token_ids(n, prompt - 1) for n in range(64)])).long()
+    ids = torch.from_numpy(
+        np.stack([token_ids(n, prompt - 1, VOCABULARY) for n in range(64)])
+    ).long()
     requests = [
         RolloutRequest(
             adapter=key,

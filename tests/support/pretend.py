@@ -205,7 +205,6 @@ class Pretended:
                 self.current = before
 
         major, minor = self.compute_capability
-        generator = torch.Generator
         card = SimpleNamespace(name="pretended", major=major, minor=minor)
         yield mock.patch.multiple(
             torch.cuda,
@@ -224,7 +223,7 @@ class Pretended:
             mem_get_info=lambda *_: (8 << 30, 8 << 30),
         )
         # The one of the device draws what a CPU's does.
-        yield mock.patch.object(torch, "Generator", lambda *_: generator())
+        yield mock.patch.object(torch, "Generator", _Generator)
 
         def record_stream(tensor: Tensor, stream: Stream) -> None:
             memory = self.hazards.of(tensor)
@@ -287,6 +286,13 @@ class Pretended:
             yield
         finally:
             self.is_off = before
+
+
+class _Generator(torch.Generator):
+    """Draws on the CPU for any device."""
+
+    def __new__(cls, *_: object) -> _Generator:
+        return super().__new__(cls)
 
 
 class _Operations(TorchDispatchMode):
@@ -382,7 +388,11 @@ class _Functions(TorchFunctionMode):
         where = {"cpu": "cpu", "cuda": "cuda"}.get(name)
         rest: list[Any] = []
         for value in args[1:]:
-            if isinstance(value, (str, torch.device)):
+            if isinstance(value, bool):
+                kwargs["non_blocking"] = value
+            elif value is None:
+                pass  # a dtype that stays
+            elif isinstance(value, (str, torch.device)):
                 where = torch.device(value).type
             elif isinstance(value, Tensor):
                 where = "cuda" if device.is_here(value) else "cpu"
