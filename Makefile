@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 CPU_ADAM = 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'
 
-.PHONY: demo test test-slow test-crash soak test-gpu test-mirror bench-kernels bench-store bench-step bench-streams bench-shards bench-metrics aot docs lint types format clean
+.PHONY: demo test test-slow test-crash soak test-gpu gpu-check gpu-pack test-mirror bench-kernels bench-store bench-step bench-streams bench-shards bench-metrics aot docs lint types format clean
 
 demo: .venv/demo
 	$(BIN)/populace base prepare smollm2-moe
@@ -57,6 +57,15 @@ build/mirror-venv/ready:
 	printf 'Metadata-Version: 2.1\nName: populace\nVersion: 0.1.0\n' > build/mirror/populace-0.1.0.dist-info/METADATA
 	printf '$(CURDIR)/build/mirror\n$(CURDIR)\n' > $$(echo build/mirror-venv/lib/python3*/site-packages)/mirror.pth
 	touch $@
+
+# Everything that has to be seen on a GPU, in six minutes; `make gpu-check ARGS="--only waves"`. `--dry`, which is make's own
+# flag too, runs every section on a CPU: the plus has the line run all the same.
+gpu-check: .venv/dev
+	+$(BIN)/python -m tests.gpu_check $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry) $(ARGS)
+
+# For a GPU machine that has PyTorch and nothing of ours, and no network: what it lacks, into .gpu/. There, start.sh.
+gpu-pack: build/mirror-venv/ready
+	PYTHON=$(MIRROR)/python sh tests/gpu_check/pack.sh
 
 build/gpu/populace/kernels:
 	mkdir -p $(@D) && ln -sfn ../../../kernels $@

@@ -14,8 +14,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ def run_stage(names: Sequence[str], out: Path, dry: bool, minutes: float, deadli
             reason = f"{max(left, 0.0):.0f} s are left of {minutes:g} minutes"
             keep(path, Result(name=section.name, status=Status.LEFT_OUT, reason=reason))
             continue
-        (out / "begun").write_text(section.name)
+        _begun(out, section.stage).write_text(section.name)
         check = Check(dry=dry, out=out, seconds=min(limit, left))
         found = run_section(section.name, section.run, check)
         keep(path, found)
@@ -76,30 +78,57 @@ def run_all(
     start: Callable[[Sequence[Section], argparse.Namespace, float], Any] = _process,
 ) -> list[Result]:
     """Every section's result, in their order. `start`: begins a stage's process."""
-    out, path = arguments.out, arguments.out / "results.jsonl"
-    deadline = time.time() + 60 * arguments.minutes
-    for name in dict.fromkeys(section.stage for section in sections):
-        stage = [section for section in sections if section.stage == name]
+    deadline, writing = time.time() + 60 * arguments.minutes, threading.Lock()
+    stages = [
+        [section for section in sections if section.stage == name]
+        for name in dict.fromkeys(section.stage for section in sections)
+    ]
+
+    def finish(stage: Sequence[Section]) -> None:
         while stage:
-            (out / "begun").unlink(missing_ok=True)
-            process, limit = start(stage, arguments, deadline), 0.0
-            limit = sum(limit_of(section, arguments.minutes) for section in stage) + GRACE_S
-            reason = ""
-            try:
-                code = process.wait(min(limit, max(deadline - time.time(), 0.0) + GRACE_S))
-                reason = f"its process ended with {code}"
-            except subprocess.TimeoutExpired:
-                reason = "its process was ended: it did not hear that its time is up"
-                _end(process)
-            done = {result.name for result in kept(path)}
-            stage = [section for section in stage if section.name not in done]
-            begun = (out / "begun").read_text() if (out / "begun").is_file() else ""
-            if stage:  # whoever was at it, or the first that was not begun
-                victim = next((s for s in stage if s.name == begun), stage[0])
-                keep(path, Result(name=victim.name, status=Status.DIED, reason=reason))
-                stage = [section for section in stage if section is not victim]
-            _write(sections, arguments)
-    return _in_order(sections, kept(path))
+            stage = _go_on(stage, arguments, deadline, start)
+            with writing:
+                _write(sections, arguments)
+
+    # On a CPU two at a time: nothing is measured there.
+    with ThreadPoolExecutor(2 if arguments.dry else 1) as pool:
+        list(pool.map(finish, stages))
+    return _in_order(sections, kept(arguments.out / "results.jsonl"))
+
+
+def _go_on(
+    stage: Sequence[Section],
+    arguments: argparse.Namespace,
+    deadline: float,
+    start: Callable[[Sequence[Section], argparse.Namespace, float], Any],
+) -> list[Section]:
+    """Have a process do these sections of one stage; which are left when it ends before its time.
+    The one that it ended in is not among them."""
+    out, path = arguments.out, arguments.out / "results.jsonl"
+    begun = _begun(out, stage[0].stage)
+    begun.unlink(missing_ok=True)
+    process = start(stage, arguments, deadline)
+    limit = sum(limit_of(section, arguments.minutes) for section in stage) + GRACE_S
+    try:
+        code = process.wait(min(limit, max(deadline - time.time(), 0.0) + GRACE_S))
+        reason = f"its process ended with {code}"
+    except subprocess.TimeoutExpired:
+        reason = "its process was ended: it did not hear that its time is up"
+        _end(process)
+    done = {result.name for result in kept(path)}
+    left = [section for section in stage if section.name not in done]
+    if left:  # whoever was at it, or the first that was not begun
+        name = begun.read_text() if begun.is_file() else ""
+        victim = next((section for section in left if section.name == name), left[0])
+        keep(path, Result(name=victim.name, status=Status.DIED, reason=reason))
+        left.remove(victim)
+    begun.unlink(missing_ok=True)
+    return left
+
+
+def _begun(out: Path, stage: str) -> Path:
+    """Where a stage's process writes which section it is at."""
+    return out / f"begun-{stage}"
 
 
 def _end(process: Any) -> None:
@@ -156,7 +185,6 @@ def main() -> int:
     for name in ("results.jsonl", "log.txt", "gpu.json", "gpu.md", "profile.txt"):
         (out / name).unlink(missing_ok=True)
     results = run_all(sections, arguments)
-    (out / "begun").unlink(missing_ok=True)
     print(printed(_write(sections, arguments)))
     return int(any(result.status in (Status.FAILED, Status.DIED) for result in results))
 

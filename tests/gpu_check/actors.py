@@ -29,6 +29,7 @@ def actors(check: Check) -> None:
         config = write_config(
             Path(name) / "config.yaml", tiny.build("qwen3_moe", Path(name) / "base"), "check",
             shard={"cpus": 0.5}, scheduler={"events_per_update": 4, "slots": 12},
+            run={"takeover_s": 1.0},
         )  # fmt: skip
         own = {"POPULACE_KEYS": f"{name}/keys", "POPULACE_CACHE": f"{name}/cache"}
         os.environ.update(own)
