@@ -5,8 +5,8 @@ set -eu
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
-"$PYTHON" -m tarfile -e .gpu/triton.tar.xz "$site/triton" &
-"$PYTHON" -m tarfile -e .gpu/ray.tar.xz "$site" &
+"$PYTHON" -W ignore -m tarfile -e .gpu/triton.tar.xz "$site/triton" &
+"$PYTHON" -W ignore -m tarfile -e .gpu/ray.tar.xz "$site" &
 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site/wheels" .gpu/wheels/*.whl
 wait
 mkdir -p "$site/populace"

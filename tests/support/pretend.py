@@ -215,6 +215,7 @@ class Pretended:
             max_memory_allocated=lambda *_: 0,
             reset_peak_memory_stats=lambda *_: None,
             empty_cache=lambda: None,
+            is_current_stream_capturing=lambda: False,
             Stream=new_stream,
             Event=Event,
             stream=use,
