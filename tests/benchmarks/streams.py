@@ -61,7 +61,7 @@ from populace.storage.objects.dev import DevStore
 from populace.storage.objects.open import open_store
 from populace.workers.actors.group import ShardGroup
 from tests.benchmarks.figures import Figure, figure, publish
-from tests.support.loops import Loop, settings_of
+from tests.support.loops import Loop, ledger_of, settings_of
 from tests.support.streams import WORDS, make_population
 from tests.support.tiny import tokenizer
 
@@ -214,6 +214,40 @@ def enqueue_figures(folder: Path) -> Iterator[Figure]:
                         at_least=aim,
                     )
         yield from gateway_figures(stores["file"])
+
+
+def partition_figures(folder: Path) -> Iterator[Figure]:
+    """What 16 partitions cost over 4: one producer's calls, in turn, and opening the ledger."""
+    with DevStore(folder / "weed-partitions") as server:
+        os.environ.update(server.environment)
+        Bucket(server.url).ensure()
+        for name, url in {"file": f"file://{folder}/partitions", "SeaweedFS": server.url}.items():
+            store = open_store(url)
+            metas = {n: make_population(store, name=f"of-{n}", partitions=n) for n in (4, 16)}
+            producers = {n: Producer.open(url, f"of-{n}") for n in metas}
+            for batch in (1, 100):
+                taken: dict[int, list[float]] = {4: [], 16: []}
+                for number in range(1 + (60 if batch == 1 else 20)):
+                    for n, producer in producers.items():
+                        began = time.perf_counter()
+                        producer.enqueue_many(
+                            (f"user-{place}", [event(number, 100 * batch + place)])
+                            for place in range(batch)
+                        )
+                        if number:  # the first makes the users' keys
+                            taken[n].append(1000 * (time.perf_counter() - began))
+                title = f"{name}, {batch} users' events a call"
+                yield figure(f"{title}, 4 partitions", taken[4], "ms")
+                ratios = [many / few for few, many in zip(taken[4], taken[16], strict=True)]
+                yield figure(f"{title}, 16 partitions over 4", ratios, "x")
+            opened: dict[int, list[float]] = {4: [], 16: []}
+            for _ in range(10):
+                for n, meta in metas.items():
+                    began = time.perf_counter()
+                    ledger_of(store, meta).refresh()
+                    opened[n].append(time.perf_counter() - began)
+            ratios = [many / few for few, many in zip(opened[4], opened[16], strict=True)]
+            yield figure(f"{name}, a ledger opened, 16 partitions over 4", ratios, "x")
 
 
 def sqlite_rate(folder: Path, num_processes: int, batch: int) -> tuple[float, list[Figure]]:
@@ -572,7 +606,7 @@ def run_waves(controller: Loop, count: int) -> tuple[float, list[WaveReport]]:
 
 
 def main() -> None:
-    wanted = set(sys.argv[1:]) or {"enqueue", "scheduler", "residency", "overlap"}
+    wanted = set(sys.argv[1:]) or {"enqueue", "partitions", "scheduler", "residency", "overlap"}
     folder = Path(
         tempfile.mkdtemp(prefix="populace-streams-", dir=os.environ.get("POPULACE_BENCH_FOLDER"))
     )
@@ -585,6 +619,8 @@ def main() -> None:
             figures += residency_figures()
         if "overlap" in wanted:
             figures += overlap_figures(folder)
+        if "partitions" in wanted:
+            figures += partition_figures(folder)
         if "enqueue" in wanted:
             for item in enqueue_figures(folder):
                 print(
