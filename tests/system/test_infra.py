@@ -145,9 +145,22 @@ def test_the_image_runs_as_a_user_that_kubernetes_knows_not_to_be_root() -> None
 # Compose
 
 
-def test_the_compose_file_follows_the_specification() -> None:
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_a_compose_file_follows_the_specification(name: str) -> None:
     schema = resources.files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json"
-    jsonschema.validate(load("compose.yaml"), json.loads(schema.read_text()))
+    jsonschema.validate(load(name), json.loads(schema.read_text()))
+
+
+def test_a_machine_with_gpus_adds_an_image_and_the_cards_to_services_that_are_there() -> None:
+    plain, more = load("compose.yaml")["services"], load("compose.gpu.yaml")["services"]
+    assert more.keys() <= plain.keys()
+    images = {name for name, service in plain.items() if service["image"].startswith("populace:")}
+    assert more.keys() == images, "nobody keeps the image for CPUs"
+    build = {**plain["ray"]["build"], "args": more["ray"]["build"].pop("args")}
+    assert build == {**more["ray"]["build"], "args": build["args"]}
+    assert list(build["args"]) == ["TORCH_INDEX"] and build["args"]["TORCH_INDEX"].endswith("cu130")
+    (card,) = more["ray"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (card["count"], card["capabilities"]) == ("all", ["gpu"])
 
 
 def mounts_of(service: dict[str, Any]) -> Iterator[tuple[str, str]]:
