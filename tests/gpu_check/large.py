@@ -155,14 +155,13 @@ def waves(check: Check) -> None:
         for users, tokens in sizes:
             step(check, own, users, tokens, rate)
         same_alone(check, own, 2 if check.dry else 64, 4 if check.dry else 64)
+        profile(check, own, *sizes[0])
         if not check.dry:
-            profile(check, own)
             try:
                 step(check, own, 256, 64, rate)
             except torch.OutOfMemoryError:
-                check.say(
-                    "256 users x 64 tokens: their slots and new bytes don't fit beside the base"
-                )
+                check.say("256 users x 64 tokens: their slots don't fit beside the base")
+                own.admit(1)
                 gc.collect()
                 torch.cuda.empty_cache()
 
@@ -174,6 +173,7 @@ def step(check: Check, own: Bench, users: int, tokens: int, rate: float) -> None
     wait = torch.cuda.synchronize
     own.engine.train_wave(wave)
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     with (
         timing(train_step, "_forward_backward", wait) as passes,
         timing(train_step, "update_adapters", wait) as optimizer,
@@ -191,10 +191,14 @@ def step(check: Check, own: Bench, users: int, tokens: int, rate: float) -> None
         [own.flops_per_token * users * tokens / s / rate for s in whole],
         "x",
     )
+    peak = torch.cuda.max_memory_allocated()
+    rows = min(users * tokens, own.engine.settings.train.max_rows_per_pass)
+    a_row = (peak - before) / rows / own.engine.base.dims.num_layers
     new_bytes = 3 * 4 * own.engine.slab.exact_layout(own.spec).size * users
     check.say(
-        f"{size}: {turns} passes, at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB held, "
-        f"{new_bytes / 1e9:.2f} GB of new bytes on the host"
+        f"{size}: {turns} passes; at most {peak / 1e9:.1f} GB held, {(peak - before) / 1e9:.1f} of "
+        f"them in a pass, {a_row / 1e3:.0f} kB a row and layer; {new_bytes / 1e9:.2f} GB of new "
+        "bytes on the host"
     )
     one = own.admit(1)
     alone = likelihood_wave(one, tokens, own.vocabulary, groups=users)
@@ -226,19 +230,19 @@ def same_alone(check: Check, own: Bench, users: int, tokens: int) -> None:
     )
 
 
-def profile(check: Check, own: Bench) -> None:
+def profile(check: Check, own: Bench, users: int, tokens: int) -> None:
     """Where a step's time on the device goes, and how much of it is gaps."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    keys = own.admit(64)
-    wave = likelihood_wave(keys, 64, own.vocabulary)
+    wave = likelihood_wave(own.admit(users), tokens, own.vocabulary)
     own.engine.train_wave(wave)
     (wall,) = check.seconds_of(lambda: own.engine.train_wave(wave), 1)
-    with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profiled(activities=activities[:1] if check.dry else activities) as seen:
         own.engine.train_wave(wave)
         torch.cuda.synchronize()
-    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
+    table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=40)
     (check.out / "profile.txt").write_text(table)
     busy = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
     launches = sum(e.count for e in seen.key_averages() if "LaunchKernel" in e.key)

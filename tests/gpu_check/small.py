@@ -112,7 +112,7 @@ def train(
 def bits(check: Check) -> None:
     """One user's bytes: twice alone must be equal; beside others they are compared, and it is said
     whether numerics promised it."""
-    mates, repeats, tokens = ((1,), 1, 2) if check.dry else ((1, 15, 63), 200, 48)
+    mates, repeats, tokens = ((1,), 1, 2) if check.dry else ((1, 15, 63), 100, 48)
     with tempfile.TemporaryDirectory() as name, check.device():
         folder = tiny.build("qwen3_moe", Path(name) / "base")
         for dtype in ("float32",) if check.dry else ("float32", "bfloat16"):

@@ -213,6 +213,7 @@ class Pretended:
             get_device_name=lambda *_: card.name,
             synchronize=lambda *_: self.waits("synchronize"),
             max_memory_allocated=lambda *_: 0,
+            memory_allocated=lambda *_: 0,
             reset_peak_memory_stats=lambda *_: None,
             empty_cache=lambda: None,
             is_current_stream_capturing=lambda: False,
