@@ -6,6 +6,7 @@ between fields. What `problems` lets through is consistent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -80,6 +81,11 @@ def _name_problems(settings: Settings) -> Iterator[str]:
     controller = settings.run.controller
     if not controller or not all(char.isalnum() or char in "-_." for char in controller):
         yield f"run.controller is {controller!r}; use letters, digits, '-', '_' and '.'"
+    if re.search(r"\.\d+$", controller):
+        yield (
+            f"run.controller is {controller!r}, as the other groups of a run are called; don't end "
+            "it with a point and a number"
+        )
     for user, rank in settings.user_ranks.items():
         if rank < 1:
             yield f"user_ranks[{user!r}] is {rank}; use a rank of at least 1"

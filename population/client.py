@@ -68,20 +68,20 @@ class Population(Enqueues):
         """Make a population, or open it when it is there. `fields` are fields of `Settings`, e.g.
         `name=`."""
         from populace.storage.objects.probe import require_safe
-        from populace.workers.base.families import RANDOM
+        from populace.workers.base.families import is_random
         from populace.workers.base.registry import find_base, find_prepared
 
         settings = _settings(settings, fields)
         check_name(settings.name)
         opened = open_store(store) if isinstance(store, str) else store
+        base = find_base(settings.base.model)
         is_kept = not (settings.base.scratch or opened.url.startswith("memory://"))
-        if settings.base.model.startswith(RANDOM) and is_kept:
+        if is_random(base.folder) and is_kept:
             raise InvalidInput(
                 f"base.model is {settings.base.model!r}, whose weights are drawn anew by whatever "
                 f"computes, and {opened.url} keeps what is learned on them; use a checkpoint, or "
                 "say base.scratch=true if the population is for measuring"
             )
-        base = find_base(settings.base.model)
         require_safe(opened, settings.name, make_bucket=True)
         meta = PopulationMeta.find(opened, settings.name) or PopulationMeta.create(
             opened,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -126,12 +126,18 @@ class Run:
         view: View,
         stop: StopFlag,
         is_over: Callable[[], bool],
+        *,
+        has_mates: bool = False,
+        gone: Callable[[], Collection[str]] = frozenset,
     ) -> None:
-        """`is_over`: whether the run ends, asked when this controller has nothing to learn from."""
+        """`is_over`: whether the run ends, asked when this controller has nothing to learn from.
+        `has_mates`: other controllers are of the same run, which may leave this one without a
+        partition; `gone`: those of them that have ended, see `Ownership.rebalance`."""
         self._controller, self._ownership = controller, ownership
         self._group, self._view = group, view
         self._ask_to_stop, self._stop, self._is_over = stop.ask, stop.event, is_over
         self._ledger, self._run = controller.ledger, controller.settings.run
+        self._has_mates, self._gone = has_mates, gone
         self._pipeline = EMPTY
         self._looked_s = -REBALANCE_S
         self._given_up: set[int] = set()
@@ -142,6 +148,7 @@ class Run:
         while True:
             try:
                 self._wait_for_partitions()
+                self._ledger.refresh()  # or who owns them would seem to have nothing to do
                 self._view.idle(self._controller.state())
                 while not self._stop.is_set() and self._has_waves_left() and self._turn():
                     pass
@@ -193,6 +200,10 @@ class Run:
             if self._ledger.owned():
                 self._given_up.clear()
                 return
+            if self._has_mates:
+                self._view.idle(self._controller.state())
+                if self._is_over():
+                    return
             self._stop.wait(0.2)
 
     def _share_partitions(self, at_once: bool = False) -> None:
@@ -200,7 +211,9 @@ class Run:
         if not at_once and now - self._looked_s < REBALANCE_S:
             return
         self._looked_s = now
-        claims, releases = self._ownership.rebalance(self._run.takeover_s, self._take_back_attempts)
+        claims, releases = self._ownership.rebalance(
+            self._run.takeover_s, self._take_back_attempts, self._gone()
+        )
         suspects = self._controller.planner.suspects
         suspects.forgive([partition for partition in claims if partition in self._given_up])
         suspects.suspect_unfinished(claims)

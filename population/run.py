@@ -37,7 +37,8 @@ from populace.workers.base.registry import PreparedBase, prepare_base
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which
     all end after the current wave. Also returns whether a report was written."""
-    started = time.monotonic()
+    started, shown = time.monotonic(), Views(view)
+    view = shown
     # Rewards and experience are modules of the directory that the run starts in.
     sys.path.insert(0, os.getcwd())
     for target in settings.rewards.functions.values():
@@ -54,9 +55,11 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     view.stage("starting Ray")
     start_ray()
     team = team_of(settings, population.meta, population.store.url)
+    if team.remark:
+        view.stage(team.remark)
     ownership, run = population.ownership, settings.run
     metrics = RayMetrics(settings.name, run.controller, store.take_calls) if run.metrics else View()
-    view = Views(view, Beacon(ownership.show), metrics)
+    view = Views(shown, Beacon(ownership.show), metrics)
     with metrics, StopSignal(view) as stop:
         view.stage("claiming the population")
         # First: only one controller of a name may take over, or remove, what a run that died has
@@ -66,7 +69,7 @@ def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
             with _page(settings, population, view):
                 if settings.stream.gateway:
                     Gateway.start(population.store.url, settings.name, stream=settings.stream)
-                reported = _train(team, population, base, chat, view, stop, started)
+                reported = _train(team, population, base, chat, shown, view, stop, started)
         finally:
             ownership.release()
     return population, reported
@@ -77,26 +80,37 @@ def _train(
     population: Population,
     base: PreparedBase,
     chat: Chat,
+    shown: View,
     view: View,
     stop: StopSignal,
     started: float,
 ) -> bool:
-    """Place the shards, loop, report; returns whether a report was written."""
+    """Place the shards, loop, report; returns whether a report was written. `shown`: what a person
+    sees, of all controllers; `view`: of this one, its figures too."""
     settings, ownership = team.settings[0], population.ownership
+    drains = settings.run.until_drained
 
     def is_over() -> bool:
-        return settings.run.until_drained and replicas.are_idle(ownership)
+        return replicas.has_finished or (drains and replicas.are_idle(ownership))
 
     with (
-        Replicas(team, base, population.store.url, view, stop.event) as replicas,
-        controlling(settings, population, base, chat, replicas.view, team.gpus) as (own, group),
+        Replicas(team, base, population.store.url, shown, stop.event) as replicas,
+        controlling(settings, population, base, chat, view, team.gpus) as (own, group),
     ):
         replicas.wait_until_ready()
-        Run(own, ownership, group, replicas.view, stop, is_over).until_done()
-        replicas.finish()
+        run = Run(
+            own, ownership, group, view, stop, is_over,
+            has_mates=not replicas.is_alone, gone=replicas.gone,
+        )  # fmt: skip
+        run.until_done()
+        if not replicas.is_alone:
+            replicas.finish(is_drained=drains)
+            # What others have left, because they gave up or are done, is this one's now.
+            run.until_done()
         if settings.report is None or stop.event.is_set():
             return False
-        replicas.view.stage("measuring every adapter on every user's held-out tasks")
+        population.ledger.refresh()
+        view.stage("measuring every adapter on every user's held-out tasks")
         folder = Path(settings.report)
         group.surviving(own, lambda: write_report(own, folder, started))
         return True

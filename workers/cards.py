@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ LEAST_CAPABILITY = (8, 0)
 """Compute capability below which kernels are neither compiled nor tried (Ampere: the first with
 bfloat16)."""
 _DRIVER = Path("/proc/driver/nvidia")
-_COMPILERS = ("gcc", "clang", "cc")
+_COMPILERS = ("gcc", "clang")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +78,8 @@ def cuda_problem() -> str:
 
 def compiler() -> str | None:
     """The C compiler that Triton would use; None if there is none."""
-    if named := os.environ.get("CC", "").strip():
-        return shutil.which(shlex.split(named)[0])
+    if (named := os.environ.get("CC")) is not None:
+        return shutil.which(named)
     return next((found for name in _COMPILERS if (found := shutil.which(name))), None)
 
 

@@ -58,7 +58,8 @@ def doctor(
 
         config, changes = _split(config, overrides)
         settings = load_settings(config, changes)
-        findings = list(examine(settings, store or (None if config is None else settings.store)))
+        is_named = config is not None or any(change.startswith("store=") for change in changes)
+        findings = list(examine(settings, store or (settings.store if is_named else None)))
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:

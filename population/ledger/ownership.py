@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from populace.population.ledger.commands import finish_erasures
@@ -95,15 +95,20 @@ class Ownership:
             self._heartbeat.figures = json.loads(json.dumps(figures))
 
     def rebalance(
-        self, takeover_s: float, before_release: Callable[[], None]
+        self,
+        takeover_s: float,
+        before_release: Callable[[], None],
+        gone: Collection[str] = (),
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Claim and release partitions so that every controller whose heartbeat is seen has its
         share; returns what was claimed and what was released. `before_release` is called before
-        anything is released: nothing may be under way then."""
+        anything is released: nothing may be under way then. `gone`: processes that are known to
+        have ended, whatever their last heartbeats say."""
         ledger, heartbeat = self.ledger, self._heartbeat
         assert heartbeat is not None
         holders = self.holders(takeover_s)
-        claims, releases = share_out(heartbeat.owner, holders, heartbeat.living(takeover_s))
+        living = heartbeat.living(takeover_s).difference(gone)
+        claims, releases = share_out(heartbeat.owner, holders, living)
         if releases:
             before_release()
         claimed, has_died = [], any(ledger.catalog.owned.get(partition) for partition in claims)

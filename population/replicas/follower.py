@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,12 +14,14 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.population.ledger.ownership import Ownership
 from populace.population.loop import Run, StopFlag, controlling
+from populace.population.replicas.team import News
 from populace.population.watching.beacon import Beacon
 from populace.population.watching.metrics import RayMetrics
 from populace.population.watching.views import View, Views
 from populace.population.waves.chat import Chat
 from populace.population.waves.report import RunState, WaveReport
 from populace.storage.errors import OwnerAlive, PopulaceError
+from populace.storage.identity import PopulationMeta
 from populace.storage.log.records import Tombstone, Verdict
 from populace.storage.objects.counted import CountedStore
 from populace.storage.objects.open import open_store
@@ -27,23 +29,6 @@ from populace.workers.base.registry import PreparedBase
 
 ORPHAN_S = 60.0
 """How long a controller of a run that died may still seem alive: Ray ends it with its driver."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class News:
-    """What a controller said since it was asked last, and what is true of it.
-
-    Example: `News(said=(("stage", ("loading",)),), is_ready=False)`."""
-
-    said: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    """Hooks of a `View` with their arguments."""
-    is_ready: bool = False
-    is_idle: bool = False
-    """It has nothing to learn from."""
-    owner: str = ""
-    """Its name among the holders of partitions."""
-    partitions: frozenset[int] = frozenset()
-    """It owns."""
 
 
 class _Notes(View):
@@ -107,7 +92,9 @@ class Follower:
         """Until it is asked to finish or to stop, or has done its share of the waves."""
         settings, run = self._settings, self._settings.run
         store = CountedStore(open_store(settings.store))
-        population = Population.open(store, settings)
+        meta = PopulationMeta.read(store, settings.name)
+        # Not by `open`, which refuses the name of a follower.
+        population = Population(settings, store, meta)
         ownership = population.ownership
         metrics = (
             RayMetrics(settings.name, run.controller, store.take_calls) if run.metrics else View()
@@ -123,8 +110,9 @@ class Follower:
                     group,
                 ):
                     self._notes.is_ready()
+                    is_over = self._finished.is_set
                     Run(
-                        controller, ownership, group, view, self._stop, self._finished.is_set
+                        controller, ownership, group, view, self._stop, is_over, has_mates=True
                     ).until_done()
             finally:
                 ownership.release()

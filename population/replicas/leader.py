@@ -8,6 +8,7 @@ started again or leaves its partitions to the others.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,23 +17,28 @@ from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from populace.configs.schema import Settings
-from populace.population.ledger.heartbeat import UNKNOWN
 from populace.population.ledger.ownership import Ownership
-from populace.population.replicas.follower import News, RemoteFollower
-from populace.population.replicas.team import Team, plan_team
+from populace.population.replicas.follower import RemoteFollower
+from populace.population.replicas.team import News, Team, are_all_idle, plan_team
 from populace.population.watching.views import View
+from populace.storage.errors import OwnerAlive
 from populace.storage.identity import PopulationMeta
-from populace.workers.actors.places import gpus_for, groups_of_replicas, prefix_of, remove_group
+from populace.workers.actors.places import (
+    free_for,
+    groups_of_replicas,
+    prefix_of,
+    remove_group,
+)
 from populace.workers.base.registry import PreparedBase
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 0.2
 """How often the leader looks what the others have to say."""
-ANSWER_S = 30.0
-"""After which a controller that doesn't say anything is looked at again later."""
 LEAVE_S = 60.0
 """How long a controller that was asked to stop may take to finish its wave."""
 
@@ -40,8 +46,9 @@ LEAVE_S = 60.0
 def team_of(settings: Settings, meta: PopulationMeta, store_url: str) -> Team:
     """`plan_team` for the cluster that there is."""
     prefix = prefix_of(meta.name, store_url, settings.run.controller)
-    gpus = 0.0 if settings.base.device == "cpu" else gpus_for(prefix)
-    return plan_team(replace(settings, store=store_url), meta.partitions, gpus)
+    gpus = 0.0 if settings.base.device == "cpu" else free_for(prefix, "GPU")
+    cpus = free_for(prefix, "CPU")
+    return plan_team(replace(settings, store=store_url), meta.partitions, gpus, cpus)
 
 
 @dataclass(slots=True)
@@ -52,6 +59,10 @@ class _Member:
     actor: ActorHandle
     working: Any
     """Reference of what its work comes to."""
+    asked: Any = None
+    """Reference of its news, while the leader waits for them."""
+    is_last: bool = False
+    """Its work was over when it was asked."""
     restarts: int = 0
     news: News = field(default_factory=News)
     has_ended: bool = False
@@ -62,35 +73,17 @@ class _Member:
         return self.settings.run.controller
 
 
-class _Serialised(View):
-    """A view that several threads may tell."""
-
-    def __init__(self, view: View) -> None:
-        self._view, self._lock = view, threading.RLock()
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_"):
-            return super().__getattribute__(name)
-        hook, lock = getattr(self._view, name), self._lock
-
-        def told(*arguments: Any) -> None:
-            with lock:
-                hook(*arguments)
-
-        return told
-
-
 class Replicas:
     """The followers of a leader, as a context manager: they run inside of it."""
 
     def __init__(
-        self, team: Team, base: PreparedBase, store_url: str, view: View, stop: threading.Event
+        self, team: Team, base: PreparedBase, store_url: str, shown: View, stop: threading.Event
     ) -> None:
-        """`stop`: set when the run is to end after its waves."""
-        self._team, self._base, self._stop = team, base, stop
-        self._is_alone = len(team.settings) == 1
-        self.view: View = view if self._is_alone else _Serialised(view)
-        """Where the leader, too, says what it does."""
+        """`shown`: where followers say what they do; `stop`: set when the run is to end after its
+        waves."""
+        self._team, self._base, self._shown, self._stop = team, base, shown, stop
+        self.is_alone = len(team.settings) == 1
+        """Whether the leader has no followers."""
         name = team.settings[0].name
         self._prefix = {
             own.run.controller: prefix_of(name, store_url, own.run.controller)
@@ -100,6 +93,8 @@ class Replicas:
         self._owners: set[str] = set()
         """What followers are called as holders of partitions, those that died among them."""
         self._was_told_to_stop = self._is_finishing = False
+        self.has_finished = False
+        """Whether the leader alone is left."""
         self._closed = threading.Event()
         self._looking = threading.Thread(target=self._look, daemon=True, name="populace-replicas")
 
@@ -109,24 +104,25 @@ class Replicas:
         leader = self._prefix[self._team.settings[0].run.controller]
         for left in groups_of_replicas(leader) - set(self._prefix.values()):
             remove_group(left)
-        if not self._is_alone:
-            self.view.stage(f"{len(self._team.settings)} groups share the population's partitions")
+        if not self.is_alone:
+            self._shown.stage(f"{len(self._team.settings)} groups share the partitions")
             self._members = [self._start(own) for own in self._team.settings[1:]]
             self._looking.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """A second Ctrl-C kills, all else lets waves end. Nothing committed is lost either way."""
-        if self._is_alone:
+        if self.is_alone:
             return
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self._stop.set()
-            self._wait_until(lambda: all(m.has_ended for m in self._members), LEAVE_S)
+            self._wait_until(self._have_ended, LEAVE_S)
         self._closed.set()
         self._looking.join()
         for member in self._members:
             ray.kill(member.actor)
-            if not member.has_ended or member.error is not None:
+            # A controller that somebody else runs under its name keeps its group.
+            if not isinstance(member.error, OwnerAlive):
                 remove_group(self._prefix[member.name])
 
     def wait_until_ready(self) -> None:
@@ -143,29 +139,37 @@ class Replicas:
     def are_idle(self, ownership: Ownership) -> bool:
         """Whether the followers, too, have nothing to learn from, and nobody's partitions wait to
         be taken over. The leader itself is idle."""
-        if self._is_alone:
+        if self.is_alone:
             return True
         living = [member.news for member in self._members if not member.has_ended]
-        if not all(news.is_idle for news in living):
-            return False
         takeover_s = self._team.settings[0].run.takeover_s
-        ours = frozenset(ownership.ledger.owned()).union(*(news.partitions for news in living))
-        nobodys = {None, UNKNOWN, *self._owners}
-        return all(
-            partition in ours or holder not in nobodys
-            for partition, holder in ownership.holders(takeover_s).items()
+        return are_all_idle(
+            living, ownership.ledger.owned(), ownership.holders(takeover_s), self._owners
         )
 
-    def finish(self) -> None:
-        """Let the followers do what is left of their shares of the waves, and wait for them."""
-        self._is_finishing = True
-        for member in self._members:
-            member.actor.finish.remote()
-        self._wait_until(lambda: all(m.has_ended for m in self._members))
+    def gone(self) -> frozenset[str]:
+        """Followers that have ended, as holders of partitions: their last heartbeats count no
+        more."""
+        living = {member.news.owner for member in self._members if not member.has_ended}
+        return frozenset(self._owners - living)
+
+    def finish(self, *, is_drained: bool) -> None:
+        """Wait until the followers have done their shares of the waves, or, `is_drained`, have
+        nothing to learn from any more. After a stop no longer than a wave may take."""
+        if is_drained:
+            self._is_finishing = True
+            for member in self._members:
+                member.actor.finish.remote()
+        self._wait_until(lambda: self._have_ended() or self._stop.is_set())
+        self._wait_until(self._have_ended, LEAVE_S)
+        self.has_finished = True
+
+    def _have_ended(self) -> bool:
+        return all(member.has_ended for member in self._members)
 
     def _start(self, settings: Settings) -> _Member:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # Two methods at once: it works, and says what it does.
+        # Several methods at once: it works, and says what it does.
         actor = RemoteFollower.options(max_concurrency=4, scheduling_strategy=here).remote(
             settings, self._base, self._team.gpus
         )
@@ -186,42 +190,49 @@ class Replicas:
                     member.actor.stop.remote()
             for member in self._members:
                 if not member.has_ended:
-                    self._look_at(member)
+                    try:
+                        self._look_at(member)
+                    except Exception as error:  # whatever it is, the run must not wait for ever
+                        logger.exception("looking after %s", member.name)
+                        self._has_failed(member, error)
 
     def _look_at(self, member: _Member) -> None:
-        """Pass on what it says, and see whether it ended."""
-        # Before its last words are fetched.
-        ended, _ = ray.wait([member.working], timeout=0)
+        """Pass on what it says, and see whether it ended. Waits for nobody."""
+        if member.asked is None:
+            # Looked at first, so that the last words come after the end.
+            member.is_last = bool(ray.wait([member.working], timeout=0)[0])
+            member.asked = member.actor.news.remote()
+        if not ray.wait([member.asked], timeout=0)[0]:
+            return
+        asked, member.asked = member.asked, None
         try:
-            member.news = news = ray.get(member.actor.news.remote(), timeout=ANSWER_S)
+            member.news = news = ray.get(asked)
             self._owners |= {news.owner} - {""}
             for hook, arguments in news.said:
                 if hook == "stage":
                     arguments = (f"{member.name}: {arguments[0]}",)
-                getattr(self.view, hook)(*arguments)
+                getattr(self._shown, hook)(*arguments)
                 member.restarts = 0 if hook == "wave" else member.restarts
-            if ended:
+            if member.is_last:
                 ray.get(member.working)
                 member.has_ended = True
-        except GetTimeoutError:
-            return
         except RayActorError as error:
             self._start_again(member, error)
-        except Exception as error:
-            member.error = error.cause if isinstance(error, RayTaskError) else error
-            member.has_ended = True
-            self.view.stage(f"{member.name} ended, the others take its partitions: {member.error}")
+        except RayTaskError as error:
+            self._has_failed(member, error.cause if isinstance(error.cause, Exception) else error)
+
+    def _has_failed(self, member: _Member, error: Exception) -> None:
+        member.error, member.has_ended = error, True
+        self._shown.stage(f"{member.name} ended, the others take its partitions: {error}")
 
     def _start_again(self, member: _Member, error: Exception) -> None:
         """Its process died. Its group lives, and is found again under its name."""
-        limit = member.settings.shard.max_restarts
         member.restarts += 1
-        if self._stop.is_set() or self._closed.is_set() or member.restarts > limit:
-            member.has_ended, member.error = True, error
+        if self._stop.is_set() or member.restarts > member.settings.shard.max_restarts:
+            self._has_failed(member, error)
             return
-        self.view.stage(f"the process of {member.name} died; starting it again")
+        self._shown.stage(f"the process of {member.name} died; starting it again")
         again = self._start(member.settings)
-        member.actor, member.working = again.actor, again.working
-        member.news = News()
+        member.actor, member.working, member.news = again.actor, again.working, News()
         if self._is_finishing:
             member.actor.finish.remote()

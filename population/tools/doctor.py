@@ -197,6 +197,8 @@ def ray_here() -> Finding:
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         return Finding(name="Ray", text="RAY_ADDRESS is not set: a run starts a Ray of its own")
+    if address == "auto":
+        return Finding(name="Ray", text="RAY_ADDRESS is auto: a run joins this machine's cluster")
     if address.startswith(("http://", "https://")):
         return Finding(
             name="Ray",

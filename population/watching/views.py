@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -49,11 +50,11 @@ class View:
 
 
 class Views(View):
-    """Several observers as one. Watching must not end what is watched: what a view raises is
-    logged, once."""
+    """Several observers as one, told by one thread at a time. Watching must not end what is
+    watched: what a view raises is logged, once."""
 
     def __init__(self, *views: View) -> None:
-        self._views = views
+        self._views, self._lock = views, threading.RLock()
         self._failed: set[View] = set()
 
     def stage(self, text: str) -> None:
@@ -75,15 +76,16 @@ class Views(View):
         self._tell(lambda view: view.restarted())
 
     def _tell(self, say: Callable[[View], None]) -> None:
-        for view in self._views:
-            try:
-                say(view)
-            except Exception:
-                if view not in self._failed:
-                    self._failed.add(view)
-                    logger.exception(
-                        "%s failed; it may miss something from here on", type(view).__name__
-                    )
+        with self._lock:
+            for view in self._views:
+                try:
+                    say(view)
+                except Exception:
+                    if view not in self._failed:
+                        self._failed.add(view)
+                        logger.exception(
+                            "%s failed; it may miss something from here on", type(view).__name__
+                        )
 
 
 class LogView(View):

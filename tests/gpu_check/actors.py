@@ -68,15 +68,19 @@ def run(
             stdout=output, stderr=output,
         )  # fmt: skip
         try:
-            while process.poll() is None and not (kill and packs(config) > before):
+            while process.poll() is None:
+                if kill and packs(config) > before:
+                    process.kill()
+                    process.wait()
+                    return time.monotonic() - started
                 if time.monotonic() > started + limit_s:
                     raise TimeoutError(f"a run took over {limit_s:.0f} s: {tail(log)}")
                 time.sleep(0.05)
         finally:
             process.kill()
             code = process.wait()
-    if not kill and code:
-        raise RuntimeError(f"a run ended with {code}: {tail(log)}")
+    if code or kill:
+        raise RuntimeError(f"a run ended by itself with {code}: {tail(log)}")
     return time.monotonic() - started
 
 

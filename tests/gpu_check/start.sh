@@ -6,9 +6,12 @@ cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 site=$(mktemp -d)
 "$PYTHON" -W ignore -m tarfile -e .gpu/triton.tar.xz "$site/triton" &
+triton=$!
 "$PYTHON" -W ignore -m tarfile -e .gpu/ray.tar.xz "$site" &
+ray=$!
 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site/wheels" .gpu/wheels/*.whl
-wait
+wait $triton
+wait $ray
 mkdir -p "$site/populace"
 for name in configs kernels population storage workers; do ln -sfn "$PWD/$name" "$site/populace/$name"; done
 cp -r .gpu/populace-0.1.0.dist-info "$site/"

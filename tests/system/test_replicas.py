@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from populace.configs.schema import Settings
 from populace.population.experience.events import Task
+from populace.population.watching.beacon import controllers_of
+from populace.population.watching.stop import stop_run
 from populace.workers.actors.places import NAMESPACE
 from tests.support.accounting import account
 from tests.support.heads import without_tokens
@@ -55,9 +59,29 @@ def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def start(config: Path, address: str, log: Path, *overrides: str) -> subprocess.Popen[str]:
     output = open(log, "a")  # noqa: SIM115
     return subprocess.Popen(
-        [*POPULACE, "run", str(config), *overrides], env={**os.environ, "RAY_ADDRESS": address},
-        cwd=ROOT, stdout=output, stderr=output, text=True,
+        [*POPULACE, "run", str(config), *overrides, "--log", "json"],
+        env={**os.environ, "RAY_ADDRESS": address}, cwd=ROOT, stdout=output, stderr=output,
+        text=True,
     )  # fmt: skip
+
+
+def said(log: Path) -> list[dict[str, Any]]:
+    """What a run said so far."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def texts(events: list[dict[str, Any]]) -> list[str]:
+    return [event["text"] for event in events if event["event"] == "stage"]
+
+
+def waves_of(events: list[dict[str, Any]]) -> list[str]:
+    """Whose waves they were, in their order."""
+    return [event["controller"] for event in events if event["event"] == "wave"]
+
+
+def place_of(events: list[dict[str, Any]], text: str) -> int:
+    return next(n for n, event in enumerate(events) if text in event.get("text", ""))
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
@@ -79,15 +103,21 @@ def kill(shard: str) -> None:
     os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
 
 
-def waves_of(text: str) -> list[str]:
-    """Whose waves a run printed, in their order; the leader's begin without a name."""
-    return [found[1] or "main" for found in re.finditer(r"s {2}(?:(main\.\d) )?wave +\d", text)]
+def kill_follower() -> None:
+    """The process of a controller; its group has one of its own."""
+    (process,) = (
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith("ray::Follower")
+    )
+    process.kill()
 
 
-def owned(text: str) -> dict[str, list[int]]:
+def owned(events: list[dict[str, Any]]) -> dict[str, list[int]]:
     """Controller -> the partitions that it said last it owns."""
-    lines = re.finditer(r"s {2}(?:(main\.\d): )?this controller owns partitions (.*)", text)
-    return {found[1] or "main": json.loads(found[2]) for found in lines}
+    pattern = re.compile(r"(?:(main\.\d): )?this controller owns partitions (.*)")
+    found = [match for text in texts(events) if (match := pattern.fullmatch(text))]
+    return {match[1] or "main": json.loads(match[2]) for match in found}
 
 
 def many(settings: Settings) -> Iterator[tuple[str, list[Task]]]:
@@ -102,7 +132,7 @@ def config_of(tmp_path: Path, base: Path, name: str, events: str, partitions: in
     return write_config(
         tmp_path / "config.yaml", base, name, partitions=partitions,
         experience=f"tests.system.test_replicas:{events}", shard={"cpus": 0.1},
-        evaluation={"every_waves": 1000}, run={"takeover_s": 10.0},
+        evaluation={"every_waves": 1000}, run={"takeover_s": 10.0}, scheduler={"slots": 32},
     )  # fmt: skip
 
 
@@ -123,21 +153,23 @@ def test_eight_groups_share_the_users_and_one_that_dies_holds_up_its_own_alone(
     log, process = tmp_path / "run.log", None
     try:
         process = start(config, gpus, log)
-        wait_until(lambda: len(set(waves_of(log.read_text()))) == 8, process, log)
+        wait_until(lambda: len(set(waves_of(said(log)))) == 8, process, log)
         kill(shards()["main.3"])
         assert process.wait(300) == 0, log.read_text()
     finally:
         if process is not None:
             process.kill()
-    text = log.read_text()
-    died, back = text.index("main.3: a shard died"), text.index("main.3: the group is back after")
-    meanwhile = waves_of(text[died:back])
+    events = said(log)
+    died = place_of(events, "main.3: a shard died")
+    back = place_of(events, "main.3: the group is back after")
+    meanwhile = waves_of(events[died:back])
     assert meanwhile and "main.3" not in meanwhile, "the others went on"
-    assert "main.3" in waves_of(text[back:]), "and so did its users"
-    partitions = owned(text[:died])
+    assert "main.3" in waves_of(events[back:]), "and so did its users"
+    partitions = owned(events[:died])
     assert len(partitions) == 8 and {len(own) for own in partitions.values()} == {2}
     assert sorted(number for own in partitions.values() for number in own) == list(range(16))
-    assert "8 groups share" in text and text.count("although Ray reserved GPUs") >= 8
+    assert "8 groups share the partitions" in texts(events)
+    assert sum("although Ray reserved GPUs" in text for text in texts(events)) >= 8
     assert_exact(config, 480)
     assert not shards(), "every group is gone"
     assert ray.available_resources()["GPU"] == 8
@@ -147,23 +179,61 @@ def test_eight_groups_share_the_users_and_one_that_dies_holds_up_its_own_alone(
 def test_what_a_killed_run_left_is_adopted_or_removed_by_the_next_one(
     gpus: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
+    """And the next one, whose follower's process is killed, too, reports on everybody."""
     config = config_of(tmp_path, bases["qwen3_moe"], "left", "few", 4)
     log, process = tmp_path / "run.log", None
     try:
         process = start(config, gpus, log, "shard.replicas=3", "run.takeover_s=4")
-        wait_until(lambda: len(set(waves_of(log.read_text()))) == 3, process, log)
+        wait_until(lambda: len(set(waves_of(said(log)))) == 3, process, log)
         process.kill()
         process.wait()
         assert shards().keys() == {"main", "main.1", "main.2"}, "the groups outlive their drivers"
-        process = start(config, gpus, log, "shard.replicas=2", "run.takeover_s=4")
-        assert process.wait(300) == 0, log.read_text()
+        second, folder = tmp_path / "second.log", tmp_path / "report"
+        process = start(
+            config, gpus, second, "shard.replicas=2", "run.takeover_s=4", f"report={folder}"
+        )
+        wait_until(lambda: "main.1" in waves_of(said(second)), process, second)
+        population = open_population(config)
+        seen = {seen.name for seen in controllers_of(population.store, "left")}
+        kill_follower()
+        assert process.wait(300) == 0, second.read_text()
     finally:
         if process is not None:
             process.kill()
     assert_exact(config, 192)
     # Who was adopted doesn't load again, and so doesn't say what it computes on.
-    second = log.read_text().split("2 groups share")[1]
-    assert "shards compute on" not in second and {"main", "main.1"} >= set(waves_of(second))
+    events = said(second)
+    assert not any("shards compute on" in text for text in texts(events))
+    assert {"main", "main.1"} >= set(waves_of(events))
+    assert "the process of main.1 died; starting it again" in texts(events)
+    assert {"main", "main.1"} <= seen, "each shows figures of its own"
+    assert not shards()
+    ledger = population.ledger
+    ledger.refresh()
+    examined = {name for p, name in ledger.users().items() if len(ledger.pending.heldout(p))}
+    report = json.loads((folder / "report.json").read_text())
+    assert len(examined) > 10 and set(report["users"]) == examined
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_follower_that_is_stopped_leaves_its_users_to_the_others(
+    gpus: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, bases["qwen3_moe"], "less", "few", 4)
+    log, process = tmp_path / "run.log", None
+    try:
+        process = start(config, gpus, log, "shard.replicas=2", "run.takeover_s=4")
+        wait_until(lambda: "main.1" in waves_of(said(log)), process, log)
+        population = open_population(config)
+        assert stop_run(population.store, "less", controller="main.1", timeout_s=120) == {
+            "main.1": "stopped"
+        }
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        if process is not None:
+            process.kill()
+    assert_exact(config, 192)
     assert not shards()
 
 

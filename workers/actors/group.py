@@ -184,9 +184,8 @@ class ShardGroup:
         if found.keys() == set(wanted):
             shards = [found[name] for name in wanted]
             try:
-                answers = [
-                    shard.adopt.remote(self.settings, versions(), self._token) for shard in shards
-                ]
+                own = {**versions(), "gpus": str(self._gpus)}
+                answers = [shard.adopt.remote(self.settings, own, self._token) for shard in shards]
                 if all(ray.get(answers, timeout=_ATTACH_TIMEOUT_S)):
                     self._shards = shards
                     return True

@@ -59,16 +59,17 @@ def groups_of_replicas(prefix: str) -> set[str]:
     return {found[1] for name in names if (found := pattern.fullmatch(name))}
 
 
-def gpus_for(prefix: str) -> float:
-    """GPUs of the cluster that nobody uses, or that a run of this name has left reserved."""
+def free_for(prefix: str, resource: str) -> float:
+    """How much of `GPU` or `CPU` nobody in the cluster uses, or a run of this name has left
+    reserved."""
     own = {prefix, *groups_of_replicas(prefix)}
     held = sum(
-        bundle.get("GPU", 0.0)
+        bundle.get(resource, 0.0)
         for item in placement_group_table().values()
-        if item["state"] != "REMOVED" and item["name"] in own
+        if item["state"] == "CREATED" and item["name"] in own
         for bundle in item["bundles"].values()
     )
-    free: float = ray.available_resources().get("GPU", 0.0)
+    free: float = ray.available_resources().get(resource, 0.0)
     return free + float(held)
 
 

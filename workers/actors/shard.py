@@ -71,7 +71,8 @@ class ShardActor(ShardEngine):
 
     def adopt(self, settings: ShardSettings, versions_wanted: dict[str, str], token: str) -> bool:
         """Go on for a new owner, with nothing hot, if this is what it would start; else False."""
-        if not self._is_loaded or self.settings != settings or versions() != versions_wanted:
+        found = {**versions(), "gpus": str(len(ray.get_gpu_ids()))}
+        if not self._is_loaded or self.settings != settings or found != versions_wanted:
             return False
         self._token = token
         self.reset()

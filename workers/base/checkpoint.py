@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from populace.storage.errors import InvalidInput
-from populace.workers.base.families import RANDOM_FILE
+from populace.workers.base.families import is_random
 from populace.workers.device import Device
 
 _INDEX = "model.safetensors.index.json"
@@ -38,7 +38,7 @@ class Weights(Protocol):
 
 def weights_of(folder: Path, device: Device) -> Weights:
     """The weights of a base, for tensors that are on `device`."""
-    if (folder / RANDOM_FILE).is_file():
+    if is_random(str(folder)):
         from populace.workers.base.seeded import SeededWeights
 
         return SeededWeights(folder, device)

@@ -154,7 +154,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         raise InvalidInput(
             f"base {str(folder)!r} has no config.json; give a Hugging Face checkpoint's folder"
         )
-    if not any(folder.glob("*.safetensors")) and not (folder / RANDOM_FILE).is_file():
+    if not any(folder.glob("*.safetensors")) and not is_random(str(folder)):
         raise InvalidInput(
             f"base {str(folder)!r} has no *.safetensors file; save it with "
             "model.save_pretrained(folder)"
@@ -181,6 +181,11 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             "set it to null if your sequences are shorter"
         )
     return config
+
+
+def is_random(folder: str) -> bool:
+    """Whether a base's weights are drawn from a seed."""
+    return (Path(folder) / RANDOM_FILE).is_file()
 
 
 def dims_of(folder: Path) -> BaseDims:

@@ -8,7 +8,8 @@ import pytest
 
 from populace.configs.load import load_settings
 from populace.configs.schema import BaseSettings, GroupSettings, RunSettings, Settings
-from populace.population.replicas.team import Team, plan_team
+from populace.population.ledger.heartbeat import UNKNOWN
+from populace.population.replicas.team import News, Team, are_all_idle, plan_team
 from populace.storage.errors import InvalidInput
 
 
@@ -18,6 +19,7 @@ def team(
     device: str = "auto",
     partitions: int = 16,
     waves: int | None = None,
+    free_cpus: float = 64.0,
     **shard: object,
 ) -> Team:
     settings = Settings(
@@ -25,7 +27,7 @@ def team(
         shard=GroupSettings(**shard),  # type: ignore[arg-type]
         run=RunSettings(max_waves=waves, controller="night"),
     )
-    return plan_team(settings, partitions, gpus)
+    return plan_team(settings, partitions, gpus, free_cpus)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,10 @@ def team(
         (0, {"replicas": 3}, 3, 0),
         (8, {"replicas": 3}, 3, 1),
         (8, {"replicas": 1}, 1, 1),
+        (1, {"replicas": 3}, 3, 0),
+        (1, {"replicas": 3, "device": "cuda"}, 3, 1),
+        (8, {"cpus": 16}, 4, 1),
+        (8, {"cpus": 100}, 1, 1),
         (0.5, {}, 1, 0),
     ],
 )
@@ -51,6 +57,12 @@ def test_there_are_as_many_groups_as_gpus_for_them(
 ) -> None:
     found = team(gpus, **asked)  # type: ignore[arg-type]
     assert (len(found.settings), found.gpus) == (groups, of_each)
+
+
+def test_gpus_that_stay_idle_are_said_to() -> None:
+    assert team(8).remark == team(0).remark == team(8, device="cpu").remark == ""
+    assert team(1, replicas=3).remark == "1 GPUs are too few for 3 shards: they get CPUs"
+    assert "shard.cpus=16 leaves CPUs for 4; lower it" in team(8, cpus=16).remark
 
 
 def test_they_have_names_of_their_own_and_share_the_runs_waves() -> None:
@@ -82,3 +94,38 @@ def test_a_number_of_groups_that_is_none_is_refused(value: str) -> None:
         load_settings(None, [f"shard.replicas={value}"])
     assert load_settings(None, ["shard.replicas=3"]).shard.replicas == 3
     assert load_settings(None, ["shard.replicas=auto"]) == replace(Settings())
+
+
+def idle(owner: str, *partitions: int) -> News:
+    return News(is_ready=True, is_idle=True, owner=owner, partitions=frozenset(partitions))
+
+
+@pytest.mark.parametrize(
+    ("living", "owned", "holders", "over"),
+    [
+        ([idle("b", 1)], [0], {0: "a", 1: "b"}, True),
+        ([replace(idle("b", 1), is_idle=False)], [0], {0: "a", 1: "b"}, False),
+        # On its way: released, claimed but not said so, or not looked at yet.
+        ([idle("b")], [0], {0: "a", 1: None}, False),
+        ([idle("b")], [0], {0: "a", 1: "b"}, False),
+        ([idle("b", 1)], [0], {0: "a", 1: "b", 2: UNKNOWN}, False),
+        # Of a follower that died, until somebody takes it over.
+        ([idle("b", 1)], [0], {0: "a", 1: "b", 2: "dead"}, False),
+        ([idle("b", 1, 2)], [0], {0: "a", 1: "b", 2: "dead"}, True),
+        # Another run's.
+        ([idle("b", 1)], [0], {0: "a", 1: "b", 2: "stranger"}, True),
+        ([idle("b")], [0], {0: "a", 1: "stranger"}, True),
+        ([], [0, 1], {0: "a", 1: "a"}, True),
+    ],
+)
+def test_a_run_is_over_when_everybody_is_idle_and_every_partition_is_with_somebody(
+    living: list[News], owned: list[int], holders: dict[int, str | None], over: bool
+) -> None:
+    assert are_all_idle(living, owned, holders, {"b", "dead"}) is over
+
+
+@pytest.mark.parametrize("name", ["main.1", "a.b.22"])
+def test_a_controller_is_not_called_as_a_follower_is(name: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"run.controller is '{name}', as the other groups"):
+        load_settings(None, [f"run.controller={name}"])
+    assert load_settings(None, ["run.controller=v1.beta"]).run.controller == "v1.beta"
