@@ -25,12 +25,13 @@ def found(*overrides: str, store: str | None = None) -> dict[str, Finding]:
 
 
 def test_on_a_cpu_it_says_why_no_gpu_is_used_and_tries_an_update() -> None:
-    findings = found("base.dtype=float32", "base.model=random:tiny")
+    findings = found("base.dtype=float32", "base.model=random:mixtral-8x7b:3")
     assert findings["no GPU is used"].state is State.NOTE
     assert findings["a shard computes"].text == "on cpu in float32, by grouped"
     assert "took an update" in findings["tried"].text
     assert (
-        findings["base"].state is State.NOTE and "base prepare random:tiny" in findings["base"].text
+        findings["base"].state is State.NOTE
+        and "base prepare random:mixtral-8x7b:3" in findings["base"].text
     )
     assert found("base.device=cpu")["no GPU is used"].text == "base.device is cpu"
     asked = found("base.device=cuda")
