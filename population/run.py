@@ -174,7 +174,7 @@ def start_ray() -> None:
         "logging_level": "warning",
         "runtime_env": environment,
     }
-    if "RAY_ADDRESS" not in os.environ:
+    if not os.environ.get("RAY_ADDRESS", "").strip():
         # `local`: not whatever cluster happens to run on this machine.
         options |= {
             "address": "local",

@@ -25,7 +25,10 @@ base_commands = typer.Typer(no_args_is_help=True, help="The models that populati
 
 @base_commands.command()
 def prepare(
-    model: Annotated[str, typer.Argument(help="smollm2-moe, or a Hugging Face MoE folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="smollm2-moe, a Hugging Face MoE folder, or random:PRESET[:LAYERS]."),
+    ],
 ) -> None:
     """Make or register a base, so that configurations can name it."""
     with console.status("starting") as status:

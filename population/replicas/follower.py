@@ -104,6 +104,8 @@ class Follower:
             self._join(ownership)
             self._notes.ownership = ownership
             try:
+                if self._stop.event.is_set():  # before it would load for nothing
+                    return
                 chat = Chat(self._base.folder)
                 with controlling(settings, population, self._base, chat, view, self._gpus) as (
                     controller,

@@ -25,7 +25,7 @@ from populace.population.ledger.ownership import Ownership
 from populace.population.replicas.follower import RemoteFollower
 from populace.population.replicas.team import News, Team, are_all_idle, plan_team
 from populace.population.watching.views import View
-from populace.storage.errors import OwnerAlive
+from populace.storage.errors import Fenced, OwnerAlive
 from populace.storage.identity import PopulationMeta
 from populace.workers.actors.places import (
     free_for,
@@ -33,6 +33,7 @@ from populace.workers.actors.places import (
     prefix_of,
     remove_group,
 )
+from populace.workers.actors.shard import NotTheOwner
 from populace.workers.base.registry import PreparedBase
 
 logger = logging.getLogger(__name__)
@@ -119,10 +120,11 @@ class Replicas:
             self._wait_until(self._have_ended, LEAVE_S)
         self._closed.set()
         self._looking.join()
+        # Somebody else runs under this name, and has adopted the groups.
+        is_taken = kind is not None and issubclass(kind, (NotTheOwner, Fenced, OwnerAlive))
         for member in self._members:
             ray.kill(member.actor)
-            # A controller that somebody else runs under its name keeps its group.
-            if not isinstance(member.error, OwnerAlive):
+            if not is_taken and not isinstance(member.error, OwnerAlive):
                 remove_group(self._prefix[member.name])
 
     def wait_until_ready(self) -> None:

@@ -25,8 +25,9 @@ from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.open import open_store
 from populace.storage.objects.probe import require_safe
 from populace.workers.actors.engine import ShardEngine, ShardSettings
+from populace.workers.base.families import RANDOM
 from populace.workers.base.footprint import config_of
-from populace.workers.base.registry import find_prepared
+from populace.workers.base.registry import SMOLLM2, find_prepared
 from populace.workers.base.seeded import save_seeded
 from populace.workers.batch import (
     AdapterBatch,
@@ -71,7 +72,7 @@ def examine(settings: Settings, store: str | None) -> Iterator[Finding]:
     yield from findings
     if device is not None:
         yield trial(device)
-    yield base(settings)
+    yield base(settings, store)
     yield store_at(store, settings.name)
     yield ray_here()
 
@@ -165,19 +166,29 @@ def _lesson(key: AdapterKey) -> WaveBatch:
     return WaveBatch(adapters=(AdapterBatch(adapter=key, groups=(group,)),))
 
 
-def base(settings: Settings) -> Finding:
-    """Whether the base is there, without hashing it."""
-    model = settings.base.model
+def base(settings: Settings, store: str | None) -> Finding:
+    """Whether the base is there, without hashing what isn't registered, and may be used. `store`:
+    where the population is to be, if that was said."""
+    model, scratch = settings.base.model, settings.base.scratch
     try:
-        if (found := find_prepared(model)) is not None:
-            return Finding(name="base", text=f"{model}, in {found.folder}")
-        if not model.startswith("random:") and Path(model).is_dir():
+        found = find_prepared(model)
+        if found is None and model != SMOLLM2:
             config_of(model)
-            return Finding(name="base", text=f"{model}, a folder")
     except PopulaceError as error:
         return Finding(name="base", text=str(error), state=State.BAD)
-    way_out = f"`populace base prepare {model}` makes or registers it; a run does so, too"
-    return Finding(name="base", text=f"{model} is not prepared; {way_out}", state=State.NOTE)
+    if model.startswith(RANDOM) and not scratch and store and not store.startswith("memory://"):
+        return Finding(
+            name="base",
+            text=f"{model} has random weights, and {store} keeps what is learned on them; say "
+            "base.scratch=true if the population is for measuring",
+            state=State.BAD,
+        )
+    if found is not None:
+        return Finding(name="base", text=f"{model}, in {found.folder}")
+    if model != SMOLLM2 and not model.startswith(RANDOM):
+        return Finding(name="base", text=f"{model}, a folder")
+    text = f"{model} is not prepared: `populace base prepare {model}`, or the run does it"
+    return Finding(name="base", text=text, state=State.NOTE)
 
 
 def store_at(url: str | None, population: str) -> Finding:
@@ -194,20 +205,22 @@ def store_at(url: str | None, population: str) -> Finding:
 
 def ray_here() -> Finding:
     """The cluster that a run would join."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        return Finding(name="Ray", text="RAY_ADDRESS is not set: a run starts a Ray of its own")
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address in ("", "local"):
+        return Finding(
+            name="Ray", text="RAY_ADDRESS names no cluster: a run starts a Ray of its own"
+        )
     if address == "auto":
         return Finding(name="Ray", text="RAY_ADDRESS is auto: a run joins this machine's cluster")
-    if address.startswith(("http://", "https://")):
+    if address.lower().startswith(("http://", "https://")):
         return Finding(
             name="Ray",
             text=f"RAY_ADDRESS is {address!r}, the dashboard's, which only `ray job submit` takes; "
             "a run wants HOST:6379, or none",
             state=State.BAD,
         )
-    place = urlsplit(address if "://" in address else f"//{address}")
     try:
+        place = urlsplit(address if "://" in address else f"//{address}")
         with socket.create_connection((place.hostname or "", place.port or 6379), _CONNECT_S):
             return Finding(name="Ray", text=f"somebody listens at RAY_ADDRESS={address}")
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from typing import Self
@@ -24,7 +25,6 @@ class ConsoleView(View):
         self._console = console
         self._started = time.monotonic()
         self._totals: Counter[str] = Counter()
-        self._controllers: set[str] = set()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -47,8 +47,8 @@ class ConsoleView(View):
 
     def wave(self, report: WaveReport, state: RunState) -> None:
         seconds = sum(report.seconds.values())
-        self._controllers.add(state.controller)
-        whose = f"{state.controller} " if len(self._controllers) > 1 else ""
+        # The first controller of a run goes without.
+        whose = f"{state.controller} " if re.search(r"\.\d+$", state.controller) else ""
         self._totals.update(
             waves=1,
             updates=report.num_revisions,

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +32,11 @@ GRACE_S = 15.0
 FULL_MINUTES = 6.0
 START_S = 8.0
 """Of a section's limit has to be left for it to be begun, at least."""
+
+
+_interrupted = threading.Event()
+_running: set[Any] = set()
+"""Processes of stages: what interrupts this one ends them."""
 
 
 def limit_of(section: Section, minutes: float) -> float:
@@ -85,14 +91,19 @@ def run_all(
     ]
 
     def finish(stage: Sequence[Section]) -> None:
-        while stage:
+        while stage and not _interrupted.is_set():
             stage = _go_on(stage, arguments, deadline, start)
             with writing:
                 _write(sections, arguments)
 
     # On a CPU two at a time: nothing is measured there.
     with ThreadPoolExecutor(2 if arguments.dry else 1) as pool:
-        list(pool.map(finish, stages))
+        try:
+            list(pool.map(finish, stages))
+        except KeyboardInterrupt:
+            _interrupted.set()
+            for process in list(_running):
+                _end(process)
     return _in_order(sections, kept(arguments.out / "results.jsonl"))
 
 
@@ -108,6 +119,7 @@ def _go_on(
     begun = _begun(out, stage[0].stage)
     begun.unlink(missing_ok=True)
     process = start(stage, arguments, deadline)
+    _running.add(process)
     limit = sum(limit_of(section, arguments.minutes) for section in stage) + GRACE_S
     try:
         code = process.wait(min(limit, max(deadline - time.time(), 0.0) + GRACE_S))
@@ -115,6 +127,8 @@ def _go_on(
     except subprocess.TimeoutExpired:
         reason = "its process was ended: it did not hear that its time is up"
         _end(process)
+    finally:
+        _running.discard(process)
     done = {result.name for result in kept(path)}
     left = [section for section in stage if section.name not in done]
     if left:  # whoever was at it, or the first that was not begun
@@ -158,9 +172,20 @@ def _write(sections: Sequence[Section], arguments: argparse.Namespace) -> dict[s
     return body
 
 
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text} minutes; give a number above zero")
+    return value
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=FULL_MINUTES, help="for everything")
+    parser.add_argument("--minutes", type=_minutes, default=FULL_MINUTES, help="for everything")
     parser.add_argument("--only", help="one section, with those that it builds on")
     parser.add_argument("--dry", action="store_true", help="tiny, on a pretended device")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu-check")))
@@ -181,12 +206,17 @@ def main() -> int:
     ]
     if not sections:
         parser.error(f"--only {arguments.only}: use {', '.join(s.name for s in SECTIONS)}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {out}: {error.strerror}; give a folder that can be written to")
+    signal.signal(signal.SIGTERM, _interrupt)
     for name in ("results.jsonl", "log.txt", "gpu.json", "gpu.md", "profile.txt"):
         (out / name).unlink(missing_ok=True)
     results = run_all(sections, arguments)
     print(printed(_write(sections, arguments)))
-    return int(any(result.status in (Status.FAILED, Status.DIED) for result in results))
+    failed = any(result.status in (Status.FAILED, Status.DIED) for result in results)
+    return 130 if _interrupted.is_set() else int(failed)
 
 
 def _stage_of(name: str | None) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.benchmarks.figures import figure
@@ -175,3 +176,30 @@ def test_the_report_has_every_section_and_says_what_was_never_run() -> None:
     body["sections"] = [dataclasses.asdict(long)]
     assert len(printed(body)) < MOST_PRINTED + 100 < 12_000
     assert "| a step |" in printed(body)
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, minutes: str) -> None:
+    command = [sys.executable, "-m", "tests.gpu_check", "--minutes", minutes]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--minutes" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_who_interrupts_it_ends_its_processes_and_keeps_what_was_found(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gpu_check", "--dry", "--out", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("begun-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children()
+    stages = [own.pid for own in children if "--stage" in own.cmdline()]
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert stages and not any(psutil.pid_exists(pid) for pid in stages)
+    assert "| died |" in (tmp_path / "gpu.md").read_text()

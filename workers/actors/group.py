@@ -220,7 +220,8 @@ class ShardGroup:
                     has += f" and {free.get('GPU', 0.0):g} GPUs"
                 raise InvalidInput(
                     f"{asked}, but the cluster has {has} free; add nodes, ask for less "
-                    "(base.device=cpu needs no GPU), or raise shard.place_timeout_s"
+                    "(shard.replicas is the number of groups, base.device=cpu needs no GPU), or "
+                    "raise shard.place_timeout_s"
                 )
 
     def _create(self) -> None:
@@ -278,8 +279,8 @@ class ShardGroup:
                 ray.get(ready)
             answers: list[Any] = ray.get(list(references))
             return answers
-        except NotTheOwner:
-            raise
+        except NotTheOwner as error:
+            raise _without_traceback(error) from None
         except Exception as error:
             # What Ray raises by itself says that a process or its answer is gone; all else, that a
             # shard refused.
@@ -298,7 +299,7 @@ class ShardGroup:
                 ) from error
             if len(references) > 1:
                 self._reset()
-            raise
+            raise _without_traceback(error) from None
 
     def _reset(self) -> None:
         """Where one shard refused and others went on, slots no longer agree: nothing stays hot."""
@@ -318,6 +319,12 @@ def check_devices(devices: Sequence[str]) -> str:
             "base.device and base.dtype to what every node has"
         )
     return devices[0]
+
+
+def _without_traceback(error: Exception) -> Exception:
+    """A shard's own error: Ray's has the traceback of another process for its text."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, PopulaceError) else error
 
 
 def _last_line(error: Exception) -> str:

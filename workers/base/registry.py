@@ -4,6 +4,7 @@ JSON and hashes files; a model is loaded only where one is made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,7 +79,12 @@ def find_prepared(name: str) -> PreparedBase | None:
     entry = cache_folder() / "bases" / f"{name}.json"
     if os.sep in name or not entry.is_file():
         return None
-    base = PreparedBase(**json.loads(entry.read_text()))
+    try:
+        base = PreparedBase(**json.loads(entry.read_text()))
+    except (ValueError, TypeError):
+        raise Damaged(
+            f"{entry} is not what was registered; delete it and prepare base {name!r} again"
+        ) from None
     if not Path(base.folder).is_dir():
         return None
     if digest_folder(Path(base.folder)) != base.digest:
@@ -130,9 +136,27 @@ def _make(name: str, save: Callable[[Path], None]) -> PreparedBase:
         save(Path(temporary))
         digest = digest_folder(Path(temporary))
         folder = bases / f"{name.replace(':', '-')}-{digest[:16]}"
-        if not folder.exists():
-            shutil.copytree(temporary, folder.with_suffix(f".{os.getpid()}"))
-            folder.with_suffix(f".{os.getpid()}").rename(folder)
+        if not folder.is_dir() or digest_folder(folder) != digest:
+            _put_in_place(Path(temporary), folder)
     base = PreparedBase(name=name, digest=digest, folder=str(folder))
     _register(base)
     return base
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    """Copy what was made to where it belongs, in place of what is damaged there. Whoever makes the
+    same at the same time may be faster."""
+    copy = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        shutil.copytree(made, copy, dirs_exist_ok=True)
+        copy.chmod(0o755)
+        if folder.is_dir() and digest_folder(folder) != digest_folder(copy):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_file():
+            folder.unlink()
+        with contextlib.suppress(OSError):  # it is there by now
+            copy.rename(folder)
+        if digest_folder(folder) != digest_folder(made):
+            raise Damaged(f"{folder} can't be replaced; delete it and prepare the base again")
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)

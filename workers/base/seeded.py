@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,15 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from populace.storage.errors import InvalidInput
-from populace.workers.base.families import RANDOM, RANDOM_FILE, dims_of_config
-from populace.workers.base.footprint import PRESETS, config_of
+from populace.workers.base.families import RANDOM_FILE
+from populace.workers.base.footprint import config_of
 from populace.workers.device import Device
 
 SEED = 0
 STD = 0.02
 """What most families initialise with; keeps the scale of hidden states at these widths."""
-_NAME = re.compile(rf"{RANDOM}(?P<preset>[^:]+)(:(?P<layers>\d+))?")
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -37,20 +34,7 @@ _TEMPLATE = (
 def save_seeded(name: str, folder: Path) -> None:
     """Write the base `random:PRESET[:LAYERS]` into `folder`, kilobytes in all. `InvalidInput` for
     another name."""
-    found = _NAME.fullmatch(name)
-    if found is None or found["preset"] not in PRESETS:
-        raise InvalidInput(
-            f"base {name!r} is none; write {RANDOM}PRESET or {RANDOM}PRESET:LAYERS, where PRESET "
-            f"is one of {', '.join(PRESETS)}"
-        )
-    config = config_of(found["preset"])
-    least, most = dims_of_config(config).num_dense_layers + 1, config.num_hidden_layers
-    layers = int(found["layers"] or most)
-    if not least <= layers <= most:
-        raise InvalidInput(
-            f"base {name!r} has {layers} layers; {found['preset']} can have {least} to {most}"
-        )
-    config.num_hidden_layers = layers
+    config = config_of(name)
     tokenizer = _tokenizer()
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     config.save_pretrained(folder)

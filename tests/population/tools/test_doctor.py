@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from populace.configs.load import load_settings
-from populace.population.tools.doctor import Finding, State, examine, ray_here, store_at
+from populace.population.tools.doctor import Finding, State, base, examine, ray_here, store_at
 from populace.workers.actors.engine import ShardEngine
 from tests.support.pretend import Pretended
 
@@ -47,6 +47,23 @@ def test_on_a_gpu_it_computes_there(tmp_path: Path) -> None:
         "took an update" in findings["tried"].text and "fast: attention" in findings["tried"].text
     )
     assert "keeps what Populace needs" in findings["store"].text
+
+
+@pytest.mark.parametrize(
+    ("changes", "store", "message"),
+    [
+        (["base.model=random:nope"], None, "is none; write random:PRESET"),
+        (["base.model=/nonexistent/folder"], None, "/nonexistent/folder"),
+        (["base.model=random:tiny"], "file:///tmp/kept", "say base.scratch=true"),
+    ],
+)
+def test_a_base_that_a_run_would_refuse_is_bad(
+    changes: list[str], store: str | None, message: str
+) -> None:
+    finding = base(load_settings(None, changes), store)
+    assert finding.state is State.BAD and message in finding.text
+    scratch = load_settings(None, ["base.model=random:tiny", "base.scratch=true"])
+    assert base(scratch, "file:///tmp/kept").state is not State.BAD
 
 
 def test_what_does_not_run_is_said_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +99,12 @@ def test_an_address_of_ray_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
     )
     for address, state, text in (
         ("http://127.0.0.1:8265", State.BAD, "only `ray job submit` takes"),
+        ("HTTP://127.0.0.1:8265", State.BAD, "only `ray job submit` takes"),
         ("127.0.0.1:port", State.BAD, "nobody answers"),
-        ("", State.GOOD, "starts a Ray of its own"),
+        ("[::1", State.BAD, "nobody answers"),
+        ("auto", State.GOOD, "joins this machine's cluster"),
+        ("local", State.GOOD, "starts a Ray of its own"),
+        (" ", State.GOOD, "starts a Ray of its own"),
     ):
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert ray_here().state is state and text in ray_here().text

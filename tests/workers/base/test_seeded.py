@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +15,18 @@ from populace.configs.schema import BaseSettings, Settings
 from populace.population.client import Population
 from populace.population.experience.events import Demonstration
 from populace.population.waves.chat import Chat
-from populace.storage.errors import InvalidInput
+from populace.storage.errors import Damaged, InvalidInput
 from populace.storage.objects.cloud import MemoryStore
 from populace.workers.base.families import dims_of
 from populace.workers.base.footprint import config_of
 from populace.workers.base.model import BaseModel
-from populace.workers.base.registry import PreparedBase, find_base, find_prepared, prepare_base
+from populace.workers.base.registry import (
+    PreparedBase,
+    cache_folder,
+    find_base,
+    find_prepared,
+    prepare_base,
+)
 from populace.workers.device import Cuda, Device
 from tests.support.pretend import Pretended
 
@@ -53,6 +63,9 @@ def test_a_preset_is_a_base_of_its_dimensions_and_of_as_many_layers_as_asked() -
         ("random:tiny:x", r"base 'random:tiny:x' is none"),
         ("random:tiny:0", r"has 0 layers; tiny can have 1 to 2"),
         ("random:tiny:3", r"has 3 layers; tiny can have 1 to 2"),
+        ("random:tiny:٢", r"base 'random:tiny:٢' is none"),
+        ("random:tiny:99999999999999999999", r"is none; write"),
+        ("random:../x", r"base 'random:../x' is none"),
         ("random:deepseek-v3:3", r"has 3 layers; deepseek-v3 can have 4 to 61"),
     ],
 )
@@ -105,3 +118,53 @@ def test_a_population_that_is_to_be_kept_gets_none(tmp_path: Path) -> None:
     population = Population.create(url, scratch)
     population.enqueue("ada", [Demonstration(prompt="What is rain?", completion="Water.")])
     assert isinstance(population.sample("ada", "What is rain?"), str)
+
+
+def test_several_may_prepare_it_at_once(tmp_path: Path) -> None:
+    script = (
+        "from populace.workers.base.registry import _prepare_seeded\n"
+        "for _ in range(15):\n"
+        "    print(_prepare_seeded('random:tiny', str).digest)\n"
+    )
+    environment = {**os.environ, "POPULACE_CACHE": str(tmp_path / "cache")}
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    outputs = [racer.communicate(timeout=120) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0], outputs
+    assert len({line for out, _ in outputs for line in out.split()}) == 1
+    assert not list((tmp_path / "cache" / "bases").glob(".*")), "no copy is left behind"
+
+
+@pytest.mark.parametrize("damage", ["junk", "file", "no tokenizer"])
+def test_what_is_damaged_in_the_cache_is_made_anew(damage: str) -> None:
+    name = {"junk": "random:tiny:1", "file": "random:olmoe-1b-7b:2"}.get(damage, "random:kimi-k2:2")
+    base = prepared(name)
+    folder, entry = Path(base.folder), cache_folder() / "bases" / f"{name}.json"
+    if damage == "file":
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+    elif damage == "junk":
+        (folder / "random.json").write_text("junk")
+    else:
+        (folder / "tokenizer.json").unlink()
+    entry.unlink()
+    assert prepared(name) == base == find_base(name)
+    assert Chat(base.folder).num_tokens == 258
+
+
+@pytest.mark.parametrize("content", ["junk", "", '{"name": 1}'])
+def test_a_damaged_entry_of_the_registry_is_named(content: str) -> None:
+    prepared("random:tiny")
+    entry = cache_folder() / "bases" / "random:tiny.json"
+    before = entry.read_text()
+    try:
+        entry.write_text(content)
+        with pytest.raises(Damaged, match=r"random:tiny.json is not what was registered; delete"):
+            find_prepared("random:tiny")
+    finally:
+        entry.write_text(before)
