@@ -188,7 +188,9 @@ class OldController:
             outcome = "committed"
         except Fenced as error:
             outcome = f"fenced: {error}"
-        (self.folder / "outcome").write_text(outcome)
+        # Whole or not there: somebody waits for it to appear.
+        (self.folder / ".outcome").write_text(outcome)
+        (self.folder / ".outcome").rename(self.folder / "outcome")
 
 
 @pytest.mark.timeout(300)
