@@ -24,6 +24,12 @@ def problems(settings: Settings) -> list[str]:
     ]
 
 
+def is_follower(controller: str) -> bool:
+    """Whether this is the name of a further group's controller: `main.1` is one of the run
+    `main`."""
+    return re.search(r"\.\d+$", controller) is not None
+
+
 def _out_of_bounds(section: Any, prefix: str) -> Iterator[str]:
     """The bounds of a section's fields, and of the sections in it."""
     for field in fields(section):
@@ -81,7 +87,7 @@ def _name_problems(settings: Settings) -> Iterator[str]:
     controller = settings.run.controller
     if not controller or not all(char.isalnum() or char in "-_." for char in controller):
         yield f"run.controller is {controller!r}; use letters, digits, '-', '_' and '.'"
-    if re.search(r"\.\d+$", controller):
+    if is_follower(controller):
         yield (
             f"run.controller is {controller!r}, as the other groups of a run are called; don't end "
             "it with a point and a number"

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from populace.configs.checks import problems
-from populace.configs.schema import RolloutSettings, Settings
+from populace.configs.schema import BaseSettings, RolloutSettings, Settings
 from populace.population.experience.checks import CheckedEvent, check_prompt, check_user
 from populace.population.experience.contract import Checked, Enqueues
 from populace.population.experience.events import Command, Forget, Messages, Pin, Rollback
@@ -75,13 +75,8 @@ class Population(Enqueues):
         check_name(settings.name)
         opened = open_store(store) if isinstance(store, str) else store
         base = find_base(settings.base.model)
-        is_kept = not (settings.base.scratch or opened.url.startswith("memory://"))
-        if is_random(base.folder) and is_kept:
-            raise InvalidInput(
-                f"base.model is {settings.base.model!r}, whose weights are drawn anew by whatever "
-                f"computes, and {opened.url} keeps what is learned on them; use a checkpoint, or "
-                "say base.scratch=true if the population is for measuring"
-            )
+        if is_random(base.folder):
+            check_scratch(settings.base, opened.url)
         require_safe(opened, settings.name, make_bucket=True)
         meta = PopulationMeta.find(opened, settings.name) or PopulationMeta.create(
             opened,
@@ -295,6 +290,16 @@ class Population(Enqueues):
             if isinstance(record, Verdict) and record.decision is Decision.REFUSED:
                 raise InvalidInput(f"refused: {record.reason}")
         return bool(answers)
+
+
+def check_scratch(base: BaseSettings, store: str) -> None:
+    """`InvalidInput` if a population on a base of random weights is to be kept in `store`."""
+    if not base.scratch and not store.startswith("memory://"):
+        raise InvalidInput(
+            f"base.model is {base.model!r}, whose weights are drawn anew by whatever computes, and "
+            f"{store} keeps what is learned on them; use a checkpoint, or say base.scratch=true if "
+            "the population is for measuring"
+        )
 
 
 def _settings(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:

@@ -37,8 +37,8 @@ from populace.workers.base.registry import PreparedBase, prepare_base
 def run_population(settings: Settings, view: View) -> tuple[Population, bool]:
     """Run until drained, `run.max_waves`, the first SIGINT or SIGTERM, or `populace stop`, which
     all end after the current wave. Also returns whether a report was written."""
-    started, shown = time.monotonic(), Views(view)
-    view = shown
+    started = time.monotonic()
+    view = shown = Views(view)
     # Rewards and experience are modules of the directory that the run starts in.
     sys.path.insert(0, os.getcwd())
     for target in settings.rewards.functions.values():

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def cuda_problem() -> str:
     if torch.version.cuda is None:
         return _of_a_cpu_build(cards_here())
     if not torch.cuda.is_available():
-        return _without_devices(os.environ)
+        return _without_devices()
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         least, has = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
@@ -93,10 +92,10 @@ def _of_a_cpu_build(cards: Cards) -> str:
     )
 
 
-def _without_devices(environment: Mapping[str, str]) -> str:
+def _without_devices() -> str:
     """Of a CUDA build that finds none."""
     build, cards = f"torch {torch.__version__} is a CUDA build", cards_here()
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and cards.names:
         return (
             f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides {cards.names[0]}; unset it, or name "

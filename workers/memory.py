@@ -234,5 +234,12 @@ def held_of(dims: BaseDims, tensors: Mapping[str, int], num_shards: int, dtype_b
     )
 
 
+def active_parameters(dims: BaseDims, tensors: Mapping[str, int]) -> float:
+    """Parameters of a base that a token meets. `tensors`: name on disk -> elements."""
+    experts = sum(size for name, size in tensors.items() if is_expert(name))
+    dense = sum(tensors.values()) - experts
+    return dense + experts * dims.experts_per_token / dims.num_experts
+
+
 def _hidden(dims: BaseDims) -> int:
     return next(inp for module, _, inp in dims.shapes if module == "gate_proj")

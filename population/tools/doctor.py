@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from populace.configs.schema import Settings
+from populace.population.client import check_scratch
 from populace.storage.errors import PopulaceError
 from populace.storage.objects.cloud import MemoryStore
 from populace.storage.objects.open import open_store
 from populace.storage.objects.probe import require_safe
 from populace.workers.actors.engine import ShardEngine, ShardSettings
-from populace.workers.base.families import RANDOM
+from populace.workers.base.families import RANDOM, is_random
 from populace.workers.base.footprint import config_of
 from populace.workers.base.registry import SMOLLM2, find_prepared
 from populace.workers.base.seeded import save_seeded
@@ -169,20 +170,16 @@ def _lesson(key: AdapterKey) -> WaveBatch:
 def base(settings: Settings, store: str | None) -> Finding:
     """Whether the base is there, without hashing what isn't registered, and may be used. `store`:
     where the population is to be, if that was said."""
-    model, scratch = settings.base.model, settings.base.scratch
+    model = settings.base.model
     try:
         found = find_prepared(model)
         if found is None and model != SMOLLM2:
             config_of(model)
+        folder = model if found is None else found.folder
+        if store and (model.startswith(RANDOM) or is_random(folder)):
+            check_scratch(settings.base, store)
     except PopulaceError as error:
         return Finding(name="base", text=str(error), state=State.BAD)
-    if model.startswith(RANDOM) and not scratch and store and not store.startswith("memory://"):
-        return Finding(
-            name="base",
-            text=f"{model} has random weights, and {store} keeps what is learned on them; say "
-            "base.scratch=true if the population is for measuring",
-            state=State.BAD,
-        )
     if found is not None:
         return Finding(name="base", text=f"{model}, in {found.folder}")
     if model != SMOLLM2 and not model.startswith(RANDOM):

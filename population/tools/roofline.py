@@ -18,12 +18,12 @@ from populace.workers.memory import (
     RESERVE,
     Held,
     WaveLimits,
+    active_parameters,
     cache_bytes,
     held_of,
     plan_memory,
 )
 from populace.workers.shapes import BaseDims
-from populace.workers.shards.placement import is_expert
 
 FP32 = 4
 """Bytes."""
@@ -126,11 +126,8 @@ def base_of(
 ) -> Base:
     """The base, and what the fullest device holds of it."""
     sheet.begin("base")
-    experts = sum(size for name, size in tensors.items() if is_expert(name))
-    dense = sum(tensors.values()) - experts
     sheet.add("parameters", sum(tensors.values()), "")
-    active = dense + experts * dims.experts_per_token / dims.num_experts
-    sheet.add("active parameters per token", active, "")
+    active = sheet.add("active parameters per token", active_parameters(dims, tensors), "")
     held = held_of(dims, tensors, request.devices, device.weight_bytes)
     return Base(held=held, active=active)
 

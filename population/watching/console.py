@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from typing import Self
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from populace.configs.checks import is_follower
 from populace.population.watching.views import View
 from populace.population.waves.report import RunState, WaveReport
 from populace.storage.errors import PopulaceError
@@ -48,7 +48,7 @@ class ConsoleView(View):
     def wave(self, report: WaveReport, state: RunState) -> None:
         seconds = sum(report.seconds.values())
         # The first controller of a run goes without.
-        whose = f"{state.controller} " if re.search(r"\.\d+$", state.controller) else ""
+        whose = f"{state.controller} " if is_follower(state.controller) else ""
         self._totals.update(
             waves=1,
             updates=report.num_revisions,

@@ -20,7 +20,7 @@ from populace.workers.base.footprint import config_of, tensors_of
 from populace.workers.base.registry import prepare_base
 from populace.workers.batch import AdapterKey, AdapterUpdate, RolloutRequest
 from populace.workers.device import device_of
-from populace.workers.memory import WaveLimits, held_of, plan_memory
+from populace.workers.memory import WaveLimits, active_parameters, held_of, plan_memory
 from populace.workers.shapes import AdapterSpec
 from populace.workers.step import train as train_step
 from tests.gpu_check.check import Check, LeftOut
@@ -30,6 +30,8 @@ from tests.support.waves import likelihood_wave, timing, token_ids
 
 ATTENTION = AdapterSpec(rank=8, expert_rank=1, alpha=32, learning_rate=1e-4, targets="attention")
 EVERYTHING = dataclasses.replace(ATTENTION, targets="both")
+PROMPT = 16
+"""Tokens of a prompt that is answered."""
 ROWS = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
 """Of a pass: the first that fits."""
 
@@ -44,21 +46,39 @@ class Bench:
     flops_per_token: float
     """Forward and backward of a frozen base: twice 2 per active parameter; no attention."""
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Those that an adapter has tensors for."""
+        return tuple(range(self.engine.base.dims.num_experts)) if self.spec.ranks[1] else ()
+
+    def requests(self, keys: Sequence[AdapterKey], samples: int, new: int) -> list[RolloutRequest]:
+        """For each adapter a prompt of its own, answered `samples` times in `new` tokens."""
+        return [
+            RolloutRequest(
+                adapter=key,
+                event_id=str(number),
+                prompt_ids=token_ids(number, PROMPT - 1, self.vocabulary),
+                num_samples=samples,
+                max_new_tokens=new,
+                temperature=1.0,
+            )
+            for number, key in enumerate(keys)
+        ]
+
     def admit(self, count: int) -> list[AdapterKey]:
         """So many adapters with one another's weights, whose B is zero as at revision 0."""
         engine = self.engine
         engine.settings = dataclasses.replace(engine.settings, slots=count)
         engine.reset()
         keys = [AdapterKey(f"{number:032x}", 0) for number in range(count)]
-        layout, dims = engine.slab.exact_layout(self.spec), engine.base.dims
+        layout = engine.slab.exact_layout(self.spec)
         flat = np.random.default_rng(0).normal(0, 0.02, layout.size).astype(np.float32)
         for where in (*layout.dense, *layout.expert):
-            if where[-1] == "b" or "b" in where:
+            if where[-1] == "b":
                 layout.view(torch.from_numpy(flat), *where).zero_()
-        experts = tuple(range(dims.num_experts)) if self.spec.ranks[1] else ()
         for seed, key in enumerate(keys):
             engine.slab.take(key, self.spec, seed)
-            engine.slab.load(key, flat, None, experts)  # type: ignore[arg-type]
+            engine.slab.load(key, flat, None, self.experts)  # type: ignore[arg-type]
         return keys
 
 
@@ -89,7 +109,8 @@ def open_bench(check: Check, preset: str, spec: AdapterSpec, users: int) -> Benc
         raise LeftOut(f"{plan.needed(plan.largest) / 1e9:.1f} GB are needed, {free / 1e9:.1f} free")
     check.say(
         f"{preset}, {free / 1e9:.1f} GB free: {users} users of ranks {spec.ranks} in passes of "
-        f"{rows} rows; by the plan {', '.join(parts(plan, phase) for phase in plan.phases)}"
+        f"{rows} rows; by the plan "
+        + ", ".join(f"{phase} {plan.needed(phase) / 1e9:.1f} GB" for phase in plan.phases)
     )
     settings = ShardSettings(
         base_folder=prepared.folder,
@@ -105,16 +126,8 @@ def open_bench(check: Check, preset: str, spec: AdapterSpec, users: int) -> Benc
         limits=limits,
     )
     engine = ShardEngine(settings, MemoryStore(), device=device)
-    sizes = {module: out * inp for module, out, inp in dims.shapes}
-    experts = sum(sizes[name] for name in ("gate_proj", "up_proj", "down_proj"))
-    of_experts = dims.num_experts * experts * dims.num_moe_layers
-    active = (
-        sum(tensors.values())
-        - of_experts
-        + of_experts // dims.num_experts * (dims.experts_per_token)
-    )
     # An embedding is looked up.
-    active -= config.vocab_size * config.hidden_size
+    active = active_parameters(dims, tensors) - config.vocab_size * config.hidden_size
     return Bench(engine, spec, config.vocab_size, 4.0 * active)
 
 
@@ -124,11 +137,6 @@ def close_bench() -> None:
     opened = None
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def parts(plan: object, phase: str) -> str:
-    needed = plan.needed(phase)  # type: ignore[attr-defined]
-    return f"{phase} {needed / 1e9:.1f} GB"
 
 
 def base(check: Check) -> None:
@@ -269,35 +277,21 @@ def profile(check: Check, own: Bench, users: int, tokens: int) -> None:
 
 def decode(check: Check) -> None:
     """Tokens per second by rows, an adapter each, and what 64 adapters cost over one."""
-    own, prompt = bench(), 16
+    own = bench()
     new, sizes = (2, (1, 2)) if check.dry else (24, (1, 64, 128, 256))
-
-    def ask(keys: Sequence[AdapterKey], samples: int) -> list[RolloutRequest]:
-        return [
-            RolloutRequest(
-                adapter=key,
-                event_id=str(number),
-                prompt_ids=token_ids(number, prompt - 1, own.vocabulary),
-                num_samples=samples,
-                max_new_tokens=new,
-                temperature=1.0,
-            )
-            for number, key in enumerate(keys)
-        ]
-
     with check.device():
         for rows in sizes:
             if check.left_s < 6:
                 check.say(f"{rows} rows: no time left")
                 continue
             keys = own.admit(min(rows, 64))
-            requests = ask(keys, rows // len(keys))
+            requests = own.requests(keys, rows // len(keys), new)
             seconds = check.seconds_of(lambda requests=requests: own.engine.roll_out(requests), 3)
             name = f"decode, {rows} rows with {len(keys)} adapters"
             check.figure(name, [rows * new / s for s in seconds], "tokens/s")
             check.figure(f"{name}, a step", [1e3 * s / new for s in seconds], "ms")
             if rows == 64:
-                one = ask(own.admit(1), rows)
+                one = own.requests(own.admit(1), rows, new)
                 alone = check.seconds_of(lambda one=one: own.engine.roll_out(one), 3)
                 middle = statistics.median(alone)
                 check.figure(
@@ -338,15 +332,9 @@ def peft(check: Check) -> None:
 
 def generates(check: Check, own: Bench, theirs: Theirs, rows: int, new: int) -> None:
     """Tokens per second of `generate` without an adapter against rollouts with one each."""
-    ids = np.stack([token_ids(n, 15, own.vocabulary) for n in range(rows)])
+    requests = own.requests(own.admit(rows), 1, new)
+    ids = np.stack([request.prompt_ids for request in requests])
     seconds = check.seconds_of(lambda: theirs.generate(ids, new), 2)
-    requests = [
-        RolloutRequest(
-            adapter=key, event_id="0", prompt_ids=ids[number], num_samples=1,
-            max_new_tokens=new, temperature=1.0,
-        )
-        for number, key in enumerate(own.admit(rows))
-    ]  # fmt: skip
     ours = check.seconds_of(lambda: own.engine.roll_out(requests), 3)
     check.figure(f"generate, {rows} rows", [rows * new / s for s in seconds], "tokens/s")
     middle = statistics.median(seconds)
@@ -361,11 +349,10 @@ def paging(check: Check) -> None:
         keys = own.admit(users)
         slab, size = own.engine.slab, 4 * own.engine.slab.exact_layout(own.spec).size
         blobs = [slab.blobs(key, with_moments=False)[0] for key in keys]
-        experts = tuple(range(own.engine.base.dims.num_experts)) if own.spec.ranks[1] else ()
 
         def load() -> None:
             for key, blob in zip(keys, blobs, strict=True):
-                slab.load(key, blob, None, experts)
+                slab.load(key, blob, None, own.experts)
 
         def dump() -> None:
             dumps = [slab.dump(slab.slots[key], with_moments=False) for key in keys]
@@ -373,10 +360,7 @@ def paging(check: Check) -> None:
                 item.parts()
 
         total = users * size / 1e9
-        check.figure("adapters to the device", [total / s for s in check.seconds_of(load)], "GB/s")
-        check.figure(
-            "adapters from the device", [total / s for s in check.seconds_of(dump)], "GB/s"
-        )
-        check.figure(
-            "an adapter to the device", [1e3 * s / users for s in check.seconds_of(load)], "ms"
-        )
+        loads, dumps = check.seconds_of(load), check.seconds_of(dump)
+        check.figure("adapters to the device", [total / s for s in loads], "GB/s")
+        check.figure("an adapter to the device", [1e3 * s / users for s in loads], "ms")
+        check.figure("adapters from the device", [total / s for s in dumps], "GB/s")

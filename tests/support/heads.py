@@ -48,6 +48,31 @@ def ray_here(**options: Any) -> Iterator[None]:
 
 
 @contextmanager
+def ray_nodes(**head: Any) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster` without tokens that has a head alone; `head` are its arguments.
+    What it starts finds this checkout."""
+    from ray.cluster_utils import Cluster
+
+    variables = {
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "0",
+    }  # fmt: skip
+    with without_tokens(), pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        temporary = f"/tmp/rn{os.getpid()}-{time.monotonic_ns() % 1000}"
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={"include_dashboard": False, "temp_dir": temporary, **head},
+        )
+        try:
+            yield nodes
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
+
+
+@contextmanager
 def ray_head(folder: Path, **variables: str) -> Iterator[dict[str, str]]:
     """`ray start --head` with token authentication; yields the environment in which others find it.
     `variables` are the head's, and so its jobs'."""

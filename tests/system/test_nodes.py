@@ -22,7 +22,7 @@ from populace.configs.schema import Settings
 from populace.population.client import Population
 from populace.storage.errors import Fenced
 from tests.support.accounting import account
-from tests.support.heads import without_tokens
+from tests.support.heads import ray_nodes
 from tests.support.loops import Loop, chat_of, engine_of
 from tests.support.streams import experience, open_population, write_config
 
@@ -34,30 +34,14 @@ POPULACE = [sys.executable, "-c", "from populace.population.cli.app import main;
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A head, where drivers and rewards run, and one more node. Parameter: how often a worker looks
     whether its raylet lives, in milliseconds."""
-    variables = {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
-        "TRITON_INTERPRET": "0",
+    quick = {
+        "health_check_period_ms": 500, "health_check_failure_threshold": 3,
+        "health_check_initial_delay_ms": 0,
+        "raylet_death_check_interval_milliseconds": getattr(request, "param", 1000),
     }  # fmt: skip
-    with without_tokens(), pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        quick = {
-            "health_check_period_ms": 500, "health_check_failure_threshold": 3,
-            "health_check_initial_delay_ms": 0,
-            "raylet_death_check_interval_milliseconds": getattr(request, "param", 1000),
-        }  # fmt: skip
-        head = {
-            "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000,
-            "_system_config": quick,
-            "temp_dir": f"/tmp/rn{os.getpid()}-{time.monotonic_ns() % 1000}",
-        }  # fmt: skip
-        nodes = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            add_node(nodes)
-            yield nodes
-        finally:
-            ray.shutdown()
-            nodes.shutdown()
+    with ray_nodes(num_cpus=2, object_store_memory=100_000_000, _system_config=quick) as nodes:
+        add_node(nodes)
+        yield nodes
 
 
 def add_node(cluster: Cluster) -> Any:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from populace.population.watching.beacon import controllers_of
 from populace.population.watching.stop import stop_run
 from populace.workers.actors.places import NAMESPACE
 from tests.support.accounting import account
-from tests.support.heads import without_tokens
+from tests.support.heads import ray_nodes
 from tests.support.streams import experience, open_population, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -34,35 +35,27 @@ POPULACE = [sys.executable, "-c", "from populace.population.cli.app import main;
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a node with eight GPUs, as far as Ray knows."""
-    from ray.cluster_utils import Cluster
-
-    variables = {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
-        "TRITON_INTERPRET": "0",
-    }  # fmt: skip
-    with without_tokens(), pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        head = {
-            "num_cpus": 4, "num_gpus": 8, "include_dashboard": False,
-            "object_store_memory": 200_000_000, "temp_dir": f"/tmp/rg{os.getpid()}",
-        }  # fmt: skip
-        node = Cluster(initialize_head=True, head_node_args=head)
+    with ray_nodes(num_cpus=4, num_gpus=8, object_store_memory=200_000_000) as node:
         ray.init(node.address, logging_level="error", log_to_driver=False)
+        yield node.address
+
+
+@contextmanager
+def running(
+    config: Path, address: str, log: Path, *overrides: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A run in a process of its own, which is gone afterwards."""
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [*POPULACE, "run", str(config), *overrides, "--log", "json"],
+            env={**os.environ, "RAY_ADDRESS": address}, cwd=ROOT, stdout=output, stderr=output,
+            text=True,
+        )  # fmt: skip
         try:
-            yield node.address
+            yield process
         finally:
-            ray.shutdown()
-            node.shutdown()
-
-
-def start(config: Path, address: str, log: Path, *overrides: str) -> subprocess.Popen[str]:
-    output = open(log, "a")  # noqa: SIM115
-    return subprocess.Popen(
-        [*POPULACE, "run", str(config), *overrides, "--log", "json"],
-        env={**os.environ, "RAY_ADDRESS": address}, cwd=ROOT, stdout=output, stderr=output,
-        text=True,
-    )  # fmt: skip
+            process.kill()
+            process.wait()
 
 
 def said(log: Path) -> list[dict[str, Any]]:
@@ -150,15 +143,11 @@ def test_eight_groups_share_the_users_and_one_that_dies_holds_up_its_own_alone(
     gpus: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     config = config_of(tmp_path, bases["qwen3_moe"], "eight", "many", 16)
-    log, process = tmp_path / "run.log", None
-    try:
-        process = start(config, gpus, log)
+    log = tmp_path / "run.log"
+    with running(config, gpus, log) as process:
         wait_until(lambda: len(set(waves_of(said(log)))) == 8, process, log)
         kill(shards()["main.3"])
         assert process.wait(300) == 0, log.read_text()
-    finally:
-        if process is not None:
-            process.kill()
     events = said(log)
     died = place_of(events, "main.3: a shard died")
     back = place_of(events, "main.3: the group is back after")
@@ -181,25 +170,18 @@ def test_what_a_killed_run_left_is_adopted_or_removed_by_the_next_one(
 ) -> None:
     """And the next one, whose follower's process is killed, too, reports on everybody."""
     config = config_of(tmp_path, bases["qwen3_moe"], "left", "few", 4)
-    log, process = tmp_path / "run.log", None
-    try:
-        process = start(config, gpus, log, "shard.replicas=3", "run.takeover_s=4")
+    log, second, folder = tmp_path / "run.log", tmp_path / "second.log", tmp_path / "report"
+    quick = "run.takeover_s=4"
+    with running(config, gpus, log, "shard.replicas=3", quick) as process:
         wait_until(lambda: len(set(waves_of(said(log)))) == 3, process, log)
-        process.kill()
-        process.wait()
-        assert shards().keys() == {"main", "main.1", "main.2"}, "the groups outlive their drivers"
-        second, folder = tmp_path / "second.log", tmp_path / "report"
-        process = start(
-            config, gpus, second, "shard.replicas=2", "run.takeover_s=4", f"report={folder}"
-        )
+    assert shards().keys() == {"main", "main.1", "main.2"}, "the groups outlive their drivers"
+    own = ("shard.replicas=2", quick, f"report={folder}")
+    with running(config, gpus, second, *own) as process:
         wait_until(lambda: "main.1" in waves_of(said(second)), process, second)
         population = open_population(config)
         seen = {seen.name for seen in controllers_of(population.store, "left")}
         kill_follower()
         assert process.wait(300) == 0, second.read_text()
-    finally:
-        if process is not None:
-            process.kill()
     assert_exact(config, 192)
     # Who was adopted doesn't load again, and so doesn't say what it computes on.
     events = said(second)
@@ -221,18 +203,14 @@ def test_a_follower_that_is_stopped_leaves_its_users_to_the_others(
     gpus: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     config = config_of(tmp_path, bases["qwen3_moe"], "less", "few", 4)
-    log, process = tmp_path / "run.log", None
-    try:
-        process = start(config, gpus, log, "shard.replicas=2", "run.takeover_s=4")
+    log = tmp_path / "run.log"
+    with running(config, gpus, log, "shard.replicas=2", "run.takeover_s=4") as process:
         wait_until(lambda: "main.1" in waves_of(said(log)), process, log)
         population = open_population(config)
         assert stop_run(population.store, "less", controller="main.1", timeout_s=120) == {
             "main.1": "stopped"
         }
         assert process.wait(300) == 0, log.read_text()
-    finally:
-        if process is not None:
-            process.kill()
     assert_exact(config, 192)
     assert not shards()
 
@@ -241,7 +219,8 @@ def test_fewer_partitions_than_groups_are_refused_with_the_way_out(
     gpus: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     config, log = config_of(tmp_path, bases["qwen3_moe"], "few", "few", 4), tmp_path / "run.log"
-    assert start(config, gpus, log).wait(120) == 2
+    with running(config, gpus, log) as process:
+        assert process.wait(120) == 2
     text = " ".join(log.read_text().split())
     assert "shard.replicas is auto, and 8 GPUs for shard.count=1 make that 8" in text
     assert "created with 4; set shard.replicas=4 or less, or create a population with" in text

@@ -71,15 +71,15 @@ class ShardGroup:
         settings: ShardSettings,
         group: GroupSettings,
         controller: str = "main",
-        gpus: int | None = None,
+        gpus: int = 0,
     ) -> None:
-        """`gpus`: that Ray reserves for each shard; None: one, if they must compute on it."""
+        """`gpus`: that Ray reserves for each shard."""
         self.settings, self.group = (
             replace(settings, num_shards=group.count, dense=group.dense),
             group,
         )
         self.num_restarts = 0
-        self._gpus = int(settings.device == "cuda") if gpus is None else gpus
+        self._gpus = gpus
         self._token = secrets.token_hex(16)
         self._prefix = prefix_of(settings.population, settings.store_url, controller)
         self._shards: list[ActorHandle] = []

@@ -132,31 +132,31 @@ def _make(name: str, save: Callable[[Path], None]) -> PreparedBase:
     """Have `save` write a base into a folder in the cache, and register it."""
     bases = cache_folder() / "bases"
     bases.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=bases) as temporary:
-        save(Path(temporary))
-        digest = digest_folder(Path(temporary))
+    made = Path(tempfile.mkdtemp(dir=bases, prefix="."))
+    try:
+        save(made)
+        digest = digest_folder(made)
         folder = bases / f"{name.replace(':', '-')}-{digest[:16]}"
-        if not folder.is_dir() or digest_folder(folder) != digest:
-            _put_in_place(Path(temporary), folder)
+        _put_in_place(made, folder, digest)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     base = PreparedBase(name=name, digest=digest, folder=str(folder))
     _register(base)
     return base
 
 
-def _put_in_place(made: Path, folder: Path) -> None:
-    """Copy what was made to where it belongs, in place of what is damaged there. Whoever makes the
-    same at the same time may be faster."""
-    copy = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        shutil.copytree(made, copy, dirs_exist_ok=True)
-        copy.chmod(0o755)
-        if folder.is_dir() and digest_folder(folder) != digest_folder(copy):
+def _put_in_place(made: Path, folder: Path, digest: str) -> None:
+    """Move what was made to where it belongs, unless it is there, in place of what is damaged
+    there. Whoever makes the same at the same time may be faster."""
+    made.chmod(0o755)
+    for _ in range(2):
+        if folder.is_dir() and digest_folder(folder) == digest:
+            return
+        if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.is_file():
             folder.unlink()
-        with contextlib.suppress(OSError):  # it is there by now
-            copy.rename(folder)
-        if digest_folder(folder) != digest_folder(made):
-            raise Damaged(f"{folder} can't be replaced; delete it and prepare the base again")
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else's is there by now: look at it
+            made.rename(folder)
+            return
+    raise Damaged(f"{folder} can't be replaced; delete it and prepare the base again")

@@ -369,7 +369,7 @@ def test_a_group_that_finds_no_room_says_so(settings: Callable[..., ShardSetting
 
 def test_a_group_on_gpus_asks_for_them(settings: Callable[..., ShardSettings]) -> None:
     asked = dataclasses.replace(settings("mixtral"), device="cuda")
-    group = ShardGroup(asked, GroupSettings(count=1, cpus=0.5, place_timeout_s=1.0))
+    group = ShardGroup(asked, GroupSettings(count=1, cpus=0.5, place_timeout_s=1.0), gpus=1)
     try:
         with pytest.raises(InvalidInput, match=r"with 1 GPU for each .* 0 GPUs free.*=cpu"):
             group.wait_until_ready()
